@@ -1,0 +1,31 @@
+"""What every test stands on: the CPU as eight devices, no silent broadcasting of ranks, the same examples each time."""
+
+import os
+
+# Before jax is imported, and in the environment so that processes which tests start are alike. Most of a test's time is
+# compilation; at this level the code runs as fast as at XLA's default, and compiles in about half the time.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+
+import hypothesis
+import jax
+import pytest
+
+# Eight devices let `pmap` and `shard_map` be tested on any machine; processes which tests start have one, as a user's.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "fjax",
+    deadline=None,  # the first example compiles
+    derandomize=True,  # red for one is red for all
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fjax")
+
+
+@pytest.fixture
+def x64():
+    """Double precision within one test, for identities that must hold to 1e-10."""
+    with jax.enable_x64(True):
+        yield
