@@ -1,0 +1,64 @@
+"""Products and means that stay finite where the formula does, in log space."""
+
+import jax
+import jax.numpy as jnp
+
+from fjax._typing import Array, Bool, Float
+
+
+def times_exp(x: Float[Array, "*n"], s: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """``x · exp(s)``, 0 at ``s = -inf`` even where x is infinite. To be differentiated.
+
+    For factors of which it is known that x grows slower than exp(-s) as s → -inf.
+    """
+    zero = jnp.isneginf(s)
+    # Double `where`: the branch that is not taken must not see inf · 0, whose NaN would pass into gradients.
+    product = jnp.where(zero, 0.0, x) * jnp.exp(jnp.where(zero, 0.0, s))
+    return jnp.where(zero, 0.0, product)
+
+
+def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """``x · exp(log_weight)`` through logarithms: infinite only where the product is, and 0 wins over inf.
+
+    Neither factor alone may over- or underflow: x = 1e30 with a weight of e^-100 is e^-31, not 0. Not for
+    gradients.
+    """
+    zero = (x == 0) | jnp.isneginf(log_weight)
+    size = jnp.log(jnp.abs(jnp.where(zero, 1.0, x))) + jnp.where(zero, 0.0, log_weight)
+    return jnp.where(zero, 0.0, jnp.sign(x) * jnp.exp(size))
+
+
+def count(x: Float[Array, "N"], where: Bool[Array, "N"] | None) -> Float[Array, ""]:
+    """How many entries ``where`` counts, as a float of the dtype of x; all of them if it is None."""
+    return jnp.asarray(x.shape[0], x.dtype) if where is None else where.sum(dtype=x.dtype)
+
+
+def keep(x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float) -> Float[Array, "N"]:
+    """The entries counted; ``otherwise`` elsewhere, whatever stood there, NaN included."""
+    return x if where is None else jnp.where(where, x, otherwise)
+
+
+def mean_and_error(
+    x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean and its standard error (with n - 1) over the entries counted; the error of a single one is NaN."""
+    n = count(x, where)
+    mean = keep(x, where, 0.0).sum() / n
+    squares = keep((x - mean) ** 2, where, 0.0)
+    # An infinite mean has no spread worth a number: inf - inf would be NaN where the honest answer is
+    # "unbounded".
+    error = jnp.where(jnp.isinf(mean), jnp.inf, jnp.sqrt(squares.sum() / (n - 1) / n))
+    return mean, error
+
+
+def ess_from_logs(log_sum: Float[Array, ""], log_sum_sq: Float[Array, ""]) -> Float[Array, ""]:
+    """(Σw)²/Σw² from log Σw and log Σw²; 0 where all weights are 0."""
+    some = ~jnp.isneginf(log_sum)
+    return jnp.where(some, jnp.exp(2 * jnp.where(some, log_sum, 0.0) - jnp.where(some, log_sum_sq, 0.0)), 0.0)
+
+
+def ess_of(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
+    """(Σw)²/Σw² of the weights themselves, shifted by the largest so that scale costs no precision."""
+    top = jnp.max(log_weights, initial=-jnp.inf)
+    shifted = log_weights - jnp.where(jnp.isneginf(top), 0.0, top)
+    return ess_from_logs(jax.nn.logsumexp(shifted), jax.nn.logsumexp(2 * shifted))

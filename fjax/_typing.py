@@ -1,0 +1,53 @@
+"""The types that signatures share: annotated arrays, opaque parameters, and the functions a user brings."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+__all__ = [
+    "Array",
+    "Bool",
+    "DecodeFn",
+    "Float",
+    "Int",
+    "LogProbFn",
+    "LogitsFn",
+    "PRNGKeyArray",
+    "Params",
+    "PyTree",
+]
+
+Params = Any
+"""A tree of arrays that only the model looks into."""
+
+
+@runtime_checkable
+class LogitsFn(Protocol):
+    """The teacher-forced model: logits of the next token at every column from ``start`` on."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        where: Bool[Array, "B T"] | None = None,
+        *,
+        start: int = 0,
+    ) -> Float[Array, "B U V"]: ...
+
+
+@runtime_checkable
+class DecodeFn(Protocol):
+    """The cached model: appends tokens to the cache and returns the logits that follow the last column."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], cache: Any, where: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B V"], Any]: ...
+
+
+@runtime_checkable
+class LogProbFn(Protocol):
+    """Log-probability of each sequence, summed in float32 over the tokens that ``where`` counts."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B"]: ...

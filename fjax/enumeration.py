@@ -1,0 +1,262 @@
+"""Tiny sequence spaces listed whole: exact Z, divergences and gradients, to test against and to teach with.
+
+The space is that of the sampler: every sequence that ends with ``eos_id`` within T tokens, and every
+unfinished prefix of exactly T tokens. Any autoregressive policy sums to one over it, and an expectation over
+it is a sum. So an unbiased gradient is not argued for but seen: `expected_gradient` of the loss equals
+`exact_gradient` of the divergence.
+
+>>> from fjax import forward_kl, leave_one_out
+>>> space = sequences(3, 2, eos_id=0)
+>>> log_prob_fn, prefixes = tabular_log_prob_fn(3, 2)
+>>> params = 0.1 * jnp.arange(3.0 * prefixes).reshape(prefixes, 3) % 0.7          # some policy
+>>> log_a, contains_1 = log_prob_fn(params, *space), (space.tokens == 1).any(1)
+>>> log_score = jnp.where(contains_1, log_a, -jnp.inf)
+>>> log_p = log_score - exact_log_z(log_score)
+>>> exact = exact_gradient(log_prob_fn, params, space, log_p, divergence=forward_kl())
+>>> expected = expected_surrogate_gradient(
+...     log_prob_fn, params, space, log_p, divergence=forward_kl(), baseline=leave_one_out, samples=2
+... )
+>>> bool(jnp.allclose(exact, expected, atol=1e-6))
+True
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
+from fjax.divergences import FDivergence, exact_divergence
+from fjax.surrogates import Baseline, surrogate_loss
+
+_MOST_ROWS = 10**6
+
+Loss = Callable[[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"] | None], Float[Array, "n"]]
+"""(log_pi, log_p, log_q or None) of n samples -> one loss a sample."""
+
+
+class Space(NamedTuple):
+    """All sequences of a space, one a row.
+
+    Attributes:
+        tokens: ``[S, T]``, the prompt first if there is one, ``eos_id`` after the end of a sequence.
+        where: True from behind the prompt up to and including the token that ends the sequence.
+    """
+
+    tokens: Int[Array, "S T"]
+    where: Bool[Array, "S T"]
+
+
+def sequences(vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence[int] = ()) -> Space:
+    """Lists the space of sequences over ``vocab_size`` tokens, at most ``max_tokens`` long.
+
+    It has 1 + (V-1) + … + (V-1)^(T-1) finished sequences and (V-1)^T unfinished ones.
+
+    Args:
+        vocab_size: V.
+        max_tokens: T, the prompt not counted.
+        eos_id: the token that ends a sequence and counts as part of it. Also the padding after it, on
+            purpose: whoever takes masks from token ids gets wrong probabilities here.
+        prompt: tokens before every sequence, not counted. A language model needs at least one to predict the
+            first.
+
+    Returns:
+        The space, in the order of length, then of token ids.
+
+    Raises:
+        ValueError: if ``eos_id`` is no token, or the space has more than a million members.
+
+    >>> space = sequences(2, 2, eos_id=0)                       # [0], [1 0], [1 1]
+    >>> space.tokens.tolist(), space.where.sum(1).tolist()
+    ([[0, 0], [1, 0], [1, 1]], [1, 2, 2])
+    """
+    if not 0 <= eos_id < vocab_size:
+        raise ValueError(f"eos_id is one of the {vocab_size} tokens, got {eos_id}.")
+    _refuse_large(vocab_size * (vocab_size - 1) ** max_tokens, f"{vocab_size} tokens and length {max_tokens}")
+    others = [token for token in range(vocab_size) if token != eos_id]
+    prefixes = (prefix for length in range(max_tokens) for prefix in product(others, repeat=length))
+    rows = [*((*prefix, eos_id) for prefix in prefixes), *product(others, repeat=max_tokens)]
+    tokens = np.array([[*prompt, *row, *[eos_id] * (max_tokens - len(row))] for row in rows], np.int32)
+    ends = len(prompt) + np.array([len(row) for row in rows])[:, None]
+    column = np.arange(tokens.shape[1])
+    return Space(jnp.asarray(tokens), jnp.asarray((column >= len(prompt)) & (column < ends)))
+
+
+def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, int]:
+    """A policy with a free next-token distribution after every prefix, and the number of its prefixes.
+
+    Its parameters are logits ``[prefixes, V]``: row 0 for the empty prefix, then base-V numbers of one digit,
+    of two, … It can represent every distribution over the space, so D_f(π‖p) = 0 is attainable.
+
+    Args:
+        vocab_size: V.
+        max_tokens: T. Sequences have exactly T columns, without a prompt.
+
+    Returns:
+        ``log_prob_fn(params, tokens, where)`` and the number of rows of ``params``.
+
+    >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 2)
+    >>> space = sequences(2, 2, eos_id=0)
+    >>> round(float(jnp.exp(log_prob_fn(jnp.zeros((prefixes, 2)), space.tokens, space.where)).sum()), 6)
+    1.0
+    """
+    first_row = [sum(vocab_size**i for i in range(length)) for length in range(max_tokens + 1)]
+
+    def log_prob_fn(
+        params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B"]:
+        if tokens.shape[1] != max_tokens:
+            raise ValueError(f"The table is for {max_tokens} tokens, got {tokens.shape[1]} columns.")
+        table = jax.nn.log_softmax(params)
+        prefix, total = jnp.zeros(tokens.shape[0], tokens.dtype), jnp.zeros(tokens.shape[0], table.dtype)
+        for position in range(max_tokens):
+            step = table[first_row[position] + prefix, tokens[:, position]]
+            total = total + jnp.where(where[:, position], step, 0.0)
+            prefix = prefix * vocab_size + tokens[:, position]
+        return total
+
+    return log_prob_fn, first_row[-1]
+
+
+def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
+    """The normaliser log Z = log Σ P(x) over the whole space; ``log_score`` minus it is ``log_p``.
+
+    >>> round(float(exact_log_z(jnp.log(jnp.array([0.25, 0.25])))), 6)
+    -0.693147
+    """
+    return jax.nn.logsumexp(log_score)
+
+
+def exact_gradient(
+    log_prob_fn: LogProbFn, params: Params, space: Space, log_p: Float[Array, "S"], *, divergence: FDivergence
+) -> Params:
+    """∇D_f(π‖p) by differentiating the sum over the space.
+
+    Args:
+        log_prob_fn: the policy.
+        params: where the gradient is taken.
+        space: from `sequences`.
+        log_p: normalised target over the space; -inf is allowed where f'(∞) is finite.
+        divergence: which f.
+
+    >>> from fjax import forward_kl
+    >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
+    >>> log_p = jnp.log(jnp.array([0.9, 0.1]))
+    >>> space = sequences(2, 1, eos_id=0)
+    >>> gradient = exact_gradient(log_prob_fn, jnp.zeros((1, 2)), space, log_p, divergence=forward_kl())
+    >>> gradient.round(4).tolist()
+    [[-0.4, 0.4]]
+
+    Source: Go et al. 2023, equation 1.
+    """
+
+    def value(params):
+        return exact_divergence(log_prob_fn(params, *space), log_p, divergence=divergence)
+
+    return jax.grad(value)(params)
+
+
+def expected_gradient(
+    loss: Loss,
+    log_prob_fn: LogProbFn,
+    params: Params,
+    space: Space,
+    log_p: Float[Array, "S"],
+    log_q: Float[Array, "S"] | None = None,
+    *,
+    samples: int = 1,
+) -> Params:
+    """E[∇ mean loss(x_1..x_n)] over all n-tuples of independent samples: what a loss does on average.
+
+    Nothing is drawn; each tuple is weighted with its probability Π q(x_i). Use it on a loss of your own.
+
+    Args:
+        loss: (log_pi, log_p, log_q or None) of n samples to n losses; it may look at all n, as leave-one-out
+            does.
+        log_prob_fn: the policy, the only thing differentiated; where the samples come from is held fixed.
+        params: where the gradient is taken.
+        space: from `sequences`.
+        log_p: normalised target over the space, handed to the loss.
+        log_q: sampling distribution over the space; None means on-policy, and the loss is given None.
+        samples: n. There are S^n tuples.
+
+    Raises:
+        ValueError: if there are more than a million tuples.
+
+    >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
+    >>> space = sequences(2, 1, eos_id=0)
+    >>> score = lambda log_pi, log_p, log_q: log_pi                                      # E_π[∇ log π] = 0
+    >>> expected_gradient(score, log_prob_fn, jnp.array([[0.0, 0.5]]), space, jnp.zeros(2)).round(4).tolist()
+    [[0.0, 0.0]]
+
+    Source: Go et al. 2023, theorem 1, read backwards.
+    """
+    size = space.tokens.shape[0]
+    _refuse_large(size**samples, f"{samples}-tuples of {size} sequences")
+    log_sampled = jax.lax.stop_gradient(log_prob_fn(params, *space)) if log_q is None else log_q
+    tuples = jnp.indices((size,) * samples).reshape(samples, -1).T
+    probability = jnp.exp(log_sampled[tuples].sum(axis=1))
+    # What is never drawn must not matter, even where its loss is infinite: something that is drawn stands in
+    # for it.
+    tuples = jnp.where(jnp.isneginf(log_sampled)[tuples], jnp.argmax(log_sampled), tuples)
+
+    def value(params):
+        log_pi = log_prob_fn(params, *space)
+
+        def of_tuple(rows):
+            return loss(log_pi[rows], log_p[rows], None if log_q is None else log_q[rows]).mean()
+
+        return jnp.sum(probability * jax.vmap(of_tuple)(tuples))
+
+    return jax.grad(value)(params)
+
+
+def expected_surrogate_gradient(
+    log_prob_fn: LogProbFn,
+    params: Params,
+    space: Space,
+    log_p: Float[Array, "S"],
+    log_q: Float[Array, "S"] | None = None,
+    *,
+    divergence: FDivergence,
+    baseline: float | Baseline = 0.0,
+    clip: tuple[float, float] | None = None,
+    samples: int = 1,
+) -> Params:
+    """`expected_gradient` of `fjax.surrogate_loss`: equals `exact_gradient` unless clipped.
+
+    Args:
+        log_prob_fn: the policy.
+        params: where the gradient is taken.
+        space: from `sequences`.
+        log_p: normalised target over the space; -inf is allowed where f'(∞) is finite.
+        log_q: sampling distribution over the space; None means on-policy.
+        divergence: which f.
+        baseline: a number, or a function such as `fjax.leave_one_out`, which needs ``samples`` ≥ 2.
+        clip: bounds of f', see `fjax.score_weights`.
+        samples: n, how many samples the loss sees together.
+
+    >>> from fjax import forward_kl
+    >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
+    >>> log_p, space = jnp.log(jnp.array([0.9, 0.1])), sequences(2, 1, eos_id=0)
+    >>> gradient = expected_surrogate_gradient(
+    ...     log_prob_fn, jnp.zeros((1, 2)), space, log_p, divergence=forward_kl()
+    ... )
+    >>> gradient.round(4).tolist()
+    [[-0.4, 0.4]]
+
+    Source: Go et al. 2023, theorem 1.
+    """
+
+    def loss(log_pi, log_p, log_q):
+        return surrogate_loss(log_pi, log_p, log_q, divergence=divergence, baseline=baseline, clip=clip)
+
+    return expected_gradient(loss, log_prob_fn, params, space, log_p, log_q, samples=samples)
+
+
+def _refuse_large(rows, what):
+    if rows > _MOST_ROWS:
+        raise ValueError(f"{what} make more than {_MOST_ROWS} rows, which is too many to list.")

@@ -1,0 +1,251 @@
+"""Losses whose gradient is that of the divergence: the score-function surrogates of f-DPG.
+
+    ∇D_f(π‖p) = E_{x~q}[ (π/q) (f'(π/p) - B) ∇log π ]        for every q that covers π, and every B
+    independent of x
+
+Everything but the last factor is a constant to the gradient, so the loss is linear in ``log_pi`` with stopped
+weights. The shared argument order is (log_pi, log_p, log_q): policy, target, where the samples came from.
+
+Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and section 3.3.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fjax._numerics import count, keep, weighted
+from fjax._typing import Array, Bool, Float
+from fjax.divergences import FDivergence
+
+Baseline = Callable[[Float[Array, "N"]], Float[Array, "N"]]
+"""Score weights in, B for each sample out. To be unbiased, B_i must not depend on sample i."""
+
+# Where f'(t) has overflowed to -inf, t f'(t) is read off here instead: it has reached its limit for t → 0 to
+# any precision (−1 for forward KL), and e^80 is still a float32.
+_FLOOR_OF_LOG_T = -80.0
+
+
+def importance_weights(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Float[Array, "N"]:
+    """π(x)/q(x), stopped.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_q: under the distribution that the samples came from.
+
+    >>> importance_weights(jnp.array([-1.0]), jnp.array([-1.0])).tolist()
+    [1.0]
+    """
+    return jnp.exp(jax.lax.stop_gradient(log_pi - log_q))
+
+
+def pseudo_rewards(
+    log_pi: Float[Array, "N"],
+    log_p: Float[Array, "N"],
+    *,
+    divergence: FDivergence,
+    clip: tuple[float, float] | None = None,
+) -> Float[Array, "N"]:
+    """-f'(π/p), stopped: the reward that plain policy gradient would have to be given to descend D_f(π‖p).
+
+    It depends on the policy, hence "pseudo". What is in it off the support of p is -f'(∞): 0 for forward KL,
+    which never punishes, -½ for total variation, -∞ for reverse KL.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_p: under the normalised target; -inf outside its support.
+        divergence: which f.
+        clip: (lowest, highest) value of f', see `score_weights`.
+
+    >>> from fjax import total_variation
+    >>> log_pi, log_p = jnp.array([-1.0, -1.0]), jnp.array([0.0, -jnp.inf])
+    >>> pseudo_rewards(log_pi, log_p, divergence=total_variation()).tolist()
+    [0.5, -0.5]
+
+    Source: Go et al. 2023, section 3.2.
+    """
+    _check(log_pi, log_p, None, clip)
+    log_pi, log_p = jax.lax.stop_gradient((log_pi, log_p))
+    return -_derivative(_log_t(log_pi, log_p), divergence, clip)
+
+
+def score_weights(
+    log_pi: Float[Array, "N"],
+    log_p: Float[Array, "N"],
+    log_q: Float[Array, "N"] | None = None,
+    *,
+    divergence: FDivergence,
+    clip: tuple[float, float] | None = None,
+) -> Float[Array, "N"]:
+    """The factor of ∇log π in the gradient: (π/q) f'(π/p), stopped.
+
+    Formed through logarithms, and where f' itself overflows as (p/q)·t f'(t), so that ∞·0 never arises:
+    forward KL gives -p/q however small π is, and 0 where p = 0 however large π/q.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_p: under the normalised target; -inf outside its support.
+        log_q: under the sampling distribution; None means on-policy, q = π.
+        divergence: which f.
+        clip: (lowest, highest) value of f' let through. The pseudo-reward is -f', so the lowest bounds what a
+            sample may earn and the highest what it may lose. Clipping biases the gradient: it is that of
+            another objective.
+
+    Returns:
+        One weight a sample; infinite only where the formula is (reverse KL where p = 0).
+
+    Raises:
+        ValueError: if the shapes differ, or clip is not an increasing pair.
+
+    >>> from fjax import forward_kl
+    >>> log_pi, log_p, log_q = jnp.array([[-200.0], [-2.0], [-2.0]])
+    >>> score_weights(log_pi, log_p, log_q, divergence=forward_kl()).tolist()
+    [-1.0]
+
+    Source: Go et al. 2023, theorem 1.
+    """
+    _check(log_pi, log_p, log_q, clip)
+    log_pi, log_p = jax.lax.stop_gradient((log_pi, log_p))
+    log_t = _log_t(log_pi, log_p)
+    derivative = _derivative(log_t, divergence, clip)
+    if log_q is None:
+        return derivative
+    log_q = jax.lax.stop_gradient(log_q)
+    # Only where t → 0 does f' reach -inf, f being convex.
+    lost = jnp.isneginf(derivative)
+    floor = jnp.full_like(log_t, _FLOOR_OF_LOG_T)
+    derivative = jnp.where(lost, _derivative(floor, divergence, clip), derivative)
+    log_ratio = jnp.where(lost, log_p - log_q + floor, log_pi - log_q)
+    return weighted(derivative, log_ratio)
+
+
+def leave_one_out(scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> Float[Array, "N"]:
+    """For each sample the mean of the others' scores: a baseline that leaves the gradient unbiased.
+
+    B_i = (Σ_j s_j - s_i)/(n - 1). It does not depend on sample i, so E[B_i ∇log π(x_i)] = 0. The plain batch
+    mean does, and shrinks the gradient by (n - 1)/n.
+
+    Args:
+        scores: one value a sample, here ``score_weights``. An infinite one leaves no finite baseline: clip it
+            before.
+        where: samples that count; as a baseline of some of them, ``functools.partial(leave_one_out,
+            where=where)``.
+
+    Returns:
+        One value a sample; 0 for a sample that has no others.
+
+    Raises:
+        ValueError: if the array holds a single sample, which has no others.
+
+    >>> leave_one_out(jnp.array([1.0, 2.0, 6.0])).tolist()
+    [4.0, 3.5, 1.5]
+
+    Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO, arXiv 2402.14740).
+    """
+    if scores.shape[0] < 2:
+        raise ValueError(
+            f"A leave-one-out baseline needs at least 2 samples, got {scores.shape[0]}: "
+            "draw more, or use baseline=0.0."
+        )
+    counted = keep(jax.lax.stop_gradient(scores), where, 0.0)
+    return (counted.sum() - counted) / jnp.maximum(count(scores, where) - 1, 1)
+
+
+def centred_weights(
+    weights: Float[Array, "N"],
+    log_pi: Float[Array, "N"],
+    log_q: Float[Array, "N"] | None = None,
+    *,
+    baseline: float | Float[Array, "*n"] | Baseline,
+) -> Float[Array, "N"]:
+    """Score weights minus (π/q)·B, stopped: what multiplies ∇log π in the end.
+
+    Without the factor π/q the baseline would add B·E_q[∇log π], which is 0 only on-policy: off-policy a bias.
+
+    Args:
+        weights: from `score_weights`.
+        log_pi: log-probabilities under the policy, in nats.
+        log_q: under the sampling distribution; None means on-policy.
+        baseline: see `surrogate_loss`.
+
+    >>> centred_weights(jnp.array([1.0, 3.0]), jnp.zeros(2), baseline=leave_one_out).tolist()
+    [-2.0, 2.0]
+
+    Source: Go et al. 2023, section 3.3, in the off-policy form.
+    """
+    weights = jax.lax.stop_gradient(weights)
+    value = baseline(weights) if callable(baseline) else jnp.asarray(baseline, weights.dtype)
+    if value.shape not in ((), weights.shape):
+        raise ValueError(
+            f"A baseline has shape () or {weights.shape}, one value or one a sample; got {value.shape}."
+        )
+    value = jnp.broadcast_to(value, weights.shape)
+    if log_q is not None:
+        value = weighted(value, jax.lax.stop_gradient(log_pi - log_q))
+    # An infinite weight stays one, for the caller to see and skip: inf - inf would be NaN.
+    return jax.lax.stop_gradient(jnp.where(jnp.isinf(weights), weights, weights - value))
+
+
+def surrogate_loss(
+    log_pi: Float[Array, "N"],
+    log_p: Float[Array, "N"],
+    log_q: Float[Array, "N"] | None = None,
+    *,
+    divergence: FDivergence,
+    baseline: float | Float[Array, "*n"] | Baseline = 0.0,
+    clip: tuple[float, float] | None = None,
+) -> Float[Array, "N"]:
+    """Per-sample loss to minimise: ``stop[(π/q)(f'(π/p) - B)] · log π``.
+
+    The gradient of its mean estimates ∇D_f(π‖p), without bias if log_p is that of the true target and B does
+    not depend on the sample that it is subtracted from. Its value means nothing; watch
+    `fjax.estimate_divergence`.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats: the one argument that the gradient passes
+            through.
+        log_p: under the normalised target, log P - log Z; -inf outside its support.
+        log_q: under the sampling distribution; None means on-policy.
+        divergence: which f.
+        baseline: B: a number, one value a sample, or a function of the score weights such as `leave_one_out`.
+            Off-policy it is multiplied by π/q, without which it would bias the gradient.
+        clip: bounds of f', see `score_weights`. Biases.
+
+    Returns:
+        One loss a sample, unreduced.
+
+    Raises:
+        ValueError: on differing shapes, a clip that is not an increasing pair, or leave-one-out of a single
+            sample.
+
+    >>> from fjax import jensen_shannon
+    >>> log_pi, log_p = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -jnp.inf])
+    >>> gradient = jax.grad(lambda x: surrogate_loss(x, log_p, divergence=jensen_shannon()).sum())(log_pi)
+    >>> gradient.round(3).tolist()
+    [0.0, 0.347]
+
+    Source: Go et al. 2023, theorem 1 and section 3.3.
+    """
+    weights = score_weights(log_pi, log_p, log_q, divergence=divergence, clip=clip)
+    weights = centred_weights(weights, log_pi, log_q, baseline=baseline)
+    # A sample of weight 0 is worth 0, and not 0 · -inf, even where the policy gives it no probability.
+    return weights * jnp.where(weights == 0, 0.0, log_pi)
+
+
+def _derivative(log_t, divergence, clip):
+    derivative = divergence.derivative(log_t)
+    return derivative if clip is None else jnp.clip(derivative, *clip)
+
+
+def _log_t(log_pi, log_p):
+    # Where neither has mass, log_t would be NaN; the sample's weight π/q is 0 whatever stands here.
+    nothing = jnp.isneginf(log_pi) & jnp.isneginf(log_p)
+    return jnp.where(nothing, 0.0, log_pi - jnp.where(nothing, 0.0, log_p))
+
+
+def _check(log_pi, log_p, log_q, clip):
+    shapes = [x.shape for x in (log_pi, log_p, log_q) if x is not None]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"log_pi, log_p and log_q describe the same samples, got shapes {shapes}.")
+    if clip is not None and not clip[0] < clip[1]:
+        raise ValueError(f"clip is a pair (lowest, highest) of values of f', got {clip}.")

@@ -1,0 +1,303 @@
+"""Estimators' expectations summed over a small space; standard errors against the spread they predict."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fjax import divergences, enumeration, estimators
+from tests.cases import each, each_target, world
+
+
+def proposals(small):
+    """The policy itself, a distribution that is neither it nor the target, and an even mixture of both."""
+    mixture = jnp.logaddexp(small.log_pi, small.log_p_hard) - np.log(2)
+    return {"policy": (small.log_pi, None), "other": (small.log_q,) * 2, "mixture": (mixture,) * 2}
+
+
+def over_tuples(log_sampled, n, estimate):
+    """Every estimate from n samples, with the probability of those samples."""
+    size = len(log_sampled)
+    rows = np.indices((size,) * n).reshape(n, -1).T
+    return jax.vmap(estimate)(rows), np.exp(log_sampled[rows].sum(axis=1))
+
+
+@each
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("proposal", ["policy", "other", "mixture"])
+def test_divergences_are_unbiased_and_so_are_their_squared_errors(case, hard, proposal, x64):
+    """E[estimate] = D_f(π‖p) and E[std_error²] = Var[estimate], over all pairs of samples."""
+    small = world()
+    log_p = small.target(hard=hard)
+    log_sampled, log_q = proposals(small)[proposal]
+    exact = float(divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence))
+
+    def estimate(rows):
+        at = None if log_q is None else log_q[rows]
+        return estimators.estimate_divergence(small.log_pi[rows], log_p[rows], at, divergence=case.divergence)
+
+    pairs, probability = over_tuples(log_sampled, 2, estimate)
+    if hard and not case.allows_zeros:
+        assert exact == np.inf
+        assert np.isinf(pairs.value).any()
+        assert not np.isnan(pairs.value).any()
+        return
+    assert float(probability @ pairs.value) == pytest.approx(exact, rel=1e-10)
+    variance = float(probability @ (pairs.value - exact) ** 2)
+    assert float(probability @ pairs.std_error**2) == pytest.approx(variance, rel=1e-10)
+    assert (pairs.ess >= 0).all()
+    assert (pairs.ess <= 2 + 1e-12).all()
+
+
+@pytest.mark.parametrize("proposal", ["policy", "other", "mixture"])
+def test_z_is_unbiased(proposal, x64):
+    small = world()
+    log_score = small.log_p_hard - 1.5
+    log_sampled, _ = proposals(small)[proposal]
+    pairs, probability = over_tuples(
+        log_sampled, 2, lambda rows: estimators.estimate_log_z(log_score[rows], log_sampled[rows])
+    )
+    z = np.exp(pairs.value)
+    assert float(probability @ z) == pytest.approx(np.exp(-1.5), rel=1e-12)
+    missed = np.isneginf(pairs.value)
+    assert missed.any()
+    assert np.isinf(pairs.std_error[missed]).all()
+    assert not pairs.ess[missed].any()
+    # The standard error is that of Z, divided by Z.
+    squared = np.where(missed, 0, (z * pairs.std_error) ** 2)
+    assert float(probability @ squared) == pytest.approx(
+        float(probability @ (z - np.exp(-1.5)) ** 2), rel=1e-10
+    )
+
+
+def replicate(estimate, log_sampled, *, n=1000, times=400, seed=0):
+    """Estimates from ``times`` independent batches of n samples."""
+    rows = jax.random.categorical(jax.random.key(seed), log_sampled, shape=(times, n))
+    return jax.vmap(estimate)(rows)
+
+
+def check_spread(batches, exact, *, bias=0.0):
+    """Mean within 5 standard errors of the truth, spread as the standard errors say.
+
+    The spread of 400 normal estimates is known to a relative error of 1/√800: 20 % is more than 5 of those.
+    """
+    spread = float(np.std(batches.value, ddof=1))
+    assert abs(np.mean(batches.value) - exact) < 5 * spread / np.sqrt(len(batches.value)) + bias
+    assert float(np.sqrt(np.mean(batches.std_error**2))) == pytest.approx(spread, rel=0.2)
+
+
+@each_target
+@pytest.mark.parametrize("proposal", ["policy", "other"])
+def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x64):
+    small = world()
+    log_p = small.target(hard=hard)
+    log_sampled, log_q = proposals(small)[proposal]
+
+    def estimate(rows):
+        at = None if log_q is None else log_q[rows]
+        return estimators.estimate_divergence_from_score(
+            small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence
+        )
+
+    exact = divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence)
+    check_spread(replicate(estimate, log_sampled), float(exact), bias=3 / 1000)
+
+
+def test_log_z_spread(x64):
+    small = world()
+    estimate = replicate(
+        lambda rows: estimators.estimate_log_z(small.log_p_hard[rows] - 1.5, small.log_q[rows]), small.log_q
+    )
+    check_spread(estimate, -1.5, bias=3 / 1000)
+
+
+def test_moments_of_policy_and_target_from_samples_of_neither(x64):
+    small = world()
+    feature = jnp.asarray(np.random.default_rng(0).normal(size=7))
+    for log_weighted in (small.log_pi, small.log_p_hard):
+        batches = replicate(
+            lambda rows, to=log_weighted: estimators.estimate_mean(
+                feature[rows], to[rows] + 100 - small.log_q[rows]
+            ),
+            small.log_q,
+        )
+        check_spread(batches, float(jnp.exp(log_weighted) @ feature), bias=3 / 1000)
+
+
+def test_entropy_and_kl_to_base(x64):
+    small = world()
+    pi = np.exp(small.log_pi)
+    entropy, kl = -pi @ small.log_pi, pi @ (small.log_pi - small.log_q)
+    singles, probability = over_tuples(
+        small.log_pi, 1, lambda rows: estimators.estimate_entropy(small.log_pi[rows])
+    )
+    assert float(probability @ singles.value) == pytest.approx(float(entropy), rel=1e-12)
+    singles, probability = over_tuples(
+        small.log_pi, 1, lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows])
+    )
+    assert float(probability @ singles.value) == pytest.approx(float(kl), rel=1e-12)
+    uniform = jnp.full(7, -np.log(7))
+    batches = replicate(
+        lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows], uniform[rows]),
+        uniform,
+    )
+    check_spread(batches, float(kl), bias=3 / 1000)
+    batches = replicate(lambda rows: estimators.estimate_entropy(small.log_pi[rows], uniform[rows]), uniform)
+    check_spread(batches, float(entropy), bias=3 / 1000)
+
+
+def test_hardly_a_sample_in_the_support(x64):
+    """A word of base rate 1 in 500, samples of the base model: the others count, as zeros; no NaN."""
+    satisfied = jnp.arange(1000) < 2
+    log_a = jnp.full(1000, -np.log(1000.0))
+    log_score = jnp.where(satisfied, log_a, -jnp.inf)
+    log_p = log_score - np.log(2 / 1000)
+    kl, tv = divergences.forward_kl(), divergences.total_variation()
+    for divergence, exact in ((kl, np.log(500)), (tv, 0.998)):
+        estimate = estimators.estimate_divergence(log_a, log_p, divergence=divergence)
+        assert float(estimate.value) == pytest.approx(exact, rel=1e-12)
+        assert float(estimate.ess) == pytest.approx(2)
+        from_score = estimators.estimate_divergence_from_score(log_a, log_score, divergence=divergence)
+        assert float(from_score.value) == pytest.approx(exact, rel=1e-12)
+
+
+@each
+def test_masked_samples_do_not_matter(case, x64):
+    small = world()
+    junk = jnp.array([jnp.nan, jnp.inf, -jnp.inf])
+
+    def padded(x):
+        return jnp.concatenate([x, junk])
+
+    where = jnp.arange(10) < 7
+    arguments = (small.log_pi, small.log_p, small.log_q)
+    values = jnp.arange(7.0)
+    pairs = [
+        (estimators.estimate_divergence, arguments, {"divergence": case.divergence}),
+        (estimators.estimate_divergence_from_score, arguments, {"divergence": case.divergence}),
+        (estimators.estimate_log_z, arguments[1:], {}),
+        (estimators.estimate_mean, (values, small.log_q), {}),
+        (estimators.estimate_mean, (values,), {}),
+        (estimators.estimate_kl_to_base, arguments, {}),
+        (estimators.estimate_entropy, arguments[:2], {}),
+    ]
+    for function, inputs, options in pairs:
+        plain = function(*inputs, **options)
+        masked = function(*map(padded, inputs), where=where, **options)
+        np.testing.assert_allclose(masked, plain, rtol=1e-12, err_msg=function.__name__)
+    ess = estimators.effective_sample_size(padded(small.log_q), where=where)
+    assert float(ess) == pytest.approx(float(estimators.effective_sample_size(small.log_q)))
+
+
+def test_no_sample_in_the_support_is_said_and_not_divided_by():
+    log_pi, nothing = jnp.zeros(3), jnp.full(3, -jnp.inf)
+    z = estimators.estimate_log_z(nothing, log_pi)
+    assert (float(z.value), float(z.std_error), float(z.ess)) == (-np.inf, np.inf, 0)
+    for estimate in (
+        estimators.estimate_mean(jnp.ones(3), nothing),
+        estimators.estimate_divergence_from_score(log_pi, nothing, divergence=divergences.forward_kl()),
+    ):
+        assert np.isnan(estimate.value)
+        assert (float(estimate.std_error), float(estimate.ess)) == (np.inf, 0)
+
+
+def test_equal_weights_give_the_plain_mean_and_its_error(x64):
+    values = jnp.array([1.0, 2.0, 6.0])
+    np.testing.assert_allclose(
+        estimators.estimate_mean(values, jnp.full(3, -7.0)), estimators.estimate_mean(values), rtol=1e-12
+    )
+
+
+def test_streaming_equals_all_at_once(x64):
+    log_weights = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8))).at[1].set(-jnp.inf)
+    running = estimators.running_log_mean()
+    state, _ = jax.lax.scan(lambda state, x: (running.update(state, x), None), running.init(), log_weights)
+    assert state.count == 40
+    assert state.log_sum.dtype == jnp.float32  # the state's own, whatever the weights'
+    w = np.exp(log_weights.ravel())
+    expected = np.log(w.mean()), w.std(ddof=1) / np.sqrt(40) / w.mean(), w.sum() ** 2 / (w**2).sum()
+    np.testing.assert_allclose(running.estimate(state), expected, rtol=1e-5)
+    doubled = estimators.update_log_mean(estimators.init_log_mean(jnp.float64), log_weights.ravel())
+    np.testing.assert_allclose(estimators.log_mean_estimate(doubled), expected, rtol=1e-12)
+
+
+def test_streaming_in_float32_at_the_scale_of_sequences():
+    """Weights near e^-1000, as of long sequences, are means as exact as those near 1."""
+    state = estimators.init_log_mean()
+    for _ in range(100):
+        state = estimators.update_log_mean(state, jnp.log(jnp.array([1.0, 3.0])) - 1000)
+    estimate = estimators.log_mean_estimate(state)
+    assert float(estimate.value) == pytest.approx(np.log(2) - 1000, abs=1e-3)
+    assert float(estimate.std_error) == pytest.approx(0.5 / np.sqrt(199), rel=1e-2)
+    assert float(estimate.ess) == pytest.approx(160, rel=1e-2)
+
+
+def test_streaming_before_the_first_hit():
+    state = estimators.update_log_mean(estimators.init_log_mean(), jnp.full(4, -jnp.inf))
+    estimate = estimators.log_mean_estimate(state)
+    assert (float(estimate.value), float(estimate.std_error), float(estimate.ess)) == (-np.inf, np.inf, 0)
+    state = estimators.update_log_mean(state, jnp.zeros(4))
+    assert float(estimators.log_mean_estimate(state).value) == pytest.approx(np.log(0.5))
+
+
+def test_state_can_be_donated():
+    update = jax.jit(estimators.update_log_mean, donate_argnums=0)
+    state = update(estimators.init_log_mean(), jnp.zeros(2))
+    assert float(estimators.log_mean_estimate(update(state, jnp.zeros(2))).ess) == 4
+
+
+@each
+def test_float32_extremes_are_never_nan(case):
+    ends = jnp.array([-jnp.inf, -1e4, -100.0, -1.0, 0.0])
+    log_pi, log_p, log_q = (x.ravel() for x in jnp.meshgrid(ends, ends, ends[1:]))
+
+    def single(*x):
+        return estimators.estimate_divergence(*(i[None] for i in x), divergence=case.divergence)
+
+    assert not np.isnan(jax.vmap(single)(log_pi, log_p, log_q).value).any()
+    entropies = jax.vmap(lambda x, q: estimators.estimate_entropy(x[None], q[None]).value)(log_pi, log_q)
+    assert np.isnan(entropies).sum() == np.isneginf(log_pi).sum()  # no weight at all
+
+
+def test_a_sample_that_the_policy_never_draws_weighs_nothing():
+    estimate = estimators.estimate_entropy(jnp.array([-1.0, -jnp.inf]), jnp.array([-1.0, -1.0]))
+    assert float(estimate.value) == pytest.approx(1)
+
+
+def test_nothing_is_differentiated(x64):
+    small = world()
+
+    def total(log_pi, log_p, log_q):
+        options = {"divergence": divergences.jensen_shannon()}
+        return (
+            estimators.estimate_divergence(log_pi, log_p, log_q, **options).value
+            + estimators.estimate_divergence_from_score(log_pi, log_p, log_q, **options).value
+            + estimators.estimate_kl_to_base(log_pi, log_p, log_q).value
+            + estimators.effective_sample_size(log_pi)
+            + estimators.estimate_log_z(log_p, log_q).value
+        )
+
+    assert not any(
+        g.any() for g in jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
+    )
+
+
+def test_the_bound_of_every_report_holds(x64):
+    """KL(p‖π) ≥ -log E_π[b], in estimates from the same samples too (mathematics.md, 1.4)."""
+    small = world()
+    rows = jax.random.categorical(jax.random.key(1), small.log_pi, shape=(5000,))
+    satisfied = jnp.isfinite(small.log_p_hard[rows])
+    kl = estimators.estimate_divergence_from_score(
+        small.log_pi[rows], small.log_p_hard[rows], divergence=divergences.forward_kl()
+    )
+    rate = estimators.estimate_mean(satisfied.astype(float))
+    assert float(kl.value) >= -np.log(float(rate.value))
+    assert float(kl.ess) <= 5000 * float(rate.value) + 1e-6
+
+
+def test_log_z_of_a_whole_space_is_the_exact_one(x64):
+    """Each member once, sampled from the uniform distribution: the estimate is the sum itself."""
+    small = world()
+    uniform = jnp.full(7, -np.log(7))
+    estimate = estimators.estimate_log_z(small.log_q - 2, uniform)
+    assert float(estimate.value) == pytest.approx(float(enumeration.exact_log_z(small.log_q - 2)), rel=1e-12)

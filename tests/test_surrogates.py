@@ -1,0 +1,234 @@
+"""Every surrogate's gradient, summed over a small space, is that of the divergence; the ends of float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fjax import divergences, enumeration, surrogates
+from tests.cases import CASES, each, each_target, name, refused, world
+
+
+@functools.cache
+def exact(divergence_name: str, hard: bool):
+    """Computed once for all the tests that compare with it."""
+    small = world()
+    divergence = next(case.divergence for case in CASES if name(case) == divergence_name)
+    return enumeration.exact_gradient(*small[:3], small.target(hard=hard), divergence=divergence)
+
+
+@each_target
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize(
+    ("baseline", "samples"),
+    [(0.0, 1), (0.7, 1), (surrogates.leave_one_out, 2), (surrogates.leave_one_out, 3)],
+    ids=["no-baseline", "constant", "leave-one-out-of-2", "leave-one-out-of-3"],
+)
+def test_expected_gradient_is_exact(case, hard, off_policy, baseline, samples, x64):
+    """∇D_f(π‖p) = E_q[(π/q)(f'(π/p) - B) ∇log π], with zeros in p wherever f'(∞) is finite."""
+    small = world()
+    expected = enumeration.expected_surrogate_gradient(
+        *small[:3],
+        small.target(hard=hard),
+        small.log_q if off_policy else None,
+        divergence=case.divergence,
+        baseline=baseline,
+        samples=samples,
+    )
+    gradient = exact(name(case), hard)
+    assert abs(gradient).max() > 1e-3  # comparing zeros would prove nothing
+    np.testing.assert_allclose(expected, gradient, rtol=0, atol=1e-10)
+
+
+@each_target
+def test_samples_of_the_target_suffice_where_the_policy_has_its_support(case, hard, x64):
+    """Forward KL needs q to cover p only; the others π too, or they get another gradient."""
+    small = world()
+    log_p = small.target(hard=hard)
+    expected = enumeration.expected_surrogate_gradient(*small[:3], log_p, log_p, divergence=case.divergence)
+    error = abs(expected - exact(name(case), hard)).max()
+    assert (error < 1e-10) == (not hard or name(case) == "forward_kl")
+
+
+@each
+def test_a_baseline_without_its_ratio_is_biased_off_policy(case, x64):
+    """Regression: subtracting B from (π/q) f' instead of from f' adds B·E_q[∇log π] (mathematics.md, 1.5)."""
+    small = world()
+
+    def unweighted(log_pi, log_p, log_q):
+        weights = surrogates.score_weights(log_pi, log_p, log_q, divergence=case.divergence)
+        return jax.lax.stop_gradient(weights - 0.7) * log_pi
+
+    bias = enumeration.expected_gradient(unweighted, *small[:3], small.log_p, small.log_q)
+    bias = bias - exact(name(case), False)
+    score = enumeration.expected_gradient(lambda x, *_: x, *small[:3], small.log_p, small.log_q)
+    np.testing.assert_allclose(bias, -0.7 * score, atol=1e-10)
+    assert abs(bias).max() > 0.05
+
+
+@each
+@pytest.mark.parametrize("samples", [2, 3])
+def test_the_mean_that_includes_the_sample_shrinks_the_gradient(case, samples, x64):
+    """By exactly (n - 1)/n: why the baseline leaves one out."""
+    small = world()
+    expected = enumeration.expected_surrogate_gradient(
+        *small[:3], small.log_p, divergence=case.divergence, baseline=jnp.mean, samples=samples
+    )
+    np.testing.assert_allclose(expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10)
+
+
+def test_monte_carlo_mean_is_within_five_standard_errors(x64):
+    small = world()
+    divergence = divergences.jensen_shannon()
+    rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(20_000,))
+
+    def total(log_pi):
+        log_p, log_q = small.log_p_hard[rows], small.log_q[rows]
+        return surrogates.surrogate_loss(
+            log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out
+        ).sum()
+
+    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
+    gradients = jax.grad(total)(small.log_pi[rows])[:, None, None] * scores[rows]
+    mean, error = gradients.mean(axis=0), gradients.std(axis=0) / np.sqrt(len(rows))
+    difference = abs(mean - exact(divergence.name, True))
+    assert (difference <= 5 * error + 1e-15).all()
+    assert (error > 0).any()
+
+
+@each
+def test_weights_are_the_formula_where_nothing_overflows(case, x64):
+    rng = np.random.default_rng(1)
+    log_pi, log_p, log_q = jnp.asarray(rng.normal(scale=3, size=(3, 200)))
+    ratio, derivative = np.exp(log_pi - log_q), np.asarray(case.divergence.derivative(log_pi - log_p))
+    arguments = (log_pi, log_p, log_q)
+    weights = surrogates.score_weights(*arguments, divergence=case.divergence)
+    np.testing.assert_allclose(weights, ratio * derivative, rtol=1e-12)
+    clipped = surrogates.score_weights(*arguments, divergence=case.divergence, clip=(-0.3, 0.2))
+    np.testing.assert_allclose(clipped, ratio * np.clip(derivative, -0.3, 0.2), rtol=1e-12)
+    rewards = surrogates.pseudo_rewards(log_pi, log_p, divergence=case.divergence, clip=(-0.3, 0.2))
+    np.testing.assert_allclose(rewards, -np.clip(derivative, -0.3, 0.2), rtol=1e-12)
+    np.testing.assert_allclose(surrogates.importance_weights(log_pi, log_q), ratio, rtol=1e-12)
+
+
+@each
+def test_float32_weights_are_never_nan(case):
+    """Over every combination of extreme π, p and q; -inf included, but for q, from which the sample came."""
+    ends = jnp.array([-jnp.inf, -1e4, -1e3, -100.0, -90.0, -1.0, 0.0])
+    log_pi, log_p, log_q = (x.ravel() for x in jnp.meshgrid(ends, ends, ends[1:]))
+    for clip in (None, (-10.0, 10.0)):
+        weights = surrogates.score_weights(log_pi, log_p, log_q, divergence=case.divergence, clip=clip)
+        on_policy = surrogates.score_weights(log_pi, log_p, divergence=case.divergence, clip=clip)
+        assert not np.isnan(weights).any()
+        assert not np.isnan(on_policy).any()
+        assert clip is None or np.isfinite(on_policy).all()
+
+
+@each
+def test_float32_gradient_of_the_loss_is_never_nan(case):
+    ends = jnp.array([-jnp.inf, -1e4, -100.0, -1.0, 0.0])
+    log_pi, log_p = (x.ravel() for x in jnp.meshgrid(ends[1:], ends))
+    for log_q in (None, jnp.full_like(log_pi, -100.0)):
+
+        def total(log_pi, log_q=log_q):
+            return surrogates.surrogate_loss(
+                log_pi, log_p, log_q, divergence=case.divergence, baseline=0.5, clip=(-100.0, 100.0)
+            ).sum()
+
+        assert not np.isnan(jax.grad(total)(log_pi)).any()
+
+
+def test_float32_weights_where_single_factors_overflow():
+    """Forward KL is -p/q and reverse KL (π/q)(log t + 1), however far from float32 π/q or f' alone may be."""
+    log_pi, log_p, log_q = jnp.array(
+        [[-300.0, -1000.0, -1000.0], [-3.0, -2.0, -1003.0], [-2.0, -101.0, -1002.0]]
+    )
+    forward = surrogates.score_weights(log_pi, log_p, log_q, divergence=divergences.forward_kl())
+    np.testing.assert_allclose(forward, [-np.exp(-1), -np.inf, -np.exp(-1)], rtol=1e-5)
+    reverse = surrogates.score_weights(
+        jnp.array([-100.0]), jnp.array([0.0]), jnp.array([-100.0]), divergence=divergences.reverse_kl()
+    )
+    np.testing.assert_allclose(reverse, [-99.0], rtol=1e-5)
+
+
+def test_reverse_kl_on_a_hard_constraint_is_infinite_unless_clipped():
+    log_pi, log_p = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -jnp.inf])
+    divergence = divergences.reverse_kl()
+    assert surrogates.score_weights(log_pi, log_p, divergence=divergence).tolist() == [1, np.inf]
+    assert surrogates.score_weights(log_pi, log_p, divergence=divergence, clip=(-5, 5)).tolist() == [1, 5]
+
+
+def test_a_clip_out_of_reach_changes_nothing_and_one_within_biases(x64):
+    small = world()
+    arguments = (*small[:3], small.log_p_hard)
+    kl = divergences.forward_kl()
+    wide, narrow = (
+        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip)
+        for clip in ((-1e9, 1e9), (-1.0, 1e9))
+    )
+    np.testing.assert_allclose(wide, exact("forward_kl", True), atol=1e-10)
+    assert abs(narrow - wide).max() > 0.01
+
+
+def test_only_log_pi_is_differentiated(x64):
+    small = world()
+
+    def total(log_pi, log_p, log_q):
+        return surrogates.surrogate_loss(
+            log_pi, log_p, log_q, divergence=divergences.jensen_shannon(), baseline=surrogates.leave_one_out
+        ).sum()
+
+    by_pi, by_p, by_q = jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
+    assert not by_p.any()
+    assert not by_q.any()
+    weights = surrogates.score_weights(
+        small.log_pi, small.log_p, small.log_q, divergence=divergences.jensen_shannon()
+    )
+    centred = surrogates.centred_weights(
+        weights, small.log_pi, small.log_q, baseline=surrogates.leave_one_out
+    )
+    np.testing.assert_allclose(by_pi, centred, rtol=1e-13)
+
+
+def test_on_policy_equals_off_policy_with_q_equal_to_pi(x64):
+    small = world()
+    for case in CASES:
+        options = {"divergence": case.divergence, "baseline": surrogates.leave_one_out}
+        on = surrogates.surrogate_loss(small.log_pi, small.log_p, **options)
+        off = surrogates.surrogate_loss(small.log_pi, small.log_p, small.log_pi, **options)
+        np.testing.assert_allclose(on, off, rtol=1e-12)
+
+
+def test_contexts_come_from_vmap(x64):
+    """A leave-one-out baseline of each context's own samples, as calling it once for each context gives."""
+    log_pi, log_p, log_q = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 5)))
+    loss = functools.partial(
+        surrogates.surrogate_loss,
+        divergence=divergences.total_variation(),
+        baseline=surrogates.leave_one_out,
+    )
+    together = jax.jit(jax.vmap(loss))(log_pi, log_p, log_q)
+    np.testing.assert_allclose(together, [loss(*rows) for rows in zip(log_pi, log_p, log_q, strict=True)])
+
+
+def test_leave_one_out_of_the_samples_that_count():
+    scores = jnp.array([1.0, jnp.nan, 3.0, 8.0])
+    where = jnp.array([True, False, True, True])
+    baseline = surrogates.leave_one_out(scores, where=where)
+    np.testing.assert_allclose(baseline[where], [5.5, 4.5, 2.0])
+    assert surrogates.leave_one_out(scores, where=jnp.array([True, False, False, False]))[0] == 0
+
+
+def test_misuse_is_refused():
+    one, two = jnp.zeros(1), jnp.zeros(2)
+    kl = divergences.forward_kl()
+    with refused(r"\[\(2,\), \(1,\)\]"):
+        surrogates.surrogate_loss(two, one, divergence=kl)
+    with refused(r"increasing|\(lowest, highest\).*\(1.0, 1.0\)"):
+        surrogates.score_weights(two, two, divergence=kl, clip=(1.0, 1.0))
+    with refused("at least 2 samples, got 1"):
+        surrogates.surrogate_loss(one, one, divergence=kl, baseline=surrogates.leave_one_out)
+    with refused(r"got \(1,\)"):
+        surrogates.surrogate_loss(two, two, divergence=kl, baseline=one)
