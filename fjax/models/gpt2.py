@@ -1,0 +1,297 @@
+"""GPT-2 (Radford et al. 2019) in Flax Linen, as pure functions over a plain tree of parameters.
+
+The rest of fjax never sees the module: it is given a ``LogitsFn`` (teacher-forced, for scoring and training) and a
+``DecodeFn`` (appends tokens to a key-value cache, for sampling), both closed over a `GPT2Config` only. Names in the
+parameter tree are those of the Hugging Face checkpoint and kernels keep its ``[in, out]`` layout, so that loading is
+by name and without a transpose.
+
+Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K head width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a GPT-2. Field names are those of transformers' ``GPT2Config``; the defaults are GPT-2 small (124M)."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    activation_function: str = "gelu_new"
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and n_head={self.n_head}.")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function must be one of {sorted(ACTIVATIONS)}, got {self.activation_function!r}."
+            )
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens read so far. Every leaf but ``length`` has the batch on axis 0.
+
+    Attributes:
+        keys: one ``[B, H, S, K]`` array a layer; S is the capacity, prompt and new tokens together.
+        values: the same for the values.
+        where: ``[B, S]``, True where a column holds a real token (False: left padding, or not yet filled).
+        length: columns filled so far, the same for every row.
+    """
+
+    keys: tuple[Float[Array, "B H S K"], ...]
+    values: tuple[Float[Array, "B H S K"], ...]
+    where: Bool[Array, "B S"]
+    length: Int[Array, ""]
+
+
+class _Attention(nn.Module):
+    config: GPT2Config
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxTxD, mask_BxTxS, cached, length, deterministic):
+        batch, time, width = x_BxTxD.shape
+        heads = self.config.n_head
+        qkv = _dense(self, "c_attn", 3 * width)(x_BxTxD).reshape(batch, time, 3, heads, width // heads)
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.moveaxis(qkv, (2, 3), (0, 2))
+        if cached is not None:
+            # Heads before columns: the one-token attention then reads the cache without a transposed copy of it.
+            start = (0, 0, length, 0)
+            k_BxHxTxK = jax.lax.dynamic_update_slice(cached[0], k_BxHxTxK.astype(cached[0].dtype), start)
+            v_BxHxTxK = jax.lax.dynamic_update_slice(cached[1], v_BxHxTxK.astype(cached[1].dtype), start)
+        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=jnp.float32)
+        scores = scores / jnp.sqrt(jnp.asarray(width // heads, scores.dtype))
+        # The finite minimum, not -inf: a padded query sees no key at all and must not turn into NaN.
+        scores = jnp.where(mask_BxTxS[:, None], scores, jnp.finfo(scores.dtype).min)
+        att_BxHxTxS = jax.nn.softmax(scores, axis=-1).astype(v_BxHxTxK.dtype)
+        att_BxHxTxS = nn.Dropout(self.config.attn_pdrop)(att_BxHxTxS, deterministic=deterministic)
+        out_BxTxHxK = jnp.einsum("bhts,bhsk->bthk", att_BxHxTxS, v_BxHxTxK)
+        out_BxTxD = _dense(self, "c_proj", width, residual=True)(out_BxTxHxK.reshape(batch, time, width))
+        return out_BxTxD, (k_BxHxTxK, v_BxHxTxK)
+
+
+class _MLP(nn.Module):
+    config: GPT2Config
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        width = x_BxTxD.shape[-1]
+        hidden = _dense(self, "c_fc", self.config.n_inner or 4 * width)(x_BxTxD)
+        return _dense(self, "c_proj", width, residual=True)(ACTIVATIONS[self.config.activation_function](hidden))
+
+
+class _Block(nn.Module):
+    config: GPT2Config
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxTxD, mask_BxTxS, cached, length, deterministic):
+        dropout = partial(nn.Dropout(self.config.resid_pdrop), deterministic=deterministic)
+        attention = _Attention(self.config, self.dtype, name="attn")
+        att_BxTxD, kept = attention(_layer_norm(self, "ln_1")(x_BxTxD), mask_BxTxS, cached, length, deterministic)
+        x_BxTxD = x_BxTxD + dropout(att_BxTxD)
+        mlp_BxTxD = _MLP(self.config, self.dtype, name="mlp")(_layer_norm(self, "ln_2")(x_BxTxD))
+        return x_BxTxD + dropout(mlp_BxTxD), kept
+
+
+class _GPT2(nn.Module):
+    """Hidden states of the new tokens and the cache with them appended (None without a cache)."""
+
+    config: GPT2Config
+    dtype: DTypeLike
+
+    def setup(self):
+        init = nn.initializers.normal(self.config.initializer_range)
+        embed = partial(nn.Embed, features=self.config.n_embd, dtype=self.dtype, embedding_init=init)
+        self.wte = embed(self.config.vocab_size)
+        self.wpe = embed(self.config.n_positions)
+        self.h = [_Block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)]
+        self.ln_f = _layer_norm(self, "ln_f")
+        self.embd_dropout = nn.Dropout(self.config.embd_pdrop)
+
+    def __call__(self, tokens_BxT, where_BxT, cache, deterministic):
+        positions_BxT, mask_BxTxS, where_BxS, length = _columns(tokens_BxT, where_BxT, cache)
+        x_BxTxD = self.wte(tokens_BxT) + self.wpe(positions_BxT)
+        x_BxTxD = self.embd_dropout(x_BxTxD, deterministic=deterministic)
+        kept = []
+        for i, block in enumerate(self.h):
+            cached = None if cache is None else (cache.keys[i], cache.values[i])
+            x_BxTxD, layer = block(x_BxTxD, mask_BxTxS, cached, length, deterministic)
+            kept.append(layer)
+        if cache is not None:
+            keys, values = zip(*kept, strict=True)
+            cache = KVCache(keys, values, where_BxS, length + tokens_BxT.shape[1])
+        return self.ln_f(x_BxTxD), cache
+
+
+def _columns(tokens_BxT, where_BxT, cache):
+    """Positions of the new tokens, who may see whom, and the mask of real columns, in or out of a cache."""
+    if where_BxT is None:
+        where_BxT = jnp.ones(tokens_BxT.shape, bool)
+    if cache is None:
+        where_BxS, length, seen_B = where_BxT, jnp.int32(0), 0
+    else:
+        seen_B = cache.where.sum(-1, dtype=jnp.int32)[:, None]
+        where_BxS = jax.lax.dynamic_update_slice(cache.where, where_BxT, (0, cache.length))
+        length = cache.length
+    # Counting real tokens, not columns, makes left padding exact; padding itself reads position 0, unseen by all.
+    positions_BxT = jnp.maximum(seen_B + jnp.cumsum(where_BxT, -1, dtype=jnp.int32) - 1, 0)
+    query_Tx1 = length + jnp.arange(tokens_BxT.shape[1])[:, None]
+    causal_1xTxS = (jnp.arange(where_BxS.shape[1])[None, :] <= query_Tx1)[None]
+    return positions_BxT, causal_1xTxS & where_BxS[:, None, :], where_BxS, length
+
+
+def _dense(module, name, features, *, residual=False):
+    # GPT-2 scales the projections that write into the residual stream by 1/sqrt(2L) at initialisation.
+    depth = 2 * module.config.n_layer if residual else 1
+    init = nn.initializers.normal(module.config.initializer_range / depth**0.5)
+    return nn.Dense(features, dtype=module.dtype, kernel_init=init, name=name)
+
+
+def _layer_norm(module, name):
+    return nn.LayerNorm(module.config.layer_norm_epsilon, dtype=module.dtype, name=name)
+
+
+def _head(params, hidden_BxTxD):
+    """Logits in float32 through the tied embedding, whatever the compute dtype."""
+    embedding_VxD = params["wte"]["embedding"].astype(hidden_BxTxD.dtype)
+    return jnp.einsum("btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
+
+
+def _check_positions(config, time):
+    if time > config.n_positions:
+        raise ValueError(
+            f"This GPT-2 has n_positions={config.n_positions} but was given {time} columns (prompt and new tokens "
+            "together); shorten the prompt or ask for fewer new tokens."
+        )
+
+
+def init_params(config: GPT2Config, rng_key: PRNGKeyArray, *, param_dtype: DTypeLike = jnp.float32) -> Params:
+    """Draws GPT-2's initial parameters: normal of scale 0.02, residual projections divided by √(2L).
+
+    Args:
+        config: the shape of the model.
+        rng_key: key of the draw.
+        param_dtype: dtype of every leaf.
+
+    Returns:
+        A nested dict with the Hugging Face names: ``wte``, ``wpe``, ``h_0`` … and ``ln_f``.
+
+    >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+    >>> sorted(init_params(tiny, jax.random.key(0)))
+    ['h_0', 'h_1', 'ln_f', 'wpe', 'wte']
+
+    Source: Radford et al. 2019, section 2.3.
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = _GPT2(config, jnp.float32).init(rng_key, tokens, None, None, True)["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+
+
+def init_cache(config: GPT2Config, batch_size: int, length: int, *, dtype: DTypeLike = jnp.float32) -> KVCache:
+    """An empty cache for ``batch_size`` rows of up to ``length`` columns (prompt and new tokens together).
+
+    Raises:
+        ValueError: if ``length`` exceeds the model's positions.
+
+    >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+    >>> init_cache(tiny, 3, 8).keys[0].shape
+    (3, 2, 8, 2)
+    """
+    _check_positions(config, length)
+    shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
+    # One buffer a leaf, never a shared one: the cache is donated to the decoding program.
+    keys = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
+    values = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
+    return KVCache(keys, values, jnp.zeros((batch_size, length), bool), jnp.int32(0))
+
+
+def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn:
+    """The teacher-forced model: ``(params, tokens, where, *, start) -> logits`` of the next token, float32.
+
+    ``logits[:, i]`` predicts the token of column ``start + i + 1``. Only columns from ``start`` on go through the head.
+    ``where`` marks real tokens and is needed for left padding only: a causal model never sees padding on the right.
+    With ``dropout_key`` the configuration's dropout is on (pre-training); without it there is none.
+
+    Args:
+        config: the shape of the model.
+        dtype: of the computation (bfloat16 on accelerators); softmax and logits are float32 all the same.
+
+    Raises:
+        ValueError: at trace time, if there are more columns than positions.
+
+    >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+    >>> params = init_params(tiny, jax.random.key(0))
+    >>> logits_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), start=2).shape
+    (3, 3, 11)
+    """
+    model = _GPT2(config, dtype)
+
+    def apply(
+        params: Params,
+        tokens: Int[Array, "B T"],
+        where: Bool[Array, "B T"] | None = None,
+        *,
+        start: int = 0,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B U V"]:
+        _check_positions(config, tokens.shape[1])
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        hidden, _ = model.apply({"params": params}, tokens, where, None, dropout_key is None, rngs=rngs)
+        return _head(params, hidden[:, start:])
+
+    return apply
+
+
+def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn:
+    """The cached model: ``(params, tokens, cache, where) -> (logits of the last column, cache)``.
+
+    Call it with a whole prompt to prefill and with one column a step to decode; both are the same function. Prompts of
+    different lengths are left-padded, ``where`` marks their real tokens.
+
+    Args:
+        config: the shape of the model.
+        dtype: of the computation; the logits are float32.
+
+    >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+    >>> params, cache = init_params(tiny, jax.random.key(0)), init_cache(tiny, 3, 8)
+    >>> logits, cache = decode_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), cache)
+    >>> logits.shape, int(cache.length)
+    ((3, 11), 5)
+    """
+    model = _GPT2(config, dtype)
+
+    def apply(
+        params: Params, tokens: Int[Array, "B T"], cache: KVCache, where: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        hidden, cache = model.apply({"params": params}, tokens, where, cache, True)
+        return _head(params, hidden[:, -1:])[:, 0], cache
+
+    return apply

@@ -1,0 +1,264 @@
+"""The decoding loop: exact on a two-token-memory toy whose every outcome is listed, and on a small GPT-2."""
+
+import itertools
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from fjax.models import gpt2
+from fjax.sampling import Samples, chain, greedy, identity, sample, temperature, top_k, top_p
+
+EOS, V, T = 0, 4, 3
+
+
+class Memory(NamedTuple):
+    """The toy's cache: which columns are filled, how many, and how many tokens each row really has."""
+
+    where: jax.Array
+    length: jax.Array
+    real: jax.Array
+
+
+def memory(rows, columns):
+    return Memory(jnp.zeros((rows, columns), bool), jnp.int32(0), jnp.zeros(rows, jnp.int32))
+
+
+def toy_decode(table, tokens, cache, where=None):
+    """Logits from the last token and from how many came before; ``table`` is ``[steps, V, V]``."""
+    where = jnp.ones(tokens.shape, bool) if where is None else where
+    filled = jax.lax.dynamic_update_slice(cache.where, where, (0, cache.length))
+    real = cache.real + where.sum(-1, dtype=jnp.int32)
+    return table[real - 1, tokens[:, -1]], Memory(filled, cache.length + tokens.shape[1], real)
+
+
+@pytest.fixture(scope="module")
+def table():
+    return 1.5 * jax.random.normal(jax.random.key(3), (8, V, V))
+
+
+CONFIG = gpt2.GPT2Config(vocab_size=300, n_positions=24, n_embd=16, n_layer=2, n_head=2)
+DECODE = gpt2.decode_fn(CONFIG)
+TRANSFORM = chain(temperature(0.8), top_k(40), top_p(0.9))
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random weights, large enough for the predictions to be far from uniform and to depend on the context."""
+    return jax.tree.map(lambda x: 8.0 * x, gpt2.init_params(CONFIG, jax.random.key(1)))
+
+
+def draw_gpt2(params, rng_key, prompt, *, where=None, row_ids=None, **options):
+    settings = {"max_new_tokens": 10, "eos_id": EOS, "transform": TRANSFORM, **options}
+
+    def run(params, rng_key, prompt, where, row_ids):
+        cache = gpt2.init_cache(CONFIG, *prompt.shape[:1], prompt.shape[1] + settings["max_new_tokens"])
+        return sample(DECODE, params, rng_key, prompt, cache, where=where, row_ids=row_ids, **settings)
+
+    return jax.jit(run)(params, rng_key, prompt, where, row_ids)
+
+
+def ragged_prompts(rows=6, columns=5, seed=5):
+    rng = np.random.default_rng(seed)
+    where = np.arange(columns)[None] >= columns - 1 - rng.integers(0, columns, (rows, 1))
+    return jnp.asarray(np.where(where, rng.integers(1, 300, (rows, columns)), EOS)), jnp.asarray(where)
+
+
+def outcomes():
+    """All finished sequences of at most T tokens, and all unfinished prefixes of exactly T."""
+    for length in range(1, T + 1):
+        for tokens in itertools.product(range(V), repeat=length):
+            if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == T):
+                yield tokens
+
+
+def exact_log_prob(table, tokens, transform, first):
+    total, last = 0.0, first
+    for step, token in enumerate(tokens):
+        total += float(jax.nn.log_softmax(transform(table[step, last]))[token])
+        last = token
+    return total
+
+
+@pytest.mark.parametrize("transform", [identity, chain(temperature(1.5), top_k(3)), top_p(0.85)])
+def test_frequencies_on_a_listed_space(table, transform):
+    """Chi-square over all outcomes with 5 or more expected; the threshold is the 1 - 1e-4 quantile, the seed fixed."""
+    n, prompt = 20_000, jnp.array([[2]])
+    draw = jax.jit(partial(sample, toy_decode, max_new_tokens=T, eos_id=EOS, transform=transform, samples_per_prompt=n))
+    samples = draw(table, jax.random.key(0), prompt, memory(1, 1 + T))
+    space = list(outcomes())
+    log_probs = np.array([exact_log_prob(table, tokens, transform, 2) for tokens in space])
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)  # prefixes included, the space is whole
+
+    place = {tokens: i for i, tokens in enumerate(space)}
+    rows = zip(np.asarray(samples.tokens), np.asarray(samples.lengths), strict=True)
+    drawn = np.array([place[tuple(tokens[:length].tolist())] for tokens, length in rows])
+    np.testing.assert_allclose(samples.sequence_log_probs, log_probs[drawn], atol=1e-5)
+    counts, expected = np.bincount(drawn, minlength=len(space)), n * np.exp(log_probs)
+    assert not counts[expected == 0].any()
+    often = expected >= 5
+    statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert statistic < stats.chi2.ppf(1 - 1e-4, often.sum())
+
+
+@pytest.mark.parametrize("transform", [identity, temperature(0.7), top_k(20), top_p(0.9), TRANSFORM])
+def test_log_probs_equal_an_uncached_rescoring(params, transform):
+    """With left-padded prompts, against the teacher-forced model under the same transform."""
+    prompt, where = ragged_prompts()
+    samples = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=transform, samples_per_prompt=4)
+    whole = jnp.concatenate([jnp.repeat(prompt, 4, 0), samples.tokens], 1)
+    real = jnp.concatenate([jnp.repeat(where, 4, 0), samples.where], 1)
+    logits = gpt2.logits_fn(CONFIG)(params, whole[:, :-1], real[:, :-1], start=prompt.shape[1] - 1)
+    rescored = jnp.take_along_axis(jax.nn.log_softmax(transform(logits)), samples.tokens[..., None], -1)[..., 0]
+    assert samples.log_probs.dtype == jnp.float32
+    np.testing.assert_allclose(samples.log_probs, jnp.where(samples.where, rescored, 0.0), atol=1e-5)
+    assert (samples.log_probs < -1e-3).any()
+
+
+def test_nothing_counts_after_the_end_and_the_end_counts(table):
+    draw = jax.jit(partial(sample, toy_decode, max_new_tokens=6, eos_id=EOS, pad_id=9, samples_per_prompt=200))
+    samples = draw(table, jax.random.key(1), jnp.array([[1]]), memory(1, 7))
+    tokens, where, lengths = (np.asarray(x) for x in (samples.tokens, samples.where, samples.lengths))
+    assert set(lengths[samples.finished]) > {1, 2, 3}
+    for row in range(200):
+        is_end = tokens[row] == EOS
+        assert samples.finished[row] == is_end.any()
+        assert lengths[row] == (np.argmax(is_end) + 1 if is_end.any() else 6)
+        assert (tokens[row, lengths[row] :] == 9).all()
+        assert where[row].tolist() == [True] * lengths[row] + [False] * (6 - lengths[row])
+    assert not np.asarray(samples.log_probs)[~where].any()
+    assert np.asarray(samples.log_probs)[where].all()  # the end-of-sequence token has its own log-probability
+
+
+def test_padding_is_the_end_by_default(table):
+    samples = sample(toy_decode, table, jax.random.key(1), jnp.ones((50, 1), int), memory(50, 7), max_new_tokens=6, eos_id=EOS)
+    assert (np.asarray(samples.tokens)[~np.asarray(samples.where)] == EOS).all()
+    assert not samples.where.all()
+
+
+@pytest.mark.parametrize(("end_at", "calls"), [(1, 1), (4, 4), (99, 8)])
+def test_the_loop_ends_with_the_last_row(end_at, calls):
+    """Counts the model's calls: one for the prompt, and one for each token but the last."""
+    columns = []
+
+    def count_up(params, tokens, cache, where=None):
+        jax.debug.callback(columns.append, jnp.int32(tokens.shape[1]))
+        return 60.0 * jax.nn.one_hot(tokens[:, -1] + 1, 100), cache
+
+    draw = jax.jit(partial(sample, count_up, max_new_tokens=8, eos_id=end_at))
+    samples = draw(None, jax.random.key(0), jnp.zeros((3, 2), int).at[0, 1].set(end_at - 1), None)
+    jax.effects_barrier()
+    assert [int(c) for c in columns] == [2] + [1] * (calls - 1)
+    assert samples.lengths.tolist() == [1, calls, calls]
+
+
+def test_a_split_batch_gives_the_same_samples(params):
+    prompt, where = ragged_prompts()
+    whole = draw_gpt2(params, jax.random.key(0), prompt, where=where)
+    for cut in (slice(0, 2), slice(2, 6), slice(5, 6)):
+        part = draw_gpt2(params, jax.random.key(0), prompt[cut], where=where[cut], row_ids=jnp.arange(6)[cut])
+        np.testing.assert_array_equal(part.tokens, whole.tokens[cut])
+        np.testing.assert_allclose(part.log_probs, whole.log_probs[cut], atol=1e-5)
+    other = draw_gpt2(params, jax.random.key(0), prompt[:2], where=where[:2], row_ids=jnp.array([7, 8]))
+    assert (other.tokens != whole.tokens[:2]).any()
+
+
+def test_devices_do_not_change_the_samples(table):
+    """A batch over two devices under `pmap`, each with its own rows' ids."""
+    prompt = jnp.array([[1], [2], [3], [1]])
+    options = {"max_new_tokens": 6, "eos_id": EOS}
+    whole = sample(toy_decode, table, jax.random.key(4), prompt, memory(4, 7), **options)
+
+    def half(prompt, row_ids):
+        return sample(toy_decode, table, jax.random.key(4), prompt, memory(2, 7), row_ids=row_ids, **options)
+
+    halves = jax.pmap(half)(prompt.reshape(2, 2, 1), jnp.arange(4).reshape(2, 2))
+    np.testing.assert_array_equal(halves.tokens.reshape(4, 6), whole.tokens)
+
+
+def test_left_padding_changes_nothing(params):
+    prompt, where = ragged_prompts()
+    wider = jnp.pad(prompt, ((0, 0), (3, 0)), constant_values=17), jnp.pad(where, ((0, 0), (3, 0)))
+    plain = draw_gpt2(params, jax.random.key(2), prompt, where=where)
+    padded = draw_gpt2(params, jax.random.key(2), wider[0], where=wider[1])
+    np.testing.assert_array_equal(padded.tokens, plain.tokens)
+    np.testing.assert_allclose(padded.log_probs, plain.log_probs, atol=1e-5)
+
+
+def test_samples_of_a_prompt_equal_copies_of_it(params):
+    prompt, where = ragged_prompts()
+    shared = draw_gpt2(params, jax.random.key(0), prompt, where=where, samples_per_prompt=3)
+    copied = draw_gpt2(params, jax.random.key(0), jnp.repeat(prompt, 3, 0), where=jnp.repeat(where, 3, 0))
+    np.testing.assert_array_equal(shared.tokens, copied.tokens)
+    np.testing.assert_allclose(shared.log_probs, copied.log_probs, atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(shared.tokens[:3]).tolist()}) == 3  # each has a key of its own
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(table):
+    shapes = []
+
+    def spy(params, tokens, cache, where=None):
+        shapes.append(tokens.shape)
+        return toy_decode(params, tokens, cache, where)
+
+    sample(spy, table, jax.random.key(0), jnp.ones((2, 3), int), memory(2, 6), max_new_tokens=2, eos_id=0, samples_per_prompt=5)
+    assert shapes[0] == (2, 3)
+    assert set(shapes[1:]) == {(10, 1)}
+
+
+def test_greedy_follows_the_most_probable_token(params):
+    prompt, where = ragged_prompts()
+    samples = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=greedy, max_new_tokens=6)
+    tokens, real = prompt, where
+    for step in range(6):
+        best = jnp.argmax(gpt2.logits_fn(CONFIG)(params, tokens, real, start=tokens.shape[1] - 1)[:, 0], -1)
+        best = jnp.where(samples.where[:, step], best, EOS)
+        tokens = jnp.concatenate([tokens, best[:, None].astype(tokens.dtype)], 1)
+        real = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
+    np.testing.assert_array_equal(samples.tokens, tokens[:, prompt.shape[1] :])
+    assert not samples.log_probs.any()
+
+
+def test_half_precision_models_give_float32_log_probs(params):
+    cache = gpt2.init_cache(CONFIG, 2, 5, dtype=jnp.bfloat16)
+    decode = gpt2.decode_fn(CONFIG, dtype=jnp.bfloat16)
+    draw = jax.jit(partial(sample, decode, max_new_tokens=4, eos_id=EOS))
+    samples = draw(params, jax.random.key(0), jnp.ones((2, 1), int), cache)
+    assert samples.log_probs.dtype == jnp.float32
+    assert np.isfinite(samples.log_probs).all()
+
+
+def test_one_compilation_for_all_keys_prompts_and_equal_transforms(table):
+    @partial(jax.jit, static_argnames="transform")
+    @chex.assert_max_traces(n=1)
+    def draw(table, rng_key, prompt, transform):
+        return sample(toy_decode, table, rng_key, prompt, memory(2, 6), max_new_tokens=4, eos_id=EOS, transform=transform)
+
+    chex.clear_trace_counter()
+    for seed in range(3):
+        samples = draw(table, jax.random.key(seed), jnp.full((2, 2), seed), chain(temperature(0.9), top_k(3)))
+    assert isinstance(samples, Samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": jnp.zeros((2, 0), int)}, "at least one column"),
+        ({"max_new_tokens": 5}, "The cache has 6 columns, but a prompt of 2 and 5 new tokens need 7"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
+        ({"eos_id": V}, f"one of the {V} tokens of the vocabulary, got {V}"),
+        ({"cache": memory(3, 6)}, "The cache is for [3] rows, but the prompt has 2"),
+    ],
+)
+def test_misuse_is_named_when_tracing(table, changes, message):
+    arguments = {"prompt": jnp.ones((2, 2), int), "cache": memory(2, 6), "max_new_tokens": 4, "eos_id": EOS} | changes
+    prompt, cache = arguments.pop("prompt"), arguments.pop("cache")
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(partial(sample, toy_decode, **arguments), table, jax.random.key(0), prompt, cache)
+    assert message in str(error.value)
