@@ -1,0 +1,111 @@
+"""Trains the tokenizer, the 5-gram and the GPT-2, and goes on from the last checkpoint when called again."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fjax.models import gpt2
+
+from . import card, data, ngram, train
+from .config import Config
+
+console = Console(stderr=True)
+
+
+def model_config(config: Config) -> gpt2.GPT2Config:
+    return gpt2.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.n_positions,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        resid_pdrop=config.dropout,
+    )
+
+
+def fit(config: Config, rows: list[np.ndarray]) -> tuple[gpt2.Params, float]:
+    """The trained parameters and the seconds that this and earlier calls spent on them."""
+    model, steps_per_epoch = model_config(config), len(rows) // config.batch_size
+    total = config.epochs * steps_per_epoch
+    tx = train.optimizer(config, total)
+    params_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    params = gpt2.init_params(model, params_key)
+    state, seconds = restore(config.run_folder, train.State(jnp.int32(0), params, tx.init(params)))
+    step, begun, done = train.make_step(model, tx, dropout_key), time.monotonic() - seconds, int(state.step)
+    with _progress() as bar:
+        task = bar.add_task("pretrain", total=total, completed=done, nats=math.nan)
+        for tokens, lengths in _from_step(config, rows, done, total, steps_per_epoch):
+            state, loss = step(state, tokens, lengths)
+            done += 1
+            if done % 10 == 0:
+                bar.update(task, completed=done, nats=float(loss))
+                _log(config.run_folder, {"step": done, "nats": float(loss), "seconds": time.monotonic() - begun})
+            if done % config.checkpoint_every == 0 or done == total:
+                save(config.run_folder, state, time.monotonic() - begun)
+    return state.params, time.monotonic() - begun
+
+
+def _from_step(
+    config: Config, rows: list[np.ndarray], done: int, total: int, steps_per_epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for position in range(done // steps_per_epoch, config.epochs):
+        epoch = data.batches(rows, batch_size=config.batch_size, seed=config.seed, epoch=position)
+        for i, batch in enumerate(epoch):
+            if done <= position * steps_per_epoch + i < total:
+                yield batch
+
+
+def save(folder: Path, state: train.State, seconds: float) -> None:
+    """A new checkpoint, then the old ones go: a kill at any moment leaves one that is whole."""
+    path = folder.absolute() / f"step_{int(state.step)}"
+    ocp.save_pytree(path, {"state": state, "seconds": np.float64(seconds)}, overwrite=True)
+    for other in folder.glob("step_*"):
+        if other.name != path.name and other.is_dir():
+            shutil.rmtree(other)
+
+
+def restore(folder: Path, state: train.State) -> tuple[train.State, float]:
+    """The newest whole checkpoint, or ``state`` itself where there is none."""
+    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
+    if not found:
+        return state, 0.0
+    newest = max(found, key=lambda p: int(p.name[5:]))
+    saved = ocp.load_pytree(newest.absolute(), {"state": state, "seconds": np.float64(0)})
+    console.print(f"Going on from {newest}.")
+    return saved["state"], float(saved["seconds"])
+
+
+def _log(folder: Path, record: dict) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, TextColumn("{task.fields[nats]:.3f} nats a token"), console=console)
+
+
+def main(config: Config) -> None:
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    split = data.read_sentences(config.corpora)
+    tokenizer = data.train_tokenizer(split.train, vocab_size=config.vocab_size)
+    rows, held_out = data.encode(tokenizer, split.train), data.encode(tokenizer, split.held_out)
+    console.print(f"{len(rows)} training and {len(held_out)} held-out sentences.")
+    params, seconds = fit(config, rows)
+    console.print("Counting the 5-gram.")
+    five_gram = ngram.fit(rows, order=5, vocab_size=config.vocab_size)
+    five_gram_nats = ngram.negative_log_likelihood(five_gram, held_out) / len(held_out)
+    card.write(config, model_config(config), params, tokenizer, split, five_gram_nats, seconds)
+    console.print(f"The model and its card are in {config.output}.")
