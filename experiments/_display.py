@@ -1,0 +1,152 @@
+"""What a person sees: bars with rate and time left, figures and samples as they come, and the summary at the end."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ._evaluate import NAMES, Evaluation, Figure, Target, check_bound
+from ._settings import Settings
+
+SHOWN = 4
+"""Samples under each table of figures."""
+
+
+class _Rate(ProgressColumn):
+    """Steps a minute, which for steps of seconds says more than steps a second."""
+
+    def render(self, task) -> Text:
+        return Text(f"{task.speed * 60:.0f}/min" if task.speed else "", style="progress.data.speed")
+
+
+class Display:
+    """Everything that is printed. Without a terminal the bars become a plain line now and then."""
+
+    def __init__(self):
+        self._console = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=False)
+        self._before: dict[str, Figure] = {}
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, style=style, highlight=False)
+
+    def start(self, title: str, folder: Path, settings: Settings, model, *, resumed_at: int) -> None:
+        """Says what is about to happen, and where it will be."""
+        at = f"going on at step {resumed_at}" if resumed_at else "from the start"
+        self.say(
+            f"[bold]{escape(title)}[/]: {settings.divergence} on {settings.model} ({_size(model)} parameters), "
+            f"{settings.steps} steps of {settings.samples} samples, {at}.\nEverything is written to {escape(str(folder))}."
+        )
+
+    @contextmanager
+    def progress(self, name: str, *, total: int, completed: int) -> Iterator[Callable[[int, dict], None]]:
+        """A bar; call what it gives with (completed, record of the step)."""
+        columns = (
+            TextColumn(f"{name:9}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        is_terminal = self._console.is_terminal
+        with Progress(*columns, console=self._console, disable=not is_terminal, transient=name != "align") as bar:
+            task = bar.add_task(name, total=total, completed=completed, note="")
+
+            def advance(done: int, record: dict) -> None:
+                bar.update(task, completed=done, note=_note(record))
+                if not is_terminal and record and (done % 10 == 0 or done == total):
+                    self.say(f"step {done}/{total}  {_note(record)}  {record['seconds']:.0f} s")
+
+            yield advance
+
+    def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
+        """A table of figures, beside those of the base model, and a few samples."""
+        if step == 0:
+            self._before = evaluation.figures
+        table = Table(title=f"step {step}, {evaluation.samples} fresh samples", title_justify="left")
+        for heading, justify in (("figure", "left"), ("value", "right"), ("± std. error", "right"), ("ESS", "right")):
+            table.add_column(heading, justify=justify)
+        for name, figure in evaluation.figures.items():
+            ess = f"{figure.ess:.0f}" if figure.ess < evaluation.samples - 0.5 else ""
+            table.add_row(NAMES.get(name, name), _number(figure.value), _error(figure), ess)
+        self._console.print(table)
+        self._console.print(_samples(evaluation, target))
+
+    def warn_if_absent(self, evaluation: Evaluation, bound: str) -> None:
+        """Where the constraint never held, what is known of its rate."""
+        if evaluation.figures[bound].value == 0:
+            self.say(
+                f"None of {evaluation.samples} samples of the base model satisfies the constraint: with 95 % confidence "
+                f"its rate is below {3 / evaluation.samples:.2g}. Until a sample does, Z is unknown and the steps change "
+                "nothing. More --samples find one sooner.",
+                style="yellow",
+            )
+
+    def stopped(self, step: int, folder: Path) -> None:
+        """After Ctrl-C or SIGTERM."""
+        self.say(
+            f"Stopped and saved at step {step}. To go on, give the same command with "
+            f"[bold]--resume --run-folder {escape(str(folder))}[/]",
+            style="yellow",
+        )
+
+    def summary(
+        self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float
+    ) -> None:
+        """Before → after, the check on the figures, and where things are."""
+        table = Table(title="before → after", title_justify="left")
+        for heading in ("figure", "before", "after", "± std. error"):
+            table.add_column(heading, justify="left" if heading == "figure" else "right")
+        before = evaluations.get(0, {})
+        for name, figure in after.figures.items():
+            table.add_row(NAMES.get(name, name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
+        self._console.print(table)
+        self._console.print(_samples(after, target, shown=2 * SHOWN))
+        if target.bound:
+            value, bound, holds = check_bound(after, target.bound)
+            verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
+            self.say(f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {bound:.3f} {verdict}.")
+        self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
+
+
+def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Table:
+    # No wrapping tricks: a sample is read as a sentence, marked where the constraint holds.
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    marks = evaluation.features[target.bound] if target.bound else [None] * evaluation.samples
+    for text, mark in list(zip(evaluation.texts, marks, strict=True))[:shown]:
+        sign = "" if mark is None else "[green]✓[/]" if mark else "[red]✗[/]"
+        table.add_row(sign, escape(" ".join(text.split())))
+    return table
+
+
+def _note(record: dict) -> str:
+    parts = []
+    for name in ("satisfaction", "log_z", "divergence"):
+        if name in record:
+            parts.append(f"{ {'log_z': 'log Z'}.get(name, name)} {_number(float(record[name]))}")
+    return "  ".join(parts)
+
+
+def _size(model) -> str:
+    import jax
+
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)) / 1e6:.1f}M"
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _error(figure: Figure) -> str:
+    return f"± {_number(figure.std_error)}" if math.isfinite(figure.std_error) else ""

@@ -1,0 +1,185 @@
+"""The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when told to."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fjax
+from fjax.models import PretrainedModel
+from fjax.training import Checkpoints, JsonlLogger, read_jsonl
+
+from . import _display, _evaluate, _plots
+from ._programs import Programs, export, load_model, make_programs
+from ._run_folder import RunError, check_space, open_run
+from ._settings import Settings, as_json
+
+EVALUATION_KEY = 2**31 - 1
+"""Folded into the run's key for evaluations, where no step's key is."""
+
+
+class Run(NamedTuple):
+    """What stays the same throughout a run."""
+
+    settings: Settings
+    folder: Path
+    target: _evaluate.Target
+    model: PretrainedModel
+    programs: Programs
+    rng_key: jax.Array
+    checkpoints: Checkpoints
+    logger: JsonlLogger
+    display: _display.Display
+
+
+class Stop:
+    """Set by Ctrl-C and SIGTERM, read between steps; a second Ctrl-C interrupts at once."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Within it, the first SIGINT or SIGTERM only asks to stop."""
+    stop = Stop()
+
+    def ask(number, _):
+        stop.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def align(settings: Settings, target: _evaluate.Target, *, config, experiment: str, title: str) -> int:
+    """Runs an experiment from the command line's choices to the exported model; returns the exit status."""
+    display = _display.Display()
+    display.say("Loading the model.")
+    model = load_model(settings)
+    folder = open_run(as_json(config), experiment=experiment, title=title)
+    check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+    programs = make_programs(settings, model)
+    with graceful_stop() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
+        state, seconds = _begin(settings, programs, model, checkpoints)
+        step = int(state.step)
+        logger = JsonlLogger(folder / "metrics.jsonl", after_step=step or -1)
+        rng_key = jax.random.key(settings.seed)
+        run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display)
+        display.start(title, folder, settings, model, resumed_at=step)
+        status = _train(run, state, seconds, stop)
+        logger.close()
+    return status
+
+
+def _begin(settings, programs, model, checkpoints) -> tuple[fjax.TrainState, float]:
+    state = programs.tuner.init(model.params)
+    if not settings.resume or checkpoints.latest is None:
+        return state, 0.0
+    restored = checkpoints.restore({"state": state, "seconds": np.zeros(())})
+    return restored["state"], float(restored["seconds"])
+
+
+def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
+    settings, begun = run.settings, time.monotonic() - seconds
+    step = int(state.step)
+    if step < settings.steps and step not in evaluations(read_jsonl(run.folder / "metrics.jsonl")):
+        _evaluate_now(run, state, step, begun)
+    with run.display.progress("align", total=settings.steps, completed=step) as bar:
+        while step < settings.steps and not stop.signal:
+            state, record = _one_step(run, state, step)
+            step += 1
+            run.logger.log(record | {"seconds": time.monotonic() - begun})
+            bar(step, record)
+            if not record["finite"]:
+                _save(run, state, begun)
+                raise RunError(_not_finite(run, step))
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                _save(run, state, begun)
+            if step % settings.eval_every == 0 and step < settings.steps:
+                _evaluate_now(run, state, step, begun)
+    if stop.signal:
+        _save(run, state, begun)
+        run.checkpoints.wait()
+        run.display.stopped(step, run.folder)
+        return 128 + stop.signal
+    _finish(run, state, step, begun)
+    return 0
+
+
+def _one_step(run: Run, state: fjax.TrainState, step: int) -> tuple[fjax.TrainState, dict]:
+    batch = run.programs.draw(state.params, jax.random.fold_in(run.rng_key, step))
+    features = run.target.features(run.programs.decode(batch))
+    log_score = run.target.log_score(np.asarray(batch.log_a), features)
+    rollout = fjax.Rollout(batch.tokens, batch.where, batch.samples.sequence_log_probs, jnp.asarray(log_score))
+    state, info = run.programs.tuner.update(state, rollout)
+    info = jax.device_get(info)
+    record = {"kind": "step", "step": step + 1, "samples": (step + 1) * run.settings.samples}
+    record |= {name: np.mean(values, dtype=float) for name, values in features.items()}
+    for name, value in info._asdict().items():
+        if isinstance(value, tuple):
+            record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
+        else:
+            record[name] = value.item()
+    return state, record
+
+
+def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:
+    """Evaluates, and puts the figures and samples wherever they are kept and shown."""
+    settings = run.settings
+    batches = -(-settings.eval_samples // settings.samples)
+    rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
+    with run.display.progress("evaluate", total=batches, completed=0) as bar:
+        counter = iter(range(1, batches + 1))
+        evaluation = _evaluate.evaluate(
+            run.programs, state.params, rng_key, run.target, batches=batches, advance=lambda: bar(next(counter), {})
+        )
+    record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * settings.samples)
+    run.logger.log(record)
+    with JsonlLogger(run.folder / "samples.jsonl", after_step=step - 1) as samples:
+        for i, text in enumerate(evaluation.texts[:64]):
+            samples.log({"step": step, "text": text} | {k: v[i] for k, v in evaluation.features.items()})
+    run.display.evaluation(evaluation, step, run.target)
+    if run.target.bound and step == 0:
+        run.display.warn_if_absent(evaluation, run.target.bound)
+    return evaluation
+
+
+def _save(run: Run, state: fjax.TrainState, begun: float) -> None:
+    run.checkpoints.save(int(state.step), {"state": state, "seconds": np.asarray(time.monotonic() - begun)})
+
+
+def _finish(run: Run, state: fjax.TrainState, step: int, begun: float) -> None:
+    after = _evaluate_now(run, state, step, begun)
+    run.checkpoints.wait()
+    export(run.folder / "model", state.params, run.model)
+    records = read_jsonl(run.folder / "metrics.jsonl")
+    _plots.write(run.folder, records, run.target)
+    run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
+
+
+def evaluations(records: list[dict]) -> dict[int, dict]:
+    """Evaluation records by step; where a resumed run repeated one, the later."""
+    return {record["step"]: record for record in records if record["kind"] == "evaluation"}
+
+
+def _not_finite(run: Run, step: int) -> str:
+    advice = "lower --learning-rate"
+    if run.settings.divergence == "reverse_kl" and run.settings.clip is None:
+        advice = (
+            "reverse KL is infinite where the target is 0; bound it with --clip -8 8, smooth the target, or take another "
+            "--divergence"
+        )
+    return (
+        f"The gradient of step {step} was not finite. The parameters were left as they were and saved in "
+        f"{run.folder / 'checkpoints'}. To go on: {advice}."
+    )

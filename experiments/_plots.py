@@ -1,0 +1,100 @@
+"""A run at a glance, as pictures drawn from metrics.jsonl."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ._evaluate import NAMES, Target
+
+STYLE = {
+    "figure.figsize": (10, 6),
+    "figure.constrained_layout.use": True,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "savefig.dpi": 130,
+}
+
+
+def write(folder: Path, records: list[dict], target: Target) -> None:
+    """evaluation.png (what was reached) and training.png (how it went)."""
+    evaluations = list({r["step"]: r for r in records if r["kind"] == "evaluation"}.values())
+    steps = [r for r in records if r["kind"] == "step"]
+    with plt.style.context(STYLE):
+        _evaluation(folder / "evaluation.png", evaluations, steps, target)
+        if steps:
+            _training(folder / "training.png", steps)
+
+
+def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: Target) -> None:
+    figure, axes = plt.subplots(2, 3)
+    if target.bound:
+        axes[0, 0].plot(*_xy(steps, target.bound), lw=0.6, alpha=0.4, color="C0", label="each step's own samples")
+        _with_error(axes[0, 0], evaluations, target.bound, label="fresh samples")
+        axes[0, 0].set(title=f"{target.bound}: E_π[b]", ylim=(0, 1.02))
+        axes[0, 0].legend(frameon=False)
+    for name in ("forward_kl", "reverse_kl"):
+        _with_error(axes[0, 1], evaluations, name)
+    axes[0, 1].set_title("divergence from the target, nats")
+    for name in ("total_variation", "jensen_shannon"):
+        _with_error(axes[0, 2], evaluations, name)
+    axes[0, 2].set_title("bounded divergences")
+    _with_error(axes[1, 0], evaluations, "kl_to_base")
+    axes[1, 0].set_title("KL from the base model, nats")
+    _with_error(axes[1, 1], evaluations, "entropy")
+    axes[1, 1].set_title("entropy of a sample, nats")
+    for n in (1, 2, 3):
+        axes[1, 2].plot(*_xy(evaluations, f"distinct_{n}"), marker=".", label=f"distinct-{n}")
+    axes[1, 2].set(title="distinct n-grams / all", ylim=(0, None))
+    _finish(figure, axes, path)
+
+
+def _training(path: Path, steps: list[dict]) -> None:
+    figure, axes = plt.subplots(2, 3)
+    _with_error(axes[0, 0], steps, "log_z", marker="")
+    axes[0, 0].set_title("running estimate of log Z")
+    _with_error(axes[0, 1], steps, "divergence", marker="")
+    axes[0, 1].set_title("the objective, on each step's samples")
+    axes[0, 2].plot(*_xy(steps, "reward_std"), lw=0.8)
+    axes[0, 2].set_title("spread of the pseudo-reward -f'(π/p)")
+    axes[1, 0].semilogy(*_xy(steps, "grad_norm"), lw=0.8)
+    axes[1, 0].set_title("norm of the gradient")
+    axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8)
+    axes[1, 1].set_title("effective samples of the divergence")
+    axes[1, 2].plot(*_xy(steps, "clipped_fraction"), lw=0.8)
+    axes[1, 2].set(title="share of samples with clipped f'", ylim=(0, 1))
+    _finish(figure, axes, path)
+
+
+def _xy(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    y = np.array([float(r.get(name, np.nan)) for r in records])
+    return np.array([r["samples"] for r in records]), np.where(np.isfinite(y), y, np.nan)
+
+
+def _with_error(ax, records: list[dict], name: str, label: str | None = None, marker: str = ".") -> None:
+    """A line with a band of two standard errors; nothing where the figure is infinite or unknown."""
+    x, y = _xy(records, name)
+    if np.isnan(y).all():
+        return
+    _, error = _xy(records, f"{name}_std_error")
+    (line,) = ax.plot(x, y, marker=marker, lw=1.2, label=label or NAMES.get(name, name))
+    ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
+
+
+def _finish(figure, axes, path: Path) -> None:
+    for ax in axes.flat:
+        if not ax.has_data():
+            ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")
+        elif len(ax.get_lines()) > 1:
+            ax.legend(frameon=False)
+    for ax in axes[-1]:
+        ax.set_xlabel("samples drawn")
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,93 @@
+"""The folder of a run: chosen, checked before any work is done, and never written over."""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+import fjax
+
+MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every"}
+"""What --resume may give differently: none of it changes a step that was taken."""
+
+
+class RunError(Exception):
+    """Something the user can put right; printed without a traceback."""
+
+
+def open_run(config: dict, *, experiment: str, title: str) -> Path:
+    """The run's folder, ready to be written to.
+
+    Raises:
+        RunError: if it holds another run, there is nothing to resume, or it cannot be written.
+    """
+    folder = Path(config["run_folder"]) if config["run_folder"] else _default_folder(experiment, title, config["resume"])
+    saved = folder / "config.json"
+    if config["resume"]:
+        _check_same(folder, saved, config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunError(
+            f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder."
+        )
+    _check_writable(folder)
+    if not config["resume"]:
+        versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
+        devices = [device.device_kind for device in jax.devices()]
+        written = config | {"versions": versions, "devices": devices, "command": " ".join(sys.argv[1:])}
+        write_text(saved, json.dumps(written, indent=2))
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def check_space(folder: Path, parameters: int) -> None:
+    """Refuses to start a run whose checkpoints and export would not fit: 3 float32 copies each, up to 4 of them."""
+    needed, free = 4 * (4 * 3 + 1) * parameters + 2**24, shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"{folder} has {free / 2**20:.0f} MiB left, but checkpoints and export of this model need about "
+            f"{needed / 2**20:.0f} MiB. Free some, or give a --run-folder on another disk."
+        )
+
+
+def _default_folder(experiment: str, title: str, resume: bool) -> Path:
+    base = Path("runs") / experiment
+    folders = (base / f"{title}-{i}" for i in itertools.count())
+    taken = list(itertools.takewhile(lambda folder: folder.exists(), folders))
+    if not resume:
+        return base / f"{title}-{len(taken)}"
+    if not taken:
+        raise RunError(f"There is no run {base / title}-* to resume. Leave --resume out, or name it with --run-folder.")
+    return taken[-1]
+
+
+def _check_same(folder: Path, saved: Path, config: dict) -> None:
+    if not saved.is_file():
+        raise RunError(f"{folder} holds no run to resume (no config.json). Leave --resume out to start one.")
+    old = json.loads(saved.read_text())
+    differing = [k for k in config if k not in MAY_CHANGE and old.get(k) != json.loads(json.dumps(config[k]))]
+    if differing:
+        listed = "; ".join(f"{k}: {old.get(k)!r} there, {config[k]!r} now" for k in differing)
+        raise RunError(
+            f"{folder} is a run of another configuration ({listed}). Resume it with the same, or start another with a "
+            "different --run-folder."
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(os.urandom(2**16))
+    except OSError as error:
+        raise RunError(f"Cannot write to the run folder {folder}: {error.strerror}. Choose another --run-folder.") from error

@@ -1,0 +1,41 @@
+"""What can be set on the command line of this experiment."""
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from experiments._settings import Settings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make a language model say a word: align it to p(x) ∝ a(x)·[word in x].
+
+    The target p is the base model a, restricted to its own samples that contain the word: of all distributions that
+    always say it, the closest to the base. The run draws samples, moves the policy towards p by the gradient of the
+    divergence, and writes metrics, plots, samples, checkpoints and the aligned model (a Hugging Face folder) to its run
+    folder.
+
+    Examples:
+
+        python -m experiments.lexical_constraint --word amazing
+        python -m experiments.lexical_constraint --word amazing --divergence reverse_kl --clip -8 8
+        python -m experiments.lexical_constraint --word amazing --model gpt2 --learning-rate 1e-5 --steps 1000
+    """
+
+    word: str = "amazing"
+    """The word, or several in a row. Whole words count, in upper or lower case."""
+    when_absent: str = "continue"
+    """If no sample of the base model has the word: continue (until one has) or stop."""
+    smoothing: float = 0.0
+    """ε in p ∝ a·([word in x] + ε): above 0 the target is positive everywhere and reverse KL finite, without --clip."""
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
+    """Shared by all experiments."""
+
+    def __post_init__(self):
+        if not self.word.strip():
+            raise ValueError("--word must not be empty.")
+        if self.when_absent not in ("continue", "stop"):
+            raise ValueError(f"--when-absent must be continue or stop, got {self.when_absent!r}.")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"--smoothing must be in [0, 1), got {self.smoothing}.")

@@ -1,0 +1,37 @@
+"""The task: its constraint on texts, its target, and nothing else."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments._evaluate import Features, Target
+from experiments._loop import align
+
+from .config import Config
+
+
+def contains_word(word: str, texts: Sequence[str]) -> np.ndarray:
+    """Whether each text has the word as a whole word, in upper or lower case."""
+    # Not \\b: a word may begin or end with what is no letter ("c++", "'s").
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return np.array([pattern.search(text) is not None for text in texts])
+
+
+def make_target(config: Config) -> Target:
+    """P(x) = a(x)·([word in x] + ε)."""
+
+    def features(texts: Sequence[str]) -> Features:
+        return {"satisfaction": contains_word(config.word, texts).astype(np.float32)}
+
+    def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
+        with np.errstate(divide="ignore"):
+            return log_a + np.log(features["satisfaction"] + np.float32(config.smoothing))
+
+    return Target(features, log_score, bound=None if config.smoothing else "satisfaction")
+
+
+def main(config: Config) -> int:
+    """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
+    title = f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.divergence}"
+    return align(config.settings, make_target(config), config=config, experiment="lexical_constraint", title=title)

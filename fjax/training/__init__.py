@@ -1,0 +1,19 @@
+"""Where mathematics and language models meet: one optimiser step on a rollout, its state, and what is kept of it."""
+
+from fjax.training.checkpoint import Checkpoints
+from fjax.training.fdpg import StepInfo, Tuner, fdpg
+from fjax.training.logging import JsonlLogger, Logger, read_jsonl
+from fjax.training.rollout import Rollout
+from fjax.training.state import TrainState
+
+__all__ = [
+    "Checkpoints",
+    "JsonlLogger",
+    "Logger",
+    "Rollout",
+    "StepInfo",
+    "TrainState",
+    "Tuner",
+    "fdpg",
+    "read_jsonl",
+]

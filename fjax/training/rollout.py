@@ -1,0 +1,21 @@
+"""What one update is made of: samples, and two numbers about each."""
+
+from typing import NamedTuple
+
+from fjax._typing import Array, Bool, Float, Int
+
+
+class Rollout(NamedTuple):
+    """N samples of one target, as arrays.
+
+    Attributes:
+        tokens: prompt and completion, contiguous, padded on the right (`fjax.log_probs.pack`).
+        where: tokens that count: the completion up to and including its end-of-sequence token.
+        log_q: log-probability of each completion under the distribution it was really drawn from, in nats.
+        log_score: log P(x) under the unnormalised target; -inf where it is ruled out.
+    """
+
+    tokens: Int[Array, "N T"]
+    where: Bool[Array, "N T"]
+    log_q: Float[Array, "N"]
+    log_score: Float[Array, "N"]
