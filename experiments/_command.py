@@ -14,9 +14,8 @@ ConfigT = TypeVar("ConfigT")
 
 def run(config: type[ConfigT], main: Callable[[ConfigT], int]) -> int:
     """Parses the command line and runs; what the user can put right is printed without a traceback."""
-    _cache_compilations()
     try:
-        return main(tyro.cli(config, config=(tyro.conf.FlagConversionOff,) if False else ()))
+        return main(tyro.cli(config))
     except (RunError, ValueError) as error:
         if isinstance(error, ValueError) and not str(error).startswith("--"):
             raise

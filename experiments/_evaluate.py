@@ -82,7 +82,8 @@ def evaluate(
     features = dict(target.features(texts))
     log_score = target.log_score(log_a, features)
     figures = {name: _mean(values) for name, values in features.items()}
-    figures |= {name: Figure(*map(float, estimate)) for name, estimate in _estimates(log_pi, log_a, log_score).items()}
+    estimates = _estimates(log_pi, log_a, log_score)
+    figures |= {name: Figure(*map(float, estimates[name])) for name in NAMES if name in estimates}
     figures |= {"length": _mean(where.sum(-1)), "ended": _mean(finished)}
     figures |= {f"distinct_{n}": Figure(distinct_n(tokens, n=n, where=where)) for n in (1, 2, 3)}
     return Evaluation(figures, texts, features, len(texts))

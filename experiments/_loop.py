@@ -96,9 +96,9 @@ def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
         _evaluate_now(run, state, step, begun)
     with run.display.progress("align", total=settings.steps, completed=step) as bar:
         while step < settings.steps and not stop.signal:
-            state, record = _one_step(run, state, step)
+            state, record = _one_step(run, state, step, begun)
             step += 1
-            run.logger.log(record | {"seconds": time.monotonic() - begun})
+            run.logger.log(record)
             bar(step, record)
             if not record["finite"]:
                 _save(run, state, begun)
@@ -116,7 +116,7 @@ def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
     return 0
 
 
-def _one_step(run: Run, state: fjax.TrainState, step: int) -> tuple[fjax.TrainState, dict]:
+def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tuple[fjax.TrainState, dict]:
     batch = run.programs.draw(state.params, jax.random.fold_in(run.rng_key, step))
     features = run.target.features(run.programs.decode(batch))
     log_score = run.target.log_score(np.asarray(batch.log_a), features)
@@ -130,7 +130,7 @@ def _one_step(run: Run, state: fjax.TrainState, step: int) -> tuple[fjax.TrainSt
             record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
         else:
             record[name] = value.item()
-    return state, record
+    return state, record | {"seconds": time.monotonic() - begun}
 
 
 def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:

@@ -1,0 +1,163 @@
+"""The tuner's gradient is the exact one, whole or in parts; and nothing is lost when a batch says nothing or too much."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fjax import enumeration, forward_kl, jensen_shannon, reverse_kl, surrogates
+from fjax.training import Rollout, fdpg
+from tests.cases import each, each_target, refused, world
+
+DESCENT = optax.sgd(1.0)
+
+
+def everything(small, log_p, *, log_z=0.7):
+    """Every sequence once, as if drawn uniformly: then a mean over the batch is the exact expectation, Z included."""
+    size = small.space.tokens.shape[0]
+    return Rollout(*small.space, jnp.full(size, -np.log(size)), log_p + log_z)
+
+
+def gradient(tuner, params, rollout):
+    state, info = jax.jit(tuner.update)(tuner.init(params), rollout)
+    return params - state.params, info
+
+
+@each_target
+def test_one_step_descends_the_exact_gradient(case, hard, x64):
+    """With Z unknown to it, off-policy, in float64 to 1e-10."""
+    small = world()
+    log_p = small.target(hard=hard)
+    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=case.divergence, baseline=0.0)
+    moved, info = gradient(tuner, small.params, everything(small, log_p))
+    exact = enumeration.exact_gradient(*small[:3], log_p, divergence=case.divergence)
+    assert abs(exact).max() > 1e-3
+    np.testing.assert_allclose(moved, exact, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(info.log_z.value, 0.7, atol=1e-10)
+    np.testing.assert_allclose(info.grad_norm, optax.tree.norm(exact), atol=1e-10)
+    assert info.finite
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 100])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_micro_batches_change_nothing(size, on_policy, x64):
+    """Leave-one-out over all samples, and parts that do not divide them."""
+    small = world()
+    rollout = everything(small, small.log_p_hard)
+    rollout = rollout._replace(log_q=small.log_pi) if on_policy else rollout
+    make = functools.partial(fdpg, small.log_prob_fn, DESCENT, divergence=jensen_shannon(), on_policy=on_policy)
+    whole, info = gradient(make(), small.params, rollout)
+    parts, info_of_parts = gradient(make(microbatch_size=size), small.params, rollout)
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-13)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), info_of_parts, info)
+
+
+def test_on_policy_trusts_the_sampler(x64):
+    small = world()
+    rollout = everything(small, small.log_p)._replace(log_q=small.log_pi)
+    make = functools.partial(fdpg, small.log_prob_fn, DESCENT, divergence=forward_kl())
+    np.testing.assert_allclose(
+        gradient(make(on_policy=True), small.params, rollout)[0], gradient(make(), small.params, rollout)[0], atol=1e-12
+    )
+
+
+def test_one_forward_pass_a_step():
+    """log π is scored once; in micro-batches once more, and on-policy not even that."""
+    small = world()
+    rollout = everything(small, small.log_p)
+    calls = []
+
+    def spy(params, tokens, where):
+        calls.append(tokens.shape[0])
+        return small.log_prob_fn(params, tokens, where)
+
+    for options, expected in [({}, [7]), ({"microbatch_size": 4}, [4, 4]), ({"microbatch_size": 4, "on_policy": True}, [4])]:
+        tuner = fdpg(spy, DESCENT, divergence=forward_kl(), **options)
+        calls.clear()
+        jax.eval_shape(tuner.update, tuner.init(small.params), rollout)
+        assert calls == expected
+
+
+def test_no_recompilation():
+    small = world()
+    tuner = fdpg(small.log_prob_fn, optax.adam(1e-2), divergence=jensen_shannon())
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(tuner.update, n=1), donate_argnums=0)
+    state = tuner.init(small.params)
+    for shift in range(4):
+        state, _ = update(state, everything(small, small.log_p, log_z=float(shift)))
+    assert int(state.step) == 4
+
+
+def test_donating_the_state_leaves_the_base_model_alone():
+    small = world()
+    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl())
+    jax.jit(tuner.update, donate_argnums=0)(tuner.init(small.params), everything(small, small.log_p))
+    assert np.isfinite(small.params).all()
+
+
+def test_without_a_hit_nothing_moves_and_nothing_is_nan():
+    """Z = 0 so far. The next batch has hits, and counts the misses in Z."""
+    small = world()
+    tuner = fdpg(small.log_prob_fn, optax.adam(0.1), divergence=jensen_shannon())
+    nothing = everything(small, jnp.full(7, -jnp.inf))
+    state, info = jax.jit(tuner.update)(tuner.init(small.params), nothing)
+    np.testing.assert_array_equal(state.params, small.params)
+    assert info.finite
+    assert info.log_z.value == -np.inf
+    state, info = jax.jit(tuner.update)(state, everything(small, small.log_p_hard, log_z=0.0))
+    assert info.finite
+    assert np.isfinite(state.params).all()
+    assert abs(state.params - small.params).max() > 1e-3
+    np.testing.assert_allclose(info.log_z.value, -np.log(2), atol=1e-5)  # 7 samples of mean 0, 7 of mean 1
+
+
+@pytest.mark.parametrize("kind", ["infinite divergence", "broken score"])
+def test_a_non_finite_gradient_is_reported_and_changes_nothing_but_the_step(kind):
+    small = world()
+    tuner = fdpg(small.log_prob_fn, optax.adam(0.1), divergence=reverse_kl())
+    state, _ = tuner.update(tuner.init(small.params), everything(small, small.log_p))
+    bad = everything(small, small.log_p_hard if kind == "infinite divergence" else small.log_p.at[2].set(jnp.nan))
+    after, info = jax.jit(tuner.update)(state, bad)
+    assert not info.finite
+    assert int(after.step) == int(state.step) + 1
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=0), state._replace(step=0))
+
+
+def test_clipping_makes_reverse_kl_finite_and_is_counted():
+    small = world()
+    clip = (-1.0, 2.0)
+    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl(), clip=clip)
+    rollout = everything(small, small.log_p_hard, log_z=0.0)
+    _, info = gradient(tuner, small.params, rollout)
+    unclipped = small.log_pi - small.log_p_hard + 1
+    assert info.finite
+    np.testing.assert_allclose(info.clipped_fraction, np.mean((unclipped < clip[0]) | (unclipped > clip[1])), atol=1e-6)
+    np.testing.assert_allclose(info.reward_mean, -np.clip(unclipped, *clip).mean(), atol=1e-5)
+
+
+@each
+def test_training_reaches_the_target(case, x64):
+    """A tabular policy can be p itself; each step sees the whole space."""
+    small = world()
+    tuner = fdpg(small.log_prob_fn, optax.adam(optax.cosine_decay_schedule(0.1, 400)), divergence=case.divergence)
+    state = tuner.init(small.params)
+    rollout = everything(small, small.log_p)
+    state, info = jax.lax.scan(lambda state, _: tuner.update(state, rollout), state, length=400)
+    assert info.divergence.value[0] > 0.01
+    assert info.divergence.value[-1] < 2e-3
+    np.testing.assert_allclose(small.log_prob_fn(state.params, *small.space), small.log_p, atol=2e-2)
+
+
+def test_misuse_is_refused():
+    small = world()
+    with refused("microbatch_size must be at least 1"):
+        fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl(), microbatch_size=0)
+    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl(), baseline=surrogates.leave_one_out)
+    single = jax.tree.map(lambda x: x[:1], everything(small, small.log_p))
+    with refused("at least 2 samples"):
+        tuner.update(tuner.init(small.params), single)
