@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 
 import fjax
 from fjax import estimators
+from fjax._typing import Params
 from fjax.metrics import distinct_n
 
-from ._programs import Programs
+from ._programs import Batch, Programs
 from ._settings import DIVERGENCES
 
 Features = Mapping[str, np.ndarray]
@@ -57,47 +59,78 @@ class Figure(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """``figures`` by name; some texts, and the features of them all."""
+    """``figures`` by name; texts of the policy, and the features of them all."""
 
     figures: dict[str, Figure]
     texts: list[str]
     features: dict[str, np.ndarray]
-    samples: int
+
+    @property
+    def samples(self) -> int:
+        """How many texts there are."""
+        return len(self.texts)
+
+
+def draw_batches(
+    programs: Programs, params: Params, rng_key: jax.Array, batches: int, advance: Callable[[], None]
+) -> list[Batch]:
+    """Fresh batches, on the host; ``advance`` is called after each."""
+    drawn = []
+    for i in range(batches):
+        drawn.append(jax.device_get(programs.draw(params, jax.random.fold_in(rng_key, i))))
+        advance()
+    return drawn
 
 
 def evaluate(
-    programs: Programs, params, rng_key: jax.Array, target: Target, *, batches: int, advance: Callable[[], None]
+    programs: Programs, params: Params, target: Target, drawn: list[Batch], base_drawn: list[Batch]
 ) -> Evaluation:
-    """Draws ``batches`` fresh batches from the policy and estimates everything from them; calls ``advance`` after each."""
-    drawn, texts = [], []
-    for i in range(batches):
-        batch = programs.draw(params, jax.random.fold_in(rng_key, i))
-        texts += programs.decode(batch)
-        drawn.append(jax.device_get(batch))
-        advance()
-    tokens, where = (np.concatenate([getattr(b.samples, name) for b in drawn]) for name in ("tokens", "where"))
-    finished = np.concatenate([b.samples.finished for b in drawn])
-    log_pi = np.concatenate([b.samples.log_probs.sum(-1) for b in drawn])
-    log_a = np.concatenate([b.log_a for b in drawn])
-    features = dict(target.features(texts))
-    log_score = target.log_score(log_a, features)
+    """Estimates everything from fresh batches of the policy, and those of an evaluation of the base model.
+
+    Satisfaction, entropy, KL(π‖a) and distinct-n are of samples of the policy. log Z and the divergences need samples
+    wherever π *or* p has mass, so all samples of the base model join in, as the policy sees them now.
+    """
+    of_policy = _join([_rows(batch, slice(0, batch.from_policy)) for batch in drawn])
+    of_base = [_rows(batch, slice(batch.from_policy, None)) for batch in drawn]
+    everything = _join([of_policy, *of_base, *(_rescored(programs, params, batch) for batch in base_drawn)])
+    n, texts = len(of_policy.log_pi), programs.decode(everything)
+    features = target.features(texts)
+    log_score = target.log_score(everything.log_a, features)
+    estimates = _estimates(everything.log_pi, everything.log_a, log_score, n)
+    features = {name: values[:n] for name, values in features.items()}
     figures = {name: _mean(values) for name, values in features.items()}
-    estimates = _estimates(log_pi, log_a, log_score)
     figures |= {name: Figure(*map(float, estimates[name])) for name in NAMES if name in estimates}
-    figures |= {"length": _mean(where.sum(-1)), "ended": _mean(finished)}
-    figures |= {f"distinct_{n}": Figure(distinct_n(tokens, n=n, where=where)) for n in (1, 2, 3)}
-    return Evaluation(figures, texts, features, len(texts))
+    figures |= {"length": _mean(of_policy.where.sum(-1)), "ended": _mean(of_policy.finished)}
+    varied = {f"distinct_{k}": distinct_n(of_policy.tokens, n=k, where=of_policy.where) for k in (1, 2, 3)}
+    figures |= {name: Figure(value) for name, value in varied.items()}
+    return Evaluation(figures, texts[:n], features)
 
 
-@jax.jit
-def _estimates(log_pi, log_a, log_score) -> dict[str, fjax.Estimate]:
-    of_divergence = estimators.estimate_divergence_from_score
-    divergences = {name: of_divergence(log_pi, log_score, divergence=make()) for name, make in DIVERGENCES.items()}
+def _join(batches: list[Batch]) -> Batch:
+    rows = (np.concatenate(arrays) for arrays in zip(*(batch[:-1] for batch in batches), strict=True))
+    return Batch(*rows, from_policy=0)
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    return Batch(*(x[rows] for x in batch[:-1]), batch.from_policy)
+
+
+def _rescored(programs: Programs, params: Params, batch: Batch) -> Batch:
+    """A batch of the base model as the policy sees it now, scored in the two sizes that scoring is compiled for."""
+    parts = [_rows(batch, slice(0, batch.from_policy)), _rows(batch, slice(batch.from_policy, None))]
+    log_pi = [programs.score(params, part.tokens, part.where) for part in parts if len(part.tokens)]
+    return batch._replace(log_pi=np.concatenate(jax.device_get(log_pi)))
+
+
+@partial(jax.jit, static_argnames="of_policy")
+def _estimates(log_pi, log_a, log_score, of_policy: int) -> dict[str, fjax.Estimate]:
+    log_q = estimators.log_mixture(log_pi, log_a, base_fraction=1 - of_policy / log_pi.shape[0])
+    of_divergence = partial(estimators.estimate_divergence_from_score, log_pi, log_score, log_q)
     return {
-        "log_z": fjax.estimate_log_z(log_score, log_pi),
-        **divergences,
-        "kl_to_base": estimators.estimate_kl_to_base(log_pi, log_a),
-        "entropy": estimators.estimate_entropy(log_pi),
+        "log_z": fjax.estimate_log_z(log_score, log_q),
+        **{name: of_divergence(divergence=make()) for name, make in DIVERGENCES.items()},
+        "kl_to_base": estimators.estimate_kl_to_base(log_pi[:of_policy], log_a[:of_policy]),
+        "entropy": estimators.estimate_entropy(log_pi[:of_policy]),
     }
 
 
@@ -106,11 +139,13 @@ def _mean(values: np.ndarray) -> Figure:
 
 
 def check_bound(evaluation: Evaluation, bound: str) -> tuple[float, float, bool]:
-    """KL(p‖π), its lower bound -log E_π[b], and whether it is one; an estimate below it means an error in the code."""
-    value, rate = evaluation.figures["forward_kl"].value, evaluation.figures[bound].value
-    if rate == 0:
-        return value, math.inf, True
-    return value, -math.log(rate), value >= -math.log(rate) - 1e-4
+    """KL(p‖π), its lower bound -log E_π[b], and whether the one is above the other up to 4 standard errors."""
+    value, rate = evaluation.figures["forward_kl"], evaluation.figures[bound]
+    if rate.value == 0 or math.isnan(value.value):
+        return value.value, math.inf, True
+    lowest = -math.log(rate.value)
+    slack = 4 * math.hypot(value.std_error, rate.std_error / rate.value) + 1e-4
+    return value.value, lowest, value.value >= lowest - slack
 
 
 def as_record(evaluation: Evaluation, step: int, seconds: float, drawn: int) -> dict:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import fjax
+from fjax._typing import Params
 from fjax.models import PretrainedModel
 from fjax.training import Checkpoints, JsonlLogger, read_jsonl
 
 from . import _display, _evaluate, _plots
-from ._programs import Programs, export, load_model, make_programs
+from ._programs import Batch, Programs, export, load_model, make_programs
 from ._run_folder import RunError, check_space, open_run
 from ._settings import Settings, as_json
 
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     logger: JsonlLogger
     display: _display.Display
+    base_drawn: list[Batch]
 
 
 class Stop:
@@ -74,8 +76,10 @@ def align(settings: Settings, target: _evaluate.Target, *, config, experiment: s
         step = int(state.step)
         logger = JsonlLogger(folder / "metrics.jsonl", after_step=step or -1)
         rng_key = jax.random.key(settings.seed)
-        run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display)
+        run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display, [])
         display.start(title, folder, settings, model, resumed_at=step)
+        if step:
+            run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
         status = _train(run, state, seconds, stop)
         logger.close()
     return status
@@ -120,11 +124,11 @@ def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tupl
     batch = run.programs.draw(state.params, jax.random.fold_in(run.rng_key, step))
     features = run.target.features(run.programs.decode(batch))
     log_score = run.target.log_score(np.asarray(batch.log_a), features)
-    rollout = fjax.Rollout(batch.tokens, batch.where, batch.samples.sequence_log_probs, jnp.asarray(log_score))
+    rollout = fjax.Rollout(batch.tokens, batch.where, batch.log_q, jnp.asarray(log_score))
     state, info = run.programs.tuner.update(state, rollout)
     info = jax.device_get(info)
     record = {"kind": "step", "step": step + 1, "samples": (step + 1) * run.settings.samples}
-    record |= {name: np.mean(values, dtype=float) for name, values in features.items()}
+    record |= {name: np.mean(values[: batch.from_policy], dtype=float) for name, values in features.items()}
     for name, value in info._asdict().items():
         if isinstance(value, tuple):
             record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
@@ -133,16 +137,22 @@ def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tupl
     return state, record | {"seconds": time.monotonic() - begun}
 
 
-def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:
-    """Evaluates, and puts the figures and samples wherever they are kept and shown."""
-    settings = run.settings
-    batches = -(-settings.eval_samples // settings.samples)
+def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
+    """The fresh batches of a step's evaluation; those of step 0 are the base model's, and drawn again on resume."""
+    batches = -(-run.settings.eval_samples // run.settings.samples)
     rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
     with run.display.progress("evaluate", total=batches, completed=0) as bar:
         counter = iter(range(1, batches + 1))
-        evaluation = _evaluate.evaluate(
-            run.programs, state.params, rng_key, run.target, batches=batches, advance=lambda: bar(next(counter), {})
-        )
+        return _evaluate.draw_batches(run.programs, params, rng_key, batches, lambda: bar(next(counter), {}))
+
+
+def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:
+    """Evaluates, and puts the figures and samples wherever they are kept and shown."""
+    settings = run.settings
+    drawn = _draw_for_evaluation(run, state.params, step)
+    evaluation = _evaluate.evaluate(run.programs, state.params, run.target, drawn, run.base_drawn)
+    if step == 0:
+        run.base_drawn.extend(drawn)
     record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * settings.samples)
     run.logger.log(record)
     with JsonlLogger(run.folder / "samples.jsonl", after_step=step - 1) as samples:

@@ -1,6 +1,7 @@
 """The compiled programs of a run: draw, score under the base, update. Each is compiled once."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fjax
+from fjax._typing import LogProbFn, Params
+from fjax.estimators import log_mixture
 from fjax.models import PretrainedModel
 
 from ._run_folder import RunError
@@ -16,22 +19,28 @@ from ._settings import BUILT_IN, Settings, make_divergence, make_optimizer
 
 
 class Batch(NamedTuple):
-    """Samples and what the device knows about them. ``log_a`` may still be on its way."""
+    """Samples of the policy, then some of the base model, and what both say of each. Arrays may still be on their way."""
 
-    samples: fjax.Samples
     tokens: jax.Array
     where: jax.Array
+    finished: jax.Array
+    log_pi: jax.Array
     log_a: jax.Array
+    log_q: jax.Array
+    from_policy: int
 
 
 class Programs(NamedTuple):
-    """
-    draw: (policy params, key) -> Batch of ``samples`` rows.
-    tuner: init and (compiled, donating) update.
+    """What the loop calls.
+
+    draw: (policy's params, key) -> Batch of ``samples`` rows, of which ``base_samples`` are of the base model.
+    score: (params, tokens, where) -> log-probability of each row.
+    tuner: init, and update compiled and donating its state.
     decode: Batch -> texts.
     """
 
-    draw: Callable[[fjax.models.gpt2.Params, jax.Array], Batch]
+    draw: Callable[[Params, jax.Array], Batch]
+    score: LogProbFn
     tuner: fjax.Tuner
     decode: Callable[[Batch], list[str]]
 
@@ -58,23 +67,32 @@ def load_model(settings: Settings) -> PretrainedModel:
 
 def make_programs(settings: Settings, model: PretrainedModel) -> Programs:
     """Unconditional generation: the prompt is the model's end-of-sequence token, as it stands between texts."""
-    eos_id, rows = model.eos_id, settings.samples
     log_prob_fn = fjax.make_log_prob_fn(model.logits_fn)
-
-    @jax.jit
-    def draw(params, rng_key):
-        prompt = jnp.full((rows, 1), eos_id, jnp.int32)
-        cache = model.init_cache(rows, 1 + settings.max_new_tokens)
-        samples = fjax.sample(
-            model.decode_fn, params, rng_key, prompt, cache, max_new_tokens=settings.max_new_tokens, eos_id=eos_id
-        )
-        return samples, *fjax.log_probs.pack(prompt, samples.tokens, where=samples.where)
-
     score = jax.jit(log_prob_fn)
+    draw_rows = _make_draw(settings, model)
+    from_base = settings.base_samples
+    from_policy = settings.samples - from_base
+    # By the counts, not by the fraction asked for: what was drawn is what log q has to be of.
+    mix = jax.jit(partial(log_mixture, base_fraction=from_base / settings.samples))
 
-    def draw_and_score(params, rng_key):
-        samples, tokens, where = draw(params, rng_key)
-        return Batch(samples, tokens, where, score(model.params, tokens, where))
+    def draw(params, rng_key):
+        samples, tokens, where = draw_rows(params, rng_key, from_policy)
+        log_pi, log_a = samples.sequence_log_probs, score(model.params, tokens, where)
+        if from_base == 0:
+            return Batch(tokens, where, samples.finished, log_pi, log_a, log_pi, from_policy)
+        # Row ids go on counting, so that no row of the base shares its key with one of the policy.
+        more, more_tokens, more_where = draw_rows(model.params, rng_key, from_base, from_policy)
+        log_pi = jnp.concatenate([log_pi, score(params, more_tokens, more_where)])
+        log_a = jnp.concatenate([log_a, more.sequence_log_probs])
+        return Batch(
+            jnp.concatenate([tokens, more_tokens]),
+            jnp.concatenate([where, more_where]),
+            jnp.concatenate([samples.finished, more.finished]),
+            log_pi,
+            log_a,
+            mix(log_pi, log_a),
+            from_policy,
+        )
 
     tuner = fjax.fdpg(
         log_prob_fn,
@@ -84,16 +102,36 @@ def make_programs(settings: Settings, model: PretrainedModel) -> Programs:
         microbatch_size=settings.microbatch_size,
     )
     tuner = fjax.Tuner(tuner.init, jax.jit(tuner.update, donate_argnums=0))
-    return Programs(draw_and_score, tuner, lambda batch: decode(model, batch.samples))
+    return Programs(draw, score, tuner, lambda batch: decode(model, batch.tokens, batch.where))
 
 
-def decode(model: PretrainedModel, samples: fjax.Samples) -> list[str]:
-    """The texts of samples, without the end-of-sequence token."""
-    tokens, where = np.asarray(samples.tokens), np.asarray(samples.where)
-    rows = [row[keep].tolist() for row, keep in zip(tokens, where, strict=True)]
+def _make_draw(settings: Settings, model: PretrainedModel) -> Callable:
+    eos_id = model.eos_id
+
+    @partial(jax.jit, static_argnames=("rows", "first_row"))
+    def draw_rows(params, rng_key, rows, first_row=0):
+        prompt = jnp.full((rows, 1), eos_id, jnp.int32)
+        samples = fjax.sample(
+            model.decode_fn,
+            params,
+            rng_key,
+            prompt,
+            model.init_cache(rows, 1 + settings.max_new_tokens),
+            max_new_tokens=settings.max_new_tokens,
+            eos_id=eos_id,
+            row_ids=first_row + jnp.arange(rows),
+        )
+        return samples, *fjax.log_probs.pack(prompt, samples.tokens, where=samples.where)
+
+    return draw_rows
+
+
+def decode(model: PretrainedModel, tokens: jax.Array, where: jax.Array) -> list[str]:
+    """The texts of the tokens that count, without the end-of-sequence token."""
+    rows = [row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(where), strict=True)]
     return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def export(folder: Path, params: fjax.models.gpt2.Params, model: PretrainedModel) -> None:
+def export(folder: Path, params: Params, model: PretrainedModel) -> None:
     """The aligned model as a Hugging Face folder."""
     fjax.save_pretrained(folder, params, model.config, model.tokenizer)

@@ -37,6 +37,9 @@ class Settings:
     """Gradient steps."""
     samples: int = 256
     """Samples a step."""
+    base_fraction: float = 0.125
+    """Share of them that is drawn from the base model. It keeps log Z right when the policy no longer covers the target,
+    by bounding the importance weights; the off-policy form keeps the gradient exact. 0 draws from the policy alone."""
     max_new_tokens: int = 40
     """Longest sample, in tokens; a sentence that has not ended by then counts as it stands."""
     learning_rate: float = 5e-4
@@ -70,6 +73,13 @@ class Settings:
             raise ValueError(f"--learning-rate must be positive, got {self.learning_rate}.")
         if self.samples < 2:
             raise ValueError("--samples must be at least 2: the leave-one-out baseline compares samples with others.")
+        if not 0 <= self.base_fraction <= 0.9:
+            raise ValueError(f"--base-fraction must be in [0, 0.9], got {self.base_fraction}.")
+
+    @property
+    def base_samples(self) -> int:
+        """Samples of a step that come from the base model; the policy has the rest."""
+        return round(self.base_fraction * self.samples)
 
 
 def make_divergence(settings: Settings) -> fjax.FDivergence:

@@ -254,6 +254,35 @@ def estimate_entropy(
     return estimate_mean(-log_pi, None if log_q is None else log_pi - log_q, where=where)
 
 
+def log_mixture(
+    log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fraction: float
+) -> Float[Array, "N"]:
+    """log q of samples that come partly from the policy and partly from the base model: q = (1 - ε) π + ε a.
+
+    To be used as ``log_q`` for *all* samples, whichever of the two each came from (the balance heuristic). A policy that no
+    longer covers the target makes P/π explode, rarely and without warning: log Z from its own samples is then far too
+    small, with a small standard error. A share ε from the base bounds the weights: P/q ≤ P/(ε a), which is 1/ε for a
+    constraint, and π/q ≤ 1/(1 - ε).
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_a: under the base model.
+        base_fraction: ε, the share of the samples that were drawn from the base model; 0 gives ``log_pi``.
+
+    Raises:
+        ValueError: if the share is not in [0, 1].
+
+    >>> round(float(jnp.exp(log_mixture(jnp.log(jnp.array([0.1])), jnp.log(jnp.array([0.5])), base_fraction=0.25))[0]), 6)
+    0.2
+
+    Source: Hesterberg 1995 (defensive mixtures); Veach and Guibas 1995; Owen and Zhou 2000.
+    """
+    if not 0 <= base_fraction <= 1:
+        raise ValueError(f"base_fraction is a share between 0 and 1, got {base_fraction}.")
+    weights = jnp.log(jnp.array([1 - base_fraction, base_fraction], log_pi.dtype))
+    return jnp.logaddexp(weights[0] + log_pi, weights[1] + log_a)
+
+
 class LogMean(NamedTuple):
     """A mean of exp(log_weights) over everything seen so far, kept as logarithms.
 
@@ -268,8 +297,8 @@ class LogMean(NamedTuple):
     count: Float[Array, ""]
 
 
-def init_log_mean(dtype=jnp.float32) -> LogMean:
-    """Nothing seen yet.
+def init_log_mean(dtype=float) -> LogMean:
+    """Nothing seen yet; in JAX's default precision, which is float32 unless 64-bit mode is on.
 
     >>> float(init_log_mean().count)
     0.0

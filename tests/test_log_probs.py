@@ -37,7 +37,7 @@ def test_sequence_log_probs_shift_by_one(batch):
 def test_make_log_prob_fn_counts_what_stands_behind_the_prompt(batch, start):
     """And asks the model for no more columns than it needs."""
     logits, tokens, where = batch
-    where = where & (jnp.arange(T) >= start)
+    where = where & (jnp.arange(T) >= start)[None]
     asked = []
 
     def model(params, tokens, where=None, *, start=0):

