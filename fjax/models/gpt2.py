@@ -85,7 +85,7 @@ class _Attention(nn.Module):
             start = (0, 0, length, 0)
             k_BxHxTxK = jax.lax.dynamic_update_slice(cached[0], k_BxHxTxK.astype(cached[0].dtype), start)
             v_BxHxTxK = jax.lax.dynamic_update_slice(cached[1], v_BxHxTxK.astype(cached[1].dtype), start)
-        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=_wide(self.dtype))
         scores = scores / jnp.sqrt(jnp.asarray(width // heads, scores.dtype))
         # The finite minimum, not -inf: a padded query sees no key at all and must not turn into NaN.
         scores = jnp.where(mask_BxTxS[:, None], scores, jnp.finfo(scores.dtype).min)
@@ -182,7 +182,12 @@ def _layer_norm(module, name):
 def _head(params, hidden_BxTxD):
     """Logits in float32 through the tied embedding, whatever the compute dtype."""
     embedding_VxD = params["wte"]["embedding"].astype(hidden_BxTxD.dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=_wide(hidden_BxTxD.dtype))
+
+
+def _wide(dtype):
+    # Softmax and logits are float32 at least; in float64 nothing is rounded on the way.
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check_positions(config, time):
