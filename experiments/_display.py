@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from fjax.models import PretrainedModel
 
 from ._evaluate import NAMES, Evaluation, Figure, Target, check_bound
 from ._settings import Settings
@@ -31,12 +34,11 @@ class Display:
 
     def __init__(self):
         self._console = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=False)
-        self._before: dict[str, Figure] = {}
 
     def say(self, text: str, style: str | None = None) -> None:
         self._console.print(text, style=style, highlight=False)
 
-    def start(self, title: str, folder: Path, settings: Settings, model, *, resumed_at: int) -> None:
+    def start(self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int) -> None:
         """Says what is about to happen, and where it will be."""
         at = f"going on at step {resumed_at}" if resumed_at else "from the start"
         self.say(
@@ -68,9 +70,7 @@ class Display:
 
     def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
         """A table of figures, beside those of the base model, and a few samples."""
-        if step == 0:
-            self._before = evaluation.figures
-        table = Table(title=f"step {step}, {evaluation.samples} fresh samples", title_justify="left")
+        table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy", title_justify="left")
         for heading, justify in (("figure", "left"), ("value", "right"), ("± std. error", "right"), ("ESS", "right")):
             table.add_column(heading, justify=justify)
         for name, figure in evaluation.figures.items():
@@ -79,15 +79,9 @@ class Display:
         self._console.print(table)
         self._console.print(_samples(evaluation, target))
 
-    def warn_if_absent(self, evaluation: Evaluation, bound: str) -> None:
-        """Where the constraint never held, what is known of its rate."""
-        if evaluation.figures[bound].value == 0:
-            self.say(
-                f"None of {evaluation.samples} samples of the base model satisfies the constraint: with 95 % confidence "
-                f"its rate is below {3 / evaluation.samples:.2g}. Until a sample does, Z is unknown and the steps change "
-                "nothing. More --samples find one sooner.",
-                style="yellow",
-            )
+    def warn(self, text: str) -> None:
+        """Something to know about that is no error."""
+        self.say(escape(text), style="yellow")
 
     def stopped(self, step: int, folder: Path) -> None:
         """After Ctrl-C or SIGTERM."""
@@ -97,9 +91,7 @@ class Display:
             style="yellow",
         )
 
-    def summary(
-        self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float
-    ) -> None:
+    def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
         """Before → after, the check on the figures, and where things are."""
         table = Table(title="before → after", title_justify="left")
         for heading in ("figure", "before", "after", "± std. error"):
@@ -112,7 +104,7 @@ class Display:
         if target.bound:
             value, bound, holds = check_bound(after, target.bound)
             verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
-            self.say(f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {bound:.3f} {verdict}.")
+            self.say(escape(f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {bound:.3f} {verdict}."))
         self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
 
 
@@ -130,13 +122,11 @@ def _note(record: dict) -> str:
     parts = []
     for name in ("satisfaction", "log_z", "divergence"):
         if name in record:
-            parts.append(f"{ {'log_z': 'log Z'}.get(name, name)} {_number(float(record[name]))}")
+            parts.append(f"{ {'log_z': 'log Z'}.get(name, name) } {_number(float(record[name]))}")
     return "  ".join(parts)
 
 
-def _size(model) -> str:
-    import jax
-
+def _size(model: PretrainedModel) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)) / 1e6:.1f}M"
 
 

@@ -43,11 +43,13 @@ class Target(NamedTuple):
     features: texts -> numbers a text, whose means are reported.
     log_score: (log_a, features) -> log P of each text, unnormalised.
     bound: feature for which the target is its indicator times the base; then KL(p‖π) ≥ -log E_π[feature].
+    stop_if_absent: whether to give up when it holds for no sample of the base model.
     """
 
     features: Callable[[Sequence[str]], Features]
     log_score: Callable[[np.ndarray, Features], np.ndarray]
     bound: str | None = None
+    stop_if_absent: bool = False
 
 
 class Figure(NamedTuple):
@@ -82,9 +84,7 @@ def draw_batches(
     return drawn
 
 
-def evaluate(
-    programs: Programs, params: Params, target: Target, drawn: list[Batch], base_drawn: list[Batch]
-) -> Evaluation:
+def evaluate(programs: Programs, params: Params, target: Target, drawn: list[Batch], base_drawn: list[Batch]) -> Evaluation:
     """Estimates everything from fresh batches of the policy, and those of an evaluation of the base model.
 
     Satisfaction, entropy, KL(π‖a) and distinct-n are of samples of the policy. log Z and the divergences need samples

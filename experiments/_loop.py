@@ -159,9 +159,20 @@ def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> 
         for i, text in enumerate(evaluation.texts[:64]):
             samples.log({"step": step, "text": text} | {k: v[i] for k, v in evaluation.features.items()})
     run.display.evaluation(evaluation, step, run.target)
-    if run.target.bound and step == 0:
-        run.display.warn_if_absent(evaluation, run.target.bound)
+    if run.target.bound and step == 0 and evaluation.figures[run.target.bound].value == 0:
+        _absent(run, evaluation.samples)
     return evaluation
+
+
+def _absent(run: Run, samples: int) -> None:
+    """The constraint held for no sample of the base model: says what is known of its rate, and goes on or gives up."""
+    known = (
+        f"None of {samples} samples of the base model satisfies the constraint: with 95 % confidence its rate is below "
+        f"{3 / samples:.2g}, and log Z below {np.log(3 / samples):.1f}."
+    )
+    if run.target.stop_if_absent:
+        raise RunError(f"{known} Look for the spelling that the model uses, or raise --eval-samples and --samples.")
+    run.display.warn(f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find one sooner.")
 
 
 def _save(run: Run, state: fjax.TrainState, begun: float) -> None:

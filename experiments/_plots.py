@@ -68,8 +68,12 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[1, 0].set_title("norm of the gradient")
     axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8)
     axes[1, 1].set_title("effective samples of the divergence")
-    axes[1, 2].plot(*_xy(steps, "clipped_fraction"), lw=0.8)
-    axes[1, 2].set(title="share of samples with clipped f'", ylim=(0, 1))
+    axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples of π/q")
+    if any(record["clipped_fraction"] for record in steps):
+        samples = steps[-1]["samples"] / steps[-1]["step"]
+        x, y = _xy(steps, "clipped_fraction")
+        axes[1, 2].plot(x, y * samples, lw=0.8, label="samples with clipped f'")
+    axes[1, 2].set(title="samples of the policy, and clipped ones", ylim=(0, None))
     _finish(figure, axes, path)
 
 

@@ -31,9 +31,7 @@ def open_run(config: dict, *, experiment: str, title: str) -> Path:
     if config["resume"]:
         _check_same(folder, saved, config)
     elif folder.exists() and any(folder.iterdir()):
-        raise RunError(
-            f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder."
-        )
+        raise RunError(f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder.")
     _check_writable(folder)
     if not config["resume"]:
         versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}

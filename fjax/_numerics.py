@@ -38,9 +38,7 @@ def keep(x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float)
     return x if where is None else jnp.where(where, x, otherwise)
 
 
-def mean_and_error(
-    x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def mean_and_error(x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean and its standard error (with n - 1) over the entries counted; the error of a single one is NaN."""
     n = count(x, where)
     mean = keep(x, where, 0.0).sum() / n

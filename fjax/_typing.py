@@ -48,6 +48,4 @@ class DecodeFn(Protocol):
 class LogProbFn(Protocol):
     """Log-probability of each sequence, summed in float32 over the tokens that ``where`` counts."""
 
-    def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
-    ) -> Float[Array, "B"]: ...
+    def __call__(self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]: ...

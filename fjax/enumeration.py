@@ -105,9 +105,7 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
     """
     first_row = [sum(vocab_size**i for i in range(length)) for length in range(max_tokens + 1)]
 
-    def log_prob_fn(
-        params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
-    ) -> Float[Array, "B"]:
+    def log_prob_fn(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]:
         if tokens.shape[1] != max_tokens:
             raise ValueError(f"The table is for {max_tokens} tokens, got {tokens.shape[1]} columns.")
         table = jax.nn.log_softmax(params)

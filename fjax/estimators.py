@@ -39,9 +39,7 @@ class Estimate(NamedTuple):
     ess: Float[Array, ""]
 
 
-def effective_sample_size(
-    log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
-) -> Float[Array, ""]:
+def effective_sample_size(log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> Float[Array, ""]:
     """(Σw)²/Σw², between 1 and n; 0 if every weight is 0.
 
     Args:
@@ -254,10 +252,8 @@ def estimate_entropy(
     return estimate_mean(-log_pi, None if log_q is None else log_pi - log_q, where=where)
 
 
-def log_mixture(
-    log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fraction: float
-) -> Float[Array, "N"]:
-    """log q of samples that come partly from the policy and partly from the base model: q = (1 - ε) π + ε a.
+def log_mixture(log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fraction: float) -> Float[Array, "N"]:
+    """Log q of samples that come partly from the policy and partly from the base model: q = (1 - ε) π + ε a.
 
     To be used as ``log_q`` for *all* samples, whichever of the two each came from (the balance heuristic). A policy that no
     longer covers the target makes P/π explode, rarely and without warning: log Z from its own samples is then far too
@@ -308,9 +304,7 @@ def init_log_mean(dtype=float) -> LogMean:
     return LogMean(jnp.array(-jnp.inf, dtype), jnp.array(-jnp.inf, dtype), jnp.array(0, dtype))
 
 
-def update_log_mean(
-    state: LogMean, log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
-) -> LogMean:
+def update_log_mean(state: LogMean, log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> LogMean:
     """Takes in more weights; -inf (weight zero) counts as a sample.
 
     >>> state = update_log_mean(init_log_mean(), jnp.log(jnp.array([1.0, 3.0])))
@@ -381,6 +375,4 @@ def _terms(log_pi, log_p, log_q, divergence):
 
 
 def _smaller_ess(log_pi, log_p, log_q, where):
-    return jnp.minimum(
-        effective_sample_size(log_p - log_q, where=where), effective_sample_size(log_pi - log_q, where=where)
-    )
+    return jnp.minimum(effective_sample_size(log_p - log_q, where=where), effective_sample_size(log_pi - log_q, where=where))

@@ -15,7 +15,7 @@ __all__ = ["make_log_prob_fn", "pack", "sequence_log_probs", "token_log_probs", 
 
 
 def token_log_probs(logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]) -> Float[Array, "*b T"]:
-    """log softmax(logits)[token], for logits that already stand above the token they predict.
+    """Log softmax(logits)[token], for logits that already stand above the token they predict.
 
     One entry minus a log-sum-exp, so that no second array of the logits' size is made. In float32 at least.
 
@@ -34,7 +34,7 @@ def token_log_probs(logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]) 
 def sequence_log_probs(
     logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"], *, where: Bool[Array, "*b T"]
 ) -> Float[Array, "*b"]:
-    """log π(x) = Σ_t log π(x_t | x_<t) over the tokens that count; the shift by one is done here.
+    """Log π(x) = Σ_t log π(x_t | x_<t) over the tokens that count; the shift by one is done here.
 
     Its gradient is the score ∇log π(x), which `fjax.surrogate_loss` weights.
 
@@ -54,7 +54,7 @@ def sequence_log_probs(
 
 
 def make_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1, transform=None) -> LogProbFn:
-    """log π(x) of a model, as the function of ``(params, tokens, where)`` that `fjax.fdpg` takes.
+    """Log π(x) of a model, as the function of ``(params, tokens, where)`` that `fjax.fdpg` takes.
 
     Args:
         logits_fn: the teacher-forced model.

@@ -144,8 +144,7 @@ def leave_one_out(scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None =
     """
     if scores.shape[0] < 2:
         raise ValueError(
-            f"A leave-one-out baseline needs at least 2 samples, got {scores.shape[0]}: "
-            "draw more, or use baseline=0.0."
+            f"A leave-one-out baseline needs at least 2 samples, got {scores.shape[0]}: draw more, or use baseline=0.0."
         )
     counted = keep(jax.lax.stop_gradient(scores), where, 0.0)
     return (counted.sum() - counted) / jnp.maximum(count(scores, where) - 1, 1)
@@ -176,9 +175,7 @@ def centred_weights(
     weights = jax.lax.stop_gradient(weights)
     value = baseline(weights) if callable(baseline) else jnp.asarray(baseline, weights.dtype)
     if value.shape not in ((), weights.shape):
-        raise ValueError(
-            f"A baseline has shape () or {weights.shape}, one value or one a sample; got {value.shape}."
-        )
+        raise ValueError(f"A baseline has shape () or {weights.shape}, one value or one a sample; got {value.shape}.")
     value = jnp.broadcast_to(value, weights.shape)
     if log_q is not None:
         value = weighted(value, jax.lax.stop_gradient(log_pi - log_q))

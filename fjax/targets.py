@@ -31,7 +31,5 @@ def pointwise(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"]) -> Float[
     Source: Khalifa et al. 2021 (GDC, arXiv 2012.11635), section 2.
     """
     if log_a.shape != satisfied.shape:
-        raise ValueError(
-            f"log_a and satisfied describe the same samples, got {log_a.shape}, {satisfied.shape}."
-        )
+        raise ValueError(f"log_a and satisfied describe the same samples, got {log_a.shape}, {satisfied.shape}.")
     return jnp.where(satisfied, log_a, -jnp.inf)

@@ -75,9 +75,7 @@ def main() -> None:
     make_tokenizer().save_pretrained(FOLDER / "tiny-gpt2")
     tokens, counted = batch(SHAPE)
     prompt = torch.tensor(tokens[:, :4])
-    greedy = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=EOS
-    )
+    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=EOS)
     np.savez_compressed(
         FOLDER / "tiny-gpt2-torch.npz",
         tokens=tokens,

@@ -59,9 +59,7 @@ def test_limits_and_curvature(case, x64):
     divergence = case.divergence
     assert float(divergence.value_at_zero) == pytest.approx(case.at_zero, rel=1e-14)
     assert float(divergence.slope_at_infinity) == pytest.approx(case.slope_at_infinity, rel=1e-14)
-    assert float(divergence.integrand(jnp.asarray(jnp.inf))) == pytest.approx(
-        case.slope_at_infinity, rel=1e-14
-    )
+    assert float(divergence.integrand(jnp.asarray(jnp.inf))) == pytest.approx(case.slope_at_infinity, rel=1e-14)
     if case.curvature is not None:  # f''(1) is the slope of f' in log t as well, t being 1
         assert float(jax.grad(divergence.derivative)(0.0)) == pytest.approx(case.curvature, rel=1e-14)
 

@@ -64,9 +64,7 @@ def test_tuples_have_their_own_expectation(x64):
     two = enumeration.expected_gradient(lambda log_pi, *_: log_pi, *arguments, samples=2)
     np.testing.assert_allclose(one, two, atol=1e-14)
     # ∇ E[log π(x) log π(y)] = 2 E[log π] E[∇log π] for independent x and y.
-    product = enumeration.expected_gradient(
-        lambda log_pi, *_: jnp.broadcast_to(log_pi.prod(), (2,)), *arguments, samples=2
-    )
+    product = enumeration.expected_gradient(lambda log_pi, *_: jnp.broadcast_to(log_pi.prod(), (2,)), *arguments, samples=2)
     np.testing.assert_allclose(product, 2 * (jnp.exp(small.log_q) * small.log_pi).sum() * one, atol=1e-13)
 
 
@@ -87,9 +85,7 @@ def test_exact_gradient_descends_to_the_target(x64):
     divergence = divergences.jensen_shannon()
 
     def step(params, _):
-        gradient = enumeration.exact_gradient(
-            small.log_prob_fn, params, small.space, small.log_p, divergence=divergence
-        )
+        gradient = enumeration.exact_gradient(small.log_prob_fn, params, small.space, small.log_p, divergence=divergence)
         return params - 4 * gradient, None
 
     params = jax.lax.scan(step, small.params, length=2000)[0]

@@ -54,9 +54,7 @@ def test_z_is_unbiased(proposal, x64):
     small = world()
     log_score = small.log_p_hard - 1.5
     log_sampled, _ = proposals(small)[proposal]
-    pairs, probability = over_tuples(
-        log_sampled, 2, lambda rows: estimators.estimate_log_z(log_score[rows], log_sampled[rows])
-    )
+    pairs, probability = over_tuples(log_sampled, 2, lambda rows: estimators.estimate_log_z(log_score[rows], log_sampled[rows]))
     z = np.exp(pairs.value)
     assert float(probability @ z) == pytest.approx(np.exp(-1.5), rel=1e-12)
     missed = np.isneginf(pairs.value)
@@ -65,9 +63,7 @@ def test_z_is_unbiased(proposal, x64):
     assert not pairs.ess[missed].any()
     # The standard error is that of Z, divided by Z.
     squared = np.where(missed, 0, (z * pairs.std_error) ** 2)
-    assert float(probability @ squared) == pytest.approx(
-        float(probability @ (z - np.exp(-1.5)) ** 2), rel=1e-10
-    )
+    assert float(probability @ squared) == pytest.approx(float(probability @ (z - np.exp(-1.5)) ** 2), rel=1e-10)
 
 
 def replicate(estimate, log_sampled, *, n=1000, times=400, seed=0):
@@ -95,9 +91,7 @@ def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x6
 
     def estimate(rows):
         at = None if log_q is None else log_q[rows]
-        return estimators.estimate_divergence_from_score(
-            small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence
-        )
+        return estimators.estimate_divergence_from_score(small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence)
 
     exact = divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence)
     check_spread(replicate(estimate, log_sampled), float(exact), bias=3 / 1000)
@@ -105,9 +99,7 @@ def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x6
 
 def test_log_z_spread(x64):
     small = world()
-    estimate = replicate(
-        lambda rows: estimators.estimate_log_z(small.log_p_hard[rows] - 1.5, small.log_q[rows]), small.log_q
-    )
+    estimate = replicate(lambda rows: estimators.estimate_log_z(small.log_p_hard[rows] - 1.5, small.log_q[rows]), small.log_q)
     check_spread(estimate, -1.5, bias=3 / 1000)
 
 
@@ -116,9 +108,7 @@ def test_moments_of_policy_and_target_from_samples_of_neither(x64):
     feature = jnp.asarray(np.random.default_rng(0).normal(size=7))
     for log_weighted in (small.log_pi, small.log_p_hard):
         batches = replicate(
-            lambda rows, to=log_weighted: estimators.estimate_mean(
-                feature[rows], to[rows] + 100 - small.log_q[rows]
-            ),
+            lambda rows, to=log_weighted: estimators.estimate_mean(feature[rows], to[rows] + 100 - small.log_q[rows]),
             small.log_q,
         )
         check_spread(batches, float(jnp.exp(log_weighted) @ feature), bias=3 / 1000)
@@ -128,9 +118,7 @@ def test_entropy_and_kl_to_base(x64):
     small = world()
     pi = np.exp(small.log_pi)
     entropy, kl = -pi @ small.log_pi, pi @ (small.log_pi - small.log_q)
-    singles, probability = over_tuples(
-        small.log_pi, 1, lambda rows: estimators.estimate_entropy(small.log_pi[rows])
-    )
+    singles, probability = over_tuples(small.log_pi, 1, lambda rows: estimators.estimate_entropy(small.log_pi[rows]))
     assert float(probability @ singles.value) == pytest.approx(float(entropy), rel=1e-12)
     singles, probability = over_tuples(
         small.log_pi, 1, lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows])
@@ -277,9 +265,7 @@ def test_nothing_is_differentiated(x64):
             + estimators.estimate_log_z(log_p, log_q).value
         )
 
-    assert not any(
-        g.any() for g in jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
-    )
+    assert not any(g.any() for g in jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q))
 
 
 def test_the_bound_of_every_report_holds(x64):

@@ -24,9 +24,7 @@ def batch():
 def by_hand(logits, tokens, where):
     """Σ over counted tokens of the log-softmax one column to the left."""
     table = np.asarray(jax.nn.log_softmax(logits))
-    return [
-        sum(table[b, t - 1, tokens[b, t]] for t in range(T) if where[b, t]) for b in range(len(tokens))
-    ]
+    return [sum(table[b, t - 1, tokens[b, t]] for t in range(T) if where[b, t]) for b in range(len(tokens))]
 
 
 def test_sequence_log_probs_shift_by_one(batch):

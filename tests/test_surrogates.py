@@ -86,9 +86,7 @@ def test_monte_carlo_mean_is_within_five_standard_errors(x64):
 
     def total(log_pi):
         log_p, log_q = small.log_p_hard[rows], small.log_q[rows]
-        return surrogates.surrogate_loss(
-            log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out
-        ).sum()
+        return surrogates.surrogate_loss(log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out).sum()
 
     scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
     gradients = jax.grad(total)(small.log_pi[rows])[:, None, None] * scores[rows]
@@ -142,9 +140,7 @@ def test_float32_gradient_of_the_loss_is_never_nan(case):
 
 def test_float32_weights_where_single_factors_overflow():
     """Forward KL is -p/q and reverse KL (π/q)(log t + 1), however far from float32 π/q or f' alone may be."""
-    log_pi, log_p, log_q = jnp.array(
-        [[-300.0, -1000.0, -1000.0], [-3.0, -2.0, -1003.0], [-2.0, -101.0, -1002.0]]
-    )
+    log_pi, log_p, log_q = jnp.array([[-300.0, -1000.0, -1000.0], [-3.0, -2.0, -1003.0], [-2.0, -101.0, -1002.0]])
     forward = surrogates.score_weights(log_pi, log_p, log_q, divergence=divergences.forward_kl())
     np.testing.assert_allclose(forward, [-np.exp(-1), -np.inf, -np.exp(-1)], rtol=1e-5)
     reverse = surrogates.score_weights(
@@ -165,8 +161,7 @@ def test_a_clip_out_of_reach_changes_nothing_and_one_within_biases(x64):
     arguments = (*small[:3], small.log_p_hard)
     kl = divergences.forward_kl()
     wide, narrow = (
-        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip)
-        for clip in ((-1e9, 1e9), (-1.0, 1e9))
+        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip) for clip in ((-1e9, 1e9), (-1.0, 1e9))
     )
     np.testing.assert_allclose(wide, exact("forward_kl", True), atol=1e-10)
     assert abs(narrow - wide).max() > 0.01
@@ -183,12 +178,8 @@ def test_only_log_pi_is_differentiated(x64):
     by_pi, by_p, by_q = jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
     assert not by_p.any()
     assert not by_q.any()
-    weights = surrogates.score_weights(
-        small.log_pi, small.log_p, small.log_q, divergence=divergences.jensen_shannon()
-    )
-    centred = surrogates.centred_weights(
-        weights, small.log_pi, small.log_q, baseline=surrogates.leave_one_out
-    )
+    weights = surrogates.score_weights(small.log_pi, small.log_p, small.log_q, divergence=divergences.jensen_shannon())
+    centred = surrogates.centred_weights(weights, small.log_pi, small.log_q, baseline=surrogates.leave_one_out)
     np.testing.assert_allclose(by_pi, centred, rtol=1e-13)
 
 

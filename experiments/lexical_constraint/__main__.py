@@ -8,4 +8,4 @@ from .config import Config
 from .run import main
 
 if __name__ == "__main__":
-    sys.exit(run(Config, main))
+    sys.exit(run(Config, main, module="experiments.lexical_constraint"))

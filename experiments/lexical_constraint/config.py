@@ -1,6 +1,7 @@
 """What can be set on the command line of this experiment."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
@@ -25,7 +26,7 @@ class Config:
 
     word: str = "amazing"
     """The word, or several in a row. Whole words count, in upper or lower case."""
-    when_absent: str = "continue"
+    when_absent: Literal["continue", "stop"] = "continue"
     """If no sample of the base model has the word: continue (until one has) or stop."""
     smoothing: float = 0.0
     """ε in p ∝ a·([word in x] + ε): above 0 the target is positive everywhere and reverse KL finite, without --clip."""
@@ -35,7 +36,5 @@ class Config:
     def __post_init__(self):
         if not self.word.strip():
             raise ValueError("--word must not be empty.")
-        if self.when_absent not in ("continue", "stop"):
-            raise ValueError(f"--when-absent must be continue or stop, got {self.when_absent!r}.")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"--smoothing must be in [0, 1), got {self.smoothing}.")

@@ -28,7 +28,12 @@ def make_target(config: Config) -> Target:
         with np.errstate(divide="ignore"):
             return log_a + np.log(features["satisfaction"] + np.float32(config.smoothing))
 
-    return Target(features, log_score, bound=None if config.smoothing else "satisfaction")
+    return Target(
+        features,
+        log_score,
+        bound=None if config.smoothing else "satisfaction",
+        stop_if_absent=config.when_absent == "stop",
+    )
 
 
 def main(config: Config) -> int:

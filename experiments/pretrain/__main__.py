@@ -1,7 +1,11 @@
-import tyro
+"""Command line: python -m experiments.pretrain --help."""
+
+import sys
+
+from experiments._command import run
 
 from .config import Config
 from .run import main
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=Config.__doc__))
+    sys.exit(run(Config, main, module="experiments.pretrain"))

@@ -28,9 +28,7 @@ def write(
     seconds: float,
 ) -> None:
     """Saves the model to ``config.output``, reads it back, and describes what was read back."""
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=data.END, eos_token=data.END, unk_token=data.END
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=data.END, eos_token=data.END, unk_token=data.END)
     huggingface.save_pretrained(config.output, params, model, wrapped, dtype=jnp.float16)
     shipped = huggingface.from_pretrained(config.output)
     held_out = data.encode(tokenizer, split.held_out)
@@ -75,9 +73,7 @@ def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samp
 
     def draw(params, rng_key, prompt, cache):
         eos_id = shipped.tokenizer.eos_token_id
-        return sample(
-            shipped.decode_fn, params, rng_key, prompt, cache, max_new_tokens=NEW_TOKENS, eos_id=eos_id
-        )
+        return sample(shipped.decode_fn, params, rng_key, prompt, cache, max_new_tokens=NEW_TOKENS, eos_id=eos_id)
 
     return jax.jit(draw)(shipped.params, jax.random.key(seed), prompt, cache)
 

@@ -71,9 +71,7 @@ def encode(tokenizer: Tokenizer, sentences: list[str]) -> list[np.ndarray]:
     return [np.asarray([end, *row.ids, end], np.int32) for row in tokenizer.encode_batch(sentences)]
 
 
-def batches(
-    rows: list[np.ndarray], *, batch_size: int, seed: int, epoch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(rows: list[np.ndarray], *, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, lengths) in an order that depends on the seed and the epoch only, so that a resumed run repeats it.
 
     Rows are shuffled, sorted by length within windows of 16 batches, and the batches shuffled again: little padding,

@@ -97,7 +97,7 @@ def _progress() -> Progress:
     return Progress(*columns, TextColumn("{task.fields[nats]:.3f} nats a token"), console=console)
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
     config.run_folder.mkdir(parents=True, exist_ok=True)
     split = data.read_sentences(config.corpora)
     tokenizer = data.train_tokenizer(split.train, vocab_size=config.vocab_size)
@@ -109,3 +109,4 @@ def main(config: Config) -> None:
     five_gram_nats = ngram.negative_log_likelihood(five_gram, held_out) / len(held_out)
     card.write(config, model_config(config), params, tokenizer, split, five_gram_nats, seconds)
     console.print(f"The model and its card are in {config.output}.")
+    return 0

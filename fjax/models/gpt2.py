@@ -49,9 +49,7 @@ class GPT2Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and n_head={self.n_head}.")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function must be one of {sorted(ACTIVATIONS)}, got {self.activation_function!r}."
-            )
+            raise ValueError(f"activation_function must be one of {sorted(ACTIVATIONS)}, got {self.activation_function!r}.")
 
 
 class KVCache(NamedTuple):

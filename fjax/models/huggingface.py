@@ -116,9 +116,7 @@ def save_pretrained(
         tensors = {name: leaf.astype(dtype) for name, leaf in tensors.items()}
     stored = str(next(iter(tensors.values())).dtype)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    described = transformers.GPT2Config(
-        **dataclasses.asdict(config), **ids, architectures=["GPT2LMHeadModel"], dtype=stored
-    )
+    described = transformers.GPT2Config(**dataclasses.asdict(config), **ids, architectures=["GPT2LMHeadModel"], dtype=stored)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
         described.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -226,7 +224,7 @@ def _named(params: Params) -> dict[str, Any]:
 
 def _hf_name(path: list[str]) -> str:
     parts = [f"h.{part[2:]}" if part.startswith("h_") else part for part in path]
-    return ".".join(parts[:-1] + [parts[-1] if parts[-1] == "bias" else "weight"])
+    return ".".join([*parts[:-1], parts[-1] if parts[-1] == "bias" else "weight"])
 
 
 def _some(items: list[str]) -> str:

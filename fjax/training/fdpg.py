@@ -131,9 +131,7 @@ def fdpg(
             log_pi, weights, grads = _whole(log_prob_fn, state.params, rollout, weigh)
         else:
             known_log_pi = rollout.log_q if on_policy else None
-            log_pi, weights, grads = _in_parts(
-                log_prob_fn, state.params, rollout, weigh, microbatch_size, known_log_pi
-            )
+            log_pi, weights, grads = _in_parts(log_prob_fn, state.params, rollout, weigh, microbatch_size, known_log_pi)
         info = _describe(log_pi, log_p, rollout.log_q, weights, grads, z, divergence, clip)
         return _advance(state, grads, z_state, optimizer, info.finite), info
 

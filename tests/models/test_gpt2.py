@@ -75,9 +75,7 @@ def test_no_prediction_looks_ahead(params):
 
 def test_start_leaves_out_columns_and_changes_nothing(params):
     logits = gpt2.logits_fn(CONFIG)
-    np.testing.assert_allclose(
-        logits(params, tokens_of(), start=4), logits(params, tokens_of())[:, 4:], rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(logits(params, tokens_of(), start=4), logits(params, tokens_of())[:, 4:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefill", [1, 4, 9])

@@ -206,7 +206,16 @@ def test_a_prompt_is_read_once_for_all_its_samples(table):
         shapes.append(tokens.shape)
         return toy_decode(params, tokens, cache, where)
 
-    sample(spy, table, jax.random.key(0), jnp.ones((2, 3), int), memory(2, 6), max_new_tokens=2, eos_id=0, samples_per_prompt=5)
+    sample(
+        spy,
+        table,
+        jax.random.key(0),
+        jnp.ones((2, 3), int),
+        memory(2, 6),
+        max_new_tokens=2,
+        eos_id=0,
+        samples_per_prompt=5,
+    )
     assert shapes[0] == (2, 3)
     assert set(shapes[1:]) == {(10, 1)}
 

@@ -75,7 +75,11 @@ def test_one_forward_pass_a_step():
         calls.append(tokens.shape[0])
         return small.log_prob_fn(params, tokens, where)
 
-    for options, expected in [({}, [7]), ({"microbatch_size": 4}, [4, 4]), ({"microbatch_size": 4, "on_policy": True}, [4])]:
+    for options, expected in [
+        ({}, [7]),
+        ({"microbatch_size": 4}, [4, 4]),
+        ({"microbatch_size": 4, "on_policy": True}, [4]),
+    ]:
         tuner = fdpg(spy, DESCENT, divergence=forward_kl(), **options)
         calls.clear()
         jax.eval_shape(tuner.update, tuner.init(small.params), rollout)
