@@ -71,8 +71,7 @@ class Display:
     def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
         """A table of figures, beside those of the base model, and a few samples."""
         table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy", title_justify="left")
-        for heading, justify in (("figure", "left"), ("value", "right"), ("± std. error", "right"), ("ESS", "right")):
-            table.add_column(heading, justify=justify)
+        _add_columns(table, "figure", "value", "± std. error", "ESS")
         for name, figure in evaluation.figures.items():
             ess = f"{figure.ess:.0f}" if figure.ess < evaluation.samples - 0.5 else ""
             table.add_row(NAMES.get(name, name), _number(figure.value), _error(figure), ess)
@@ -94,8 +93,7 @@ class Display:
     def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
         """Before → after, the check on the figures, and where things are."""
         table = Table(title="before → after", title_justify="left")
-        for heading in ("figure", "before", "after", "± std. error"):
-            table.add_column(heading, justify="left" if heading == "figure" else "right")
+        _add_columns(table, "figure", "before", "after", "± std. error")
         before = evaluations.get(0, {})
         for name, figure in after.figures.items():
             table.add_row(NAMES.get(name, name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
@@ -106,6 +104,12 @@ class Display:
             verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
             self.say(escape(f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {bound:.3f} {verdict}."))
         self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
+
+
+def _add_columns(table: Table, first: str, *others: str) -> None:
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
 
 
 def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Table:
@@ -119,11 +123,8 @@ def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Tabl
 
 
 def _note(record: dict) -> str:
-    parts = []
-    for name in ("satisfaction", "log_z", "divergence"):
-        if name in record:
-            parts.append(f"{ {'log_z': 'log Z'}.get(name, name) } {_number(float(record[name]))}")
-    return "  ".join(parts)
+    shown = {"satisfaction": "satisfaction", "log_z": "log Z", "divergence": "divergence"}
+    return "  ".join(f"{title} {_number(float(record[name]))}" for name, title in shown.items() if name in record)
 
 
 def _size(model: PretrainedModel) -> str:

@@ -14,7 +14,7 @@ from fjax import estimators
 from fjax._typing import Params
 from fjax.metrics import distinct_n
 
-from ._programs import Batch, Programs
+from ._programs import AnyArray, Batch, Programs
 from ._settings import DIVERGENCES
 
 Features = Mapping[str, np.ndarray]
@@ -95,7 +95,7 @@ def evaluate(programs: Programs, params: Params, target: Target, drawn: list[Bat
     everything = _join([of_policy, *of_base, *(_rescored(programs, params, batch) for batch in base_drawn)])
     n, texts = len(of_policy.log_pi), programs.decode(everything)
     features = target.features(texts)
-    log_score = target.log_score(everything.log_a, features)
+    log_score = target.log_score(np.asarray(everything.log_a), features)
     estimates = _estimates(everything.log_pi, everything.log_a, log_score, n)
     features = {name: values[:n] for name, values in features.items()}
     figures = {name: _mean(values) for name, values in features.items()}
@@ -107,12 +107,12 @@ def evaluate(programs: Programs, params: Params, target: Target, drawn: list[Bat
 
 
 def _join(batches: list[Batch]) -> Batch:
-    rows = (np.concatenate(arrays) for arrays in zip(*(batch[:-1] for batch in batches), strict=True))
-    return Batch(*rows, from_policy=0)
+    rows = [np.concatenate(arrays) for arrays in zip(*(batch[:-1] for batch in batches), strict=True)]
+    return Batch._make([*rows, 0])
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(*(x[rows] for x in batch[:-1]), batch.from_policy)
+    return Batch._make([*(x[rows] for x in batch[:-1]), batch.from_policy])
 
 
 def _rescored(programs: Programs, params: Params, batch: Batch) -> Batch:
@@ -134,7 +134,7 @@ def _estimates(log_pi, log_a, log_score, of_policy: int) -> dict[str, fjax.Estim
     }
 
 
-def _mean(values: np.ndarray) -> Figure:
+def _mean(values: AnyArray) -> Figure:
     return Figure(*map(float, estimators.estimate_mean(jnp.asarray(values, jnp.float32))))
 
 

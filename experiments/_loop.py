@@ -130,7 +130,7 @@ def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tupl
     record = {"kind": "step", "step": step + 1, "samples": (step + 1) * run.settings.samples}
     record |= {name: np.mean(values[: batch.from_policy], dtype=float) for name, values in features.items()}
     for name, value in info._asdict().items():
-        if isinstance(value, tuple):
+        if isinstance(value, fjax.Estimate):
             record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
         else:
             record[name] = value.item()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,19 @@ from fjax.models import PretrainedModel
 from ._run_folder import RunError
 from ._settings import BUILT_IN, Settings, make_divergence, make_optimizer
 
+AnyArray = Any
+"""A `jax.Array`, perhaps still on its way, or an `np.ndarray` on the host."""
+
 
 class Batch(NamedTuple):
-    """Samples of the policy, then some of the base model, and what both say of each. Arrays may still be on their way."""
+    """Samples of the policy, then some of the base model, and what both say of each; on the device or the host."""
 
-    tokens: jax.Array
-    where: jax.Array
-    finished: jax.Array
-    log_pi: jax.Array
-    log_a: jax.Array
-    log_q: jax.Array
+    tokens: AnyArray
+    where: AnyArray
+    finished: AnyArray
+    log_pi: AnyArray
+    log_a: AnyArray
+    log_q: AnyArray
     from_policy: int
 
 
@@ -126,7 +129,7 @@ def _make_draw(settings: Settings, model: PretrainedModel) -> Callable:
     return draw_rows
 
 
-def decode(model: PretrainedModel, tokens: jax.Array, where: jax.Array) -> list[str]:
+def decode(model: PretrainedModel, tokens: AnyArray, where: AnyArray) -> list[str]:
     """The texts of the tokens that count, without the end-of-sequence token."""
     rows = [row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(where), strict=True)]
     return model.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from fjax._numerics import count, ess_from_logs, ess_of, keep, mean_and_error, weighted
 from fjax._typing import Array, Bool, Float
@@ -293,7 +294,7 @@ class LogMean(NamedTuple):
     count: Float[Array, ""]
 
 
-def init_log_mean(dtype=float) -> LogMean:
+def init_log_mean(dtype: DTypeLike = float) -> LogMean:
     """Nothing seen yet; in JAX's default precision, which is float32 unless 64-bit mode is on.
 
     >>> float(init_log_mean().count)

@@ -201,12 +201,30 @@ def test_streaming_equals_all_at_once(x64):
     running = estimators.running_log_mean()
     state, _ = jax.lax.scan(lambda state, x: (running.update(state, x), None), running.init(), log_weights)
     assert state.count == 40
-    assert state.log_sum.dtype == jnp.float32  # the state's own, whatever the weights'
     w = np.exp(log_weights.ravel())
     expected = np.log(w.mean()), w.std(ddof=1) / np.sqrt(40) / w.mean(), w.sum() ** 2 / (w**2).sum()
-    np.testing.assert_allclose(running.estimate(state), expected, rtol=1e-5)
-    doubled = estimators.update_log_mean(estimators.init_log_mean(jnp.float64), log_weights.ravel())
-    np.testing.assert_allclose(estimators.log_mean_estimate(doubled), expected, rtol=1e-12)
+    np.testing.assert_allclose(running.estimate(state), expected, rtol=1e-12)
+
+
+def test_the_state_keeps_its_dtype_whatever_the_weights_have(x64):
+    state = estimators.update_log_mean(estimators.init_log_mean(jnp.float32), jnp.zeros(3, jnp.float64))
+    assert state.log_sum.dtype == jnp.float32
+
+
+def test_a_defensive_mixture_is_the_density_of_what_was_drawn(x64):
+    """Its weights are bounded by 1/ε, and estimates with it are unbiased: Σ_x q(x) P(x)/q(x) = Z, in full."""
+    log_pi = jax.nn.log_softmax(jnp.array([30.0, 0.0, 1.0, -5.0]))  # hardly covers what the target wants
+    log_a = jax.nn.log_softmax(jnp.array([0.0, 1.0, -1.0, 0.5]))
+    log_score = log_a + jnp.log(jnp.array([0.0, 1.0, 1.0, 1.0]))
+    for share in (0.125, 0.5):
+        log_q = estimators.log_mixture(log_pi, log_a, base_fraction=share)
+        np.testing.assert_allclose(jnp.exp(log_q), (1 - share) * jnp.exp(log_pi) + share * jnp.exp(log_a), rtol=1e-12)
+        assert jnp.exp(log_score - log_q).max() <= 1 / share
+        assert jnp.exp(log_pi - log_q).max() <= 1 / (1 - share)
+    np.testing.assert_array_equal(estimators.log_mixture(log_pi, log_a, base_fraction=0.0), log_pi)
+    np.testing.assert_array_equal(estimators.log_mixture(log_pi, log_a, base_fraction=1.0), log_a)
+    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
+        estimators.log_mixture(log_pi, log_a, base_fraction=1.5)
 
 
 def test_streaming_in_float32_at_the_scale_of_sequences():

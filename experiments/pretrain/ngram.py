@@ -47,8 +47,8 @@ def _summarise(counts: Counter) -> _Order:
     y = n1 / (n1 + 2 * n2)
     # Tiny corpora can push the closed forms out of range; a discount must stay between 0 and the count it is taken from.
     raw = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
-    discounts = tuple(min(max(d, 0.0), k) for k, d in enumerate(raw, start=1))
-    return _Order(dict(counts), dict(totals), dict(kinds), discounts)
+    d1, d2, d3 = (min(max(d, 0.0), k) for k, d in enumerate(raw, start=1))
+    return _Order(dict(counts), dict(totals), dict(kinds), (d1, d2, d3))
 
 
 def probability(model: NGram, context: tuple[int, ...], token: int) -> float:

@@ -1,20 +1,17 @@
 """Trains the tokenizer, the 5-gram and the GPT-2, and goes on from the last checkpoint when called again."""
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fjax.models import gpt2
+from fjax.training import Checkpoints, JsonlLogger
 
 from . import card, data, ngram, train
 from .config import Config
@@ -42,18 +39,23 @@ def fit(config: Config, rows: list[np.ndarray]) -> tuple[gpt2.Params, float]:
     tx = train.optimizer(config, total)
     params_key, dropout_key = jax.random.split(jax.random.key(config.seed))
     params = gpt2.init_params(model, params_key)
-    state, seconds = restore(config.run_folder, train.State(jnp.int32(0), params, tx.init(params)))
-    step, begun, done = train.make_step(model, tx, dropout_key), time.monotonic() - seconds, int(state.step)
-    with _progress() as bar:
-        task = bar.add_task("pretrain", total=total, completed=done, nats=math.nan)
-        for tokens, lengths in _from_step(config, rows, done, total, steps_per_epoch):
-            state, loss = step(state, tokens, lengths)
-            done += 1
-            if done % 10 == 0:
-                bar.update(task, completed=done, nats=float(loss))
-                _log(config.run_folder, {"step": done, "nats": float(loss), "seconds": time.monotonic() - begun})
-            if done % config.checkpoint_every == 0 or done == total:
-                save(config.run_folder, state, time.monotonic() - begun)
+    state, seconds = train.State(jnp.int32(0), params, tx.init(params)), 0.0
+    with Checkpoints(config.run_folder / "checkpoints", keep=1) as checkpoints:
+        if checkpoints.latest is not None:
+            restored = checkpoints.restore({"state": state, "seconds": np.zeros(())})
+            state, seconds = restored["state"], float(restored["seconds"])
+            console.print(f"Going on from step {checkpoints.latest} in {config.run_folder}.")
+        step, begun, done = train.make_step(model, tx, dropout_key), time.monotonic() - seconds, int(state.step)
+        with _progress() as bar, JsonlLogger(config.run_folder / "metrics.jsonl", after_step=done or -1) as logger:
+            task = bar.add_task("pretrain", total=total, completed=done, nats=math.nan)
+            for tokens, lengths in _from_step(config, rows, done, total, steps_per_epoch):
+                state, loss = step(state, tokens, lengths)
+                done += 1
+                if done % 10 == 0:
+                    bar.update(task, completed=done, nats=float(loss))
+                    logger.log({"step": done, "nats": float(loss), "seconds": time.monotonic() - begun})
+                if done % config.checkpoint_every == 0 or done == total:
+                    checkpoints.save(done, {"state": state, "seconds": np.asarray(time.monotonic() - begun)})
     return state.params, time.monotonic() - begun
 
 
@@ -65,31 +67,6 @@ def _from_step(
         for i, batch in enumerate(epoch):
             if done <= position * steps_per_epoch + i < total:
                 yield batch
-
-
-def save(folder: Path, state: train.State, seconds: float) -> None:
-    """A new checkpoint, then the old ones go: a kill at any moment leaves one that is whole."""
-    path = folder.absolute() / f"step_{int(state.step)}"
-    ocp.save_pytree(path, {"state": state, "seconds": np.float64(seconds)}, overwrite=True)
-    for other in folder.glob("step_*"):
-        if other.name != path.name and other.is_dir():
-            shutil.rmtree(other)
-
-
-def restore(folder: Path, state: train.State) -> tuple[train.State, float]:
-    """The newest whole checkpoint, or ``state`` itself where there is none."""
-    found = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and ocp.is_orbax_checkpoint(p.absolute())]
-    if not found:
-        return state, 0.0
-    newest = max(found, key=lambda p: int(p.name[5:]))
-    saved = ocp.load_pytree(newest.absolute(), {"state": state, "seconds": np.float64(0)})
-    console.print(f"Going on from {newest}.")
-    return saved["state"], float(saved["seconds"])
-
-
-def _log(folder: Path, record: dict) -> None:
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _progress() -> Progress:

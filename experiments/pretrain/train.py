@@ -60,7 +60,8 @@ def make_step(model: gpt2.GPT2Config, tx: optax.GradientTransformation, rng_key:
         dropout_key = jax.random.fold_in(rng_key, state.step) if drops else None
 
         def loss(params):
-            logits = forward(params, tokens, dropout_key=dropout_key)
+            # Beyond what every LogitsFn takes, GPT-2's has dropout.
+            logits = forward(params, tokens, dropout_key=dropout_key)  # pyright: ignore[reportCallIssue]
             losses, counted = token_losses(logits, tokens, lengths)
             return jnp.mean(losses, where=counted)
 

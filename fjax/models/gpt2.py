@@ -11,7 +11,7 @@ Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -294,7 +294,7 @@ def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn
     def apply(
         params: Params, tokens: Int[Array, "B T"], cache: KVCache, where: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        hidden, cache = model.apply({"params": params}, tokens, where, cache, True)
-        return _head(params, hidden[:, -1:])[:, 0], cache
+        hidden, longer = cast(tuple[Array, KVCache], model.apply({"params": params}, tokens, where, cache, True))
+        return _head(params, hidden[:, -1:])[:, 0], longer
 
     return apply

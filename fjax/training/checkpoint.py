@@ -38,8 +38,8 @@ class Checkpoints:
             kept.append(policies.BestN(get_metric_fn=score, reverse=True, n=1, keep_checkpoints_without_metrics=False))
         self._score, self._pending = score, None
         self._orbax = ocp.training.Checkpointer(
-            Path(folder).absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            str(Path(folder).absolute()),
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,  # what a kill left half-written
         )
 
@@ -66,8 +66,8 @@ class Checkpoints:
     def best(self) -> int | None:
         """The saved step with the lowest score; None without ``score``, or before any checkpoint has metrics."""
         self.wait()
-        scored = [c for c in self._orbax.checkpoints if c.metrics is not None]
-        return min(scored, key=lambda c: self._score(c.metrics)).step if self._score and scored else None
+        score, metrics = self._score, {c.step: c.metrics for c in self._orbax.checkpoints if isinstance(c.metrics, dict)}
+        return None if score is None or not metrics else min(metrics, key=lambda step: score(metrics[step]))
 
     def save(self, step: int, tree: PyTree, *, metrics: dict[str, float] | None = None, wait: bool = False) -> None:
         """Copies the tree and writes it in the background; the arrays may be donated at once.
@@ -84,7 +84,12 @@ class Checkpoints:
         self.wait()
         if any(c.step == step for c in self._orbax.checkpoints):
             return
-        self._pending = self._orbax.save_checkpointables_async(step, {"tree": tree}, metrics=metrics, force=True)
+        self._pending = self._orbax.save_checkpointables_async(
+            step,
+            {"tree": tree},
+            metrics=None if metrics is None else {**metrics},
+            force=True,
+        )
         if wait:
             self.wait()
 

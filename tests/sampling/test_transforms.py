@@ -131,7 +131,16 @@ def test_double_precision(x64):
 
 @pytest.mark.parametrize(
     ("maker", "value"),
-    [(temperature, 0.0), (temperature, -1.0), (temperature, float("inf")), (temperature, float("nan")), (top_k, 0), (top_p, 0.0), (top_p, 1.1), (top_p, float("nan"))],
+    [
+        (temperature, 0.0),
+        (temperature, -1.0),
+        (temperature, float("inf")),
+        (temperature, float("nan")),
+        (top_k, 0),
+        (top_p, 0.0),
+        (top_p, 1.1),
+        (top_p, float("nan")),
+    ],
 )
 def test_bad_settings_are_named(maker, value):
     with pytest.raises(ValueError, match=str(value)):
