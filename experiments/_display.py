@@ -100,9 +100,7 @@ class Display:
         self._console.print(table)
         self._console.print(_samples(after, target, shown=2 * SHOWN))
         if target.bound:
-            value, bound, holds = check_bound(after, target.bound)
-            verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
-            self.say(escape(f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {bound:.3f} {verdict}."))
+            self.say(escape(_verdict(after, target.bound)))
         self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
 
 
@@ -110,6 +108,14 @@ def _add_columns(table: Table, first: str, *others: str) -> None:
     table.add_column(first)
     for heading in others:
         table.add_column(heading, justify="right")
+
+
+def _verdict(evaluation: Evaluation, bound: str) -> str:
+    value, lowest, holds = check_bound(evaluation, bound)
+    if math.isnan(value) or math.isinf(lowest):
+        return "Check KL(p‖π) ≥ -log E_π[b]: nothing to check, for no sample satisfies the constraint."
+    verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
+    return f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {lowest:.3f} {verdict}."
 
 
 def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Table:
@@ -136,7 +142,7 @@ def _number(value: float) -> str:
         return "unknown"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:z.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _error(figure: Figure) -> str:

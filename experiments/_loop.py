@@ -74,15 +74,13 @@ def align(settings: Settings, target: _evaluate.Target, *, config, experiment: s
     with graceful_stop() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
         state, seconds = _begin(settings, programs, model, checkpoints)
         step = int(state.step)
-        logger = JsonlLogger(folder / "metrics.jsonl", after_step=step or -1)
-        rng_key = jax.random.key(settings.seed)
-        run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display, [])
-        display.start(title, folder, settings, model, resumed_at=step)
-        if step:
-            run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
-        status = _train(run, state, seconds, stop)
-        logger.close()
-    return status
+        with JsonlLogger(folder / "metrics.jsonl", after_step=step or -1) as logger:
+            rng_key = jax.random.key(settings.seed)
+            run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display, [])
+            display.start(title, folder, settings, model, resumed_at=step)
+            if step:
+                run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
+            return _train(run, state, seconds, stop)
 
 
 def _begin(settings, programs, model, checkpoints) -> tuple[fjax.TrainState, float]:
@@ -158,7 +156,8 @@ def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> 
     with JsonlLogger(run.folder / "samples.jsonl", after_step=step - 1) as samples:
         for i, text in enumerate(evaluation.texts[:64]):
             samples.log({"step": step, "text": text} | {k: v[i] for k, v in evaluation.features.items()})
-    run.display.evaluation(evaluation, step, run.target)
+    if step < settings.steps:  # the last is shown by the summary, beside the first
+        run.display.evaluation(evaluation, step, run.target)
     if run.target.bound and step == 0 and evaluation.figures[run.target.bound].value == 0:
         _absent(run, evaluation.samples)
     return evaluation

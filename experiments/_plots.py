@@ -64,7 +64,9 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[0, 1].set_title("the objective, on each step's samples")
     axes[0, 2].plot(*_xy(steps, "reward_std"), lw=0.8)
     axes[0, 2].set_title("spread of the pseudo-reward -f'(π/p)")
-    axes[1, 0].semilogy(*_xy(steps, "grad_norm"), lw=0.8)
+    axes[1, 0].plot(*_xy(steps, "grad_norm"), lw=0.8)
+    if any(record["grad_norm"] > 0 for record in steps):
+        axes[1, 0].set_yscale("log")
     axes[1, 0].set_title("norm of the gradient")
     axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8)
     axes[1, 1].set_title("effective samples of the divergence")

@@ -120,4 +120,6 @@ class Checkpoints:
 
 def _abstract(leaf):
     sharding = getattr(leaf, "sharding", None)
+    if sharding is None:  # a NumPy array; told nothing, orbax would warn, and restore onto the devices of the save
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -28,7 +28,7 @@ class StepInfo(NamedTuple):
     Attributes:
         loss: Σ of the surrogate. Its gradient is the point, its value means nothing.
         grad_norm: of the whole gradient, before the optimiser.
-        divergence: D_f(π‖p) of the policy *before* the update, from this batch and the running log Z.
+        divergence: D_f(π‖p) of the policy *before* the update, from this batch and the running log Z; NaN while Z is unknown.
         log_z: the running estimate of log Z, this batch included.
         reward_mean: mean pseudo-reward -f'(π/p), after clipping.
         reward_std: its standard deviation over the batch.
@@ -171,10 +171,12 @@ def _describe(log_pi, log_p, log_q, weights, grads, z, divergence, clip):
     rewards = pseudo_rewards(log_pi, log_p, divergence=divergence, clip=clip)
     free = pseudo_rewards(log_pi, log_p, divergence=divergence)
     grad_norm = optax.tree.norm(grads)
+    unknown = jnp.isneginf(z.value)  # without Z there is no p to be away from
+    away = estimate_divergence(log_pi, log_p, log_q, divergence=divergence)
     return StepInfo(
         loss=jnp.sum(weights * jnp.where(weights == 0, 0.0, log_pi)),
         grad_norm=grad_norm,
-        divergence=estimate_divergence(log_pi, log_p, log_q, divergence=divergence),
+        divergence=Estimate(jnp.where(unknown, jnp.nan, away.value), jnp.where(unknown, jnp.inf, away.std_error), away.ess),
         log_z=z,
         reward_mean=rewards.mean(),
         reward_std=rewards.std(),

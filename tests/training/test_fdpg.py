@@ -113,6 +113,8 @@ def test_without_a_hit_nothing_moves_and_nothing_is_nan():
     np.testing.assert_array_equal(state.params, small.params)
     assert info.finite
     assert info.log_z.value == -np.inf
+    assert np.isnan(info.divergence.value)  # unknown, and said to be
+    assert np.isinf(info.divergence.std_error)
     state, info = jax.jit(tuner.update)(state, everything(small, small.log_p_hard, log_z=0.0))
     assert info.finite
     assert np.isfinite(state.params).all()

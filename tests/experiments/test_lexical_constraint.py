@@ -1,0 +1,198 @@
+"""The main experiment on a tiny random model: everything it writes, going on after a stop, and every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import fjax
+from experiments.lexical_constraint.config import Config
+from experiments.lexical_constraint.run import contains_word, main
+from fjax.training import read_jsonl
+
+from .commands import SMALL, TINY, run
+
+ROOT = Path(__file__).parents[2]
+FREQUENT = ("--word", "w9", *SMALL)  # about a third of the tiny model's samples have it
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    return lambda *arguments: run(monkeypatch, Config, main, *arguments)
+
+
+def error_of(capsys) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_words_are_whole_words():
+    texts = ["An AMAZING film", "amazingly so", "un-amazing", "it 's c++ .", ""]
+    assert contains_word("amazing", texts).tolist() == [True, False, True, False, False]
+    assert contains_word("c++", texts).tolist() == [False, False, False, True, False]
+    assert contains_word("'s c", texts).tolist() == [False, False, False, True, False]
+
+
+def test_a_run_leaves_everything_behind(experiment, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert experiment(*FREQUENT, "--steps", 3, "--checkpoint-every", 1, "--run-folder", folder) == 0
+    names = {"config.json", "metrics.jsonl", "samples.jsonl", "evaluation.png", "training.png", "checkpoints", "model"}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["word"] == "w9"
+    assert config["versions"]["jax"] == jax.__version__
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3]
+    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    assert [r["step"] for r in evaluations] == [0, 2, 3]
+    for name in ("satisfaction", "log_z", "forward_kl", "total_variation", "jensen_shannon", "kl_to_base", "entropy"):
+        assert np.isfinite([r[name] for r in evaluations]).all(), name
+        assert np.isfinite([r[f"{name}_std_error"] for r in evaluations]).all(), name
+    assert evaluations[0]["reverse_kl"] == np.inf  # some samples violate the constraint, and their p is 0
+    assert abs(evaluations[0]["kl_to_base"]) < 1e-5
+    assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "before → after" in printed
+    assert "holds" in printed
+
+    aligned, base = fjax.from_pretrained(folder / "model"), fjax.from_pretrained(TINY)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), aligned.params, base.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert aligned.tokenizer.decode([9]) == base.tokenizer.decode([9])
+
+
+def states(folder: Path, step: int) -> list[np.ndarray]:
+    """The aligned parameters, which depend on every step before."""
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == step
+    return jax.tree.leaves(fjax.from_pretrained(folder / "model").params)
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert experiment(*FREQUENT, "--steps", 4, "--run-folder", whole) == 0
+    assert experiment(*FREQUENT, "--steps", 2, "--run-folder", parts) == 0
+    assert experiment(*FREQUENT, "--steps", 4, "--run-folder", parts, "--resume") == 0
+    for a, b in zip(states(whole, 4), states(parts, 4), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    def figures(folder):
+        records = read_jsonl(folder / "metrics.jsonl")
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in records if r["kind"] == "step"]
+
+    assert figures(whole) == figures(parts)
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """The command in a process of its own, for signals."""
+    command = [sys.executable, "-m", "experiments.lexical_constraint", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_resume_goes_on(number, experiment, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*FREQUENT, "--steps", 100_000, "--eval-every", 100_000, "--run-folder", folder)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = folder / "metrics.jsonl"
+        while not (metrics.exists() and any(r["kind"] == "step" for r in read_jsonl(metrics))):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "--resume --run-folder" in " ".join(printed.split())
+    done = read_jsonl(metrics)[-1]["step"]
+    assert str(done) in os.listdir(folder / "checkpoints")
+    again = experiment(*FREQUENT, "--steps", done + 1, "--eval-every", 100_000, "--run-folder", folder, "--resume")
+    assert again == 0
+    assert [r["step"] for r in read_jsonl(metrics) if r["kind"] == "step"] == list(range(1, done + 2))
+
+
+def test_another_configuration_is_refused(experiment, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert experiment(*FREQUENT, "--steps", 1, "--run-folder", folder) == 0
+    kept = (folder / "metrics.jsonl").read_bytes()
+    assert experiment(*FREQUENT, "--steps", 1, "--run-folder", folder) == 2
+    assert "is not empty. Add --resume" in error_of(capsys)
+    assert experiment(*FREQUENT, "--steps", 2, "--seed", 7, "--run-folder", folder, "--resume") == 2
+    assert "another configuration (seed: 0 there, 7 now)" in error_of(capsys)
+    assert (folder / "metrics.jsonl").read_bytes() == kept
+    assert experiment(*FREQUENT, "--steps", 1, "--run-folder", tmp_path / "nothing", "--resume") == 2
+    assert "holds no run to resume" in error_of(capsys)
+
+
+def test_a_word_that_never_occurs(experiment, tmp_path, capsys):
+    absent = ("--word", "nowhere", *SMALL, "--steps", 2)
+    assert experiment(*absent, "--run-folder", tmp_path / "on") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "None of 28 samples of the base model satisfies the constraint" in printed
+    assert "its rate is below 0.11, and log Z below -2.2" in printed
+    assert "nothing to check" in printed
+    records = read_jsonl(tmp_path / "on" / "metrics.jsonl")
+    assert [r["log_z"] for r in records] == [-np.inf] * 4
+    aligned, base = fjax.from_pretrained(tmp_path / "on" / "model"), fjax.from_pretrained(TINY)
+    jax.tree.map(np.testing.assert_array_equal, aligned.params, base.params)
+    assert experiment(*absent, "--when-absent", "stop", "--run-folder", tmp_path / "stop") == 2
+    assert "satisfies the constraint" in error_of(capsys)
+
+
+def test_a_gradient_that_is_not_finite_is_saved_and_named(experiment, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert experiment(*FREQUENT, "--divergence", "reverse_kl", "--steps", 3, "--run-folder", folder) == 2
+    message = error_of(capsys)
+    assert "The gradient of step 1 was not finite" in message
+    assert "--clip -8 8" in message
+    assert os.listdir(folder / "checkpoints") == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "./nowhere"), "Cannot load --model ./nowhere: There is no folder"),
+        (("--max-new-tokens", 24), "has 24 positions, but the start token and --max-new-tokens 24 need 25"),
+        (("--divergence", "kl"), "'forward_kl', 'reverse_kl', 'total_variation', 'jensen_shannon'"),
+        (("--samples", 1), "--samples must be at least 2"),
+        (("--word", " "), "--word must not be empty"),
+        (("--smoothing", 1.0), "--smoothing must be in [0, 1)"),
+        (("--base-fraction", 1.0), "--base-fraction must be in [0, 0.9]"),
+        (("--learning-rate", 0.0), "--learning-rate must be positive"),
+        (("--run-folder", "/proc/nowhere"), "Cannot write to the run folder /proc/nowhere"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(experiment, tmp_path, capsys, arguments, message):
+    assert experiment(*FREQUENT, "--run-folder", tmp_path / "run", *arguments) == 2
+    shown = error_of(capsys)
+    assert "".join(message.split()) in "".join(character for character in shown if character not in " │╭╮╰╯─")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_is_no_gpt2_is_named(experiment, tmp_path, capsys):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert experiment(*FREQUENT, "--model", tmp_path / "bert", "--run-folder", tmp_path / "run") == 2
+    assert "bert" in error_of(capsys)
+
+
+def test_a_disk_without_room_is_refused_before_training(experiment, tmp_path, capsys, monkeypatch):
+    from experiments import _run_folder
+
+    monkeypatch.setattr(_run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    assert experiment(*FREQUENT, "--run-folder", tmp_path / "run") == 2
+    assert "has 1 MiB left" in error_of(capsys)
+
+
+def test_help_teaches(experiment, capsys):
+    assert experiment("--help") == 0
+    printed = capsys.readouterr().out
+    assert "python -m experiments.lexical_constraint --word amazing" in printed
+    assert "Whole words count" in printed
