@@ -1,5 +1,6 @@
 """The compiled programs of a run: draw, score under the base, update. Each is compiled once."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,12 @@ class Programs(NamedTuple):
     score: LogProbFn
     tuner: fjax.Tuner
     decode: Callable[[Batch], list[str]]
+
+
+def hardware() -> str:
+    """What this runs on, in words."""
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} × {device.device_kind}"
 
 
 def load_model(settings: Settings) -> PretrainedModel:

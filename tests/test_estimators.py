@@ -223,7 +223,7 @@ def test_a_defensive_mixture_is_the_density_of_what_was_drawn(x64):
         assert jnp.exp(log_pi - log_q).max() <= 1 / (1 - share)
     np.testing.assert_array_equal(estimators.log_mixture(log_pi, log_a, base_fraction=0.0), log_pi)
     np.testing.assert_array_equal(estimators.log_mixture(log_pi, log_a, base_fraction=1.0), log_a)
-    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         estimators.log_mixture(log_pi, log_a, base_fraction=1.5)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from experiments._programs import hardware
 from fjax.models import gpt2, huggingface
 from fjax.sampling import Samples, sample
 
@@ -42,6 +43,7 @@ def write(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         command=_command(config),
         minutes=seconds / 60,
+        hardware=hardware(),
         train=len(split.train),
         held_out=len(split.held_out),
         gpt2=bits_per_byte(nats, split.held_out),
@@ -106,7 +108,7 @@ It exists so that every experiment runs without a download; it knows nothing els
   their text. The reviews carry the opinions, names and slurs of their time; so may the samples.
 - **Licence of the weights.** CC BY 4.0, with the attribution above.
 - **Format.** `<|endoftext|>`, sentence, `<|endoftext|>`; weights in float16, trained in float32.
-- **Command.** `{command}`: {minutes:.0f} minutes on 2 CPU cores (shared with other work).
+- **Command.** `{command}`: {minutes:.0f} minutes on {hardware}.
 
 | held-out sentences, end of sentence included | bits per byte |
 | --- | --- |

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from experiments._run_folder import RunError
+
 END = "<|endoftext|>"
 CORPORA = {  # archive -> the folder or file prefix that holds sentences, one a line
     "movie_reviews.zip": ("movie_reviews/pos/", "movie_reviews/neg/"),
@@ -40,7 +42,7 @@ def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> 
 
 def _lines(path: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise RunError(
             f"No corpus at {path}. Put the archives {', '.join(CORPORA)} into one folder and name it with --corpora; "
             "they are what NLTK's downloader calls movie_reviews, sentence_polarity and subjectivity."
         )

@@ -48,7 +48,7 @@ def token_losses(logits: jax.Array, tokens: jax.Array, lengths: jax.Array) -> tu
     """Nats of every predicted token and the mask of those that count, both ``[B, T-1]``; the last end counts."""
     targets = tokens[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
-    return losses, jnp.arange(targets.shape[1]) < lengths[:, None] - 1
+    return losses, jnp.arange(targets.shape[1])[None] < lengths[:, None] - 1
 
 
 def make_step(model: gpt2.GPT2Config, tx: optax.GradientTransformation, rng_key: jax.Array) -> Callable:

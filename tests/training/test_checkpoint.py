@@ -47,6 +47,16 @@ def test_k_steps_restore_k_steps_equal_2k_steps_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, run(restored, 5), run(start, 10))
 
 
+def test_what_is_restored_is_asked_for_and_nothing_is_warned_of(tmp_path):
+    """NumPy leaves have no sharding; orbax would warn, and warnings are errors here."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"seconds": np.asarray(2.5), "w": np.arange(3)})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore({"seconds": np.zeros(()), "w": np.zeros(3, int)})
+    assert float(restored["seconds"]) == 2.5
+    np.testing.assert_array_equal(restored["w"], np.arange(3))
+
+
 def test_a_saved_tree_may_be_donated_at_once(tmp_path):
     """The save goes on in the background, from a copy."""
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
