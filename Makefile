@@ -8,7 +8,7 @@ PYTHON ?=
 VENV ?= $(if $(filter cpu,$(JAX)),.venv,.venv-$(JAX))
 # What is passed on to the program behind the target.
 ARGS ?=
-DEMO_ARGS ?=
+DEMO_ARGS ?= --word great --samples 128 --steps 90 --eval-every 45
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format bench clean
@@ -55,7 +55,7 @@ demo: $(call stamp,demo) ## Align the built-in GPT-2 to a word, from start to pl
 	$(PY) -m experiments.lexical_constraint $(strip $(DEMO_ARGS) $(ARGS))
 
 test: $(call stamp,test) ## All tests: make test ARGS="-k divergence -x"
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(call stamp,lint) ## Style (ruff) and types (pyright)
 	$(PY) -m ruff check

@@ -35,5 +35,5 @@ def run(config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str) -
 
 
 def _fail(error: Exception) -> int:
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
+    Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return 2

@@ -33,10 +33,10 @@ class Display:
     """Everything that is printed. Without a terminal the bars become a plain line now and then."""
 
     def __init__(self):
-        self._console = Console(width=None if sys.stdout.isatty() else 110, soft_wrap=False)
+        self._console = Console(width=None if sys.stdout.isatty() else 110)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, style=style, highlight=False)
+        self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def start(self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int) -> None:
         """Says what is about to happen, and where it will be."""

@@ -1,0 +1,75 @@
+"""Runs beside one another as a Markdown table: python -m experiments.tabulate --help."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fjax.training import read_jsonl
+
+from ._command import run
+from ._evaluate import NAMES
+from ._run_folder import RunError
+
+DEFAULT = ("satisfaction", "kl_to_base", "entropy", "distinct_2", "forward_kl", "total_variation", "jensen_shannon", "log_z")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print the last evaluation of several runs as a Markdown table, with standard errors, samples and seconds.
+
+    Examples:
+
+        python -m experiments.tabulate runs/lexical_constraint/amazing-*
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    figures: tuple[str, ...] = DEFAULT
+    """Which figures, by their names in metrics.jsonl."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("Name at least one run folder.")
+
+
+def evaluations(folder: Path) -> list[dict]:
+    """The evaluations of a run, the first (the base model's) to the last."""
+    try:
+        records = [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+    except OSError as error:
+        raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
+    if not records:
+        raise RunError(f"{folder} has no evaluation yet.")
+    return records
+
+
+def main(config: Config) -> int:
+    """One row a run, after a row for the base model of the first."""
+    header = ["", *(NAMES.get(name, name) for name in config.figures), "samples drawn", "seconds"]
+    rows = [header, ["---"] * len(header), row("base model", evaluations(config.runs[0])[0], config.figures)]
+    for folder in config.runs:
+        written = json.loads((folder / "config.json").read_text())
+        clip = f", f' clipped to {written['clip']}" if written["clip"] else ""
+        rows.append(row(written["divergence"] + clip, evaluations(folder)[-1], config.figures))
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    return 0
+
+
+def row(title: str, record: dict, figures: tuple[str, ...]) -> list[str]:
+    """Title, figures with their errors, samples and seconds."""
+    cells = [_cell(float(record[name]), float(record[f"{name}_std_error"])) for name in figures]
+    return [title, *cells, f"{record['samples']:,}", f"{record['seconds']:.0f}"]
+
+
+def _cell(value: float, error: float) -> str:
+    digits = 4 if abs(value) < 0.1 else 3 if abs(value) < 1 else 1
+    spread = f" ± {error:.{digits}f}" if error == error and abs(error) < float("inf") else ""
+    return f"{value:z.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main, module="experiments.tabulate"))

@@ -1,0 +1,40 @@
+"""Runs beside one another."""
+
+import json
+
+from experiments import tabulate
+from fjax.training import JsonlLogger
+
+from .commands import run
+
+
+def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path):
+    for name, clip in (("jensen_shannon", None), ("reverse_kl", [-8, 8])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"divergence": name, "clip": clip}))
+        with JsonlLogger(tmp_path / name / "metrics.jsonl") as logger:
+            for step, value in ((0, 0.01), (1, 0.5), (2, 0.75)):
+                figures = {
+                    "satisfaction": value,
+                    "satisfaction_std_error": 0.02,
+                    "log_z": -4.5,
+                    "log_z_std_error": float("inf"),
+                }
+                logger.log({"kind": "evaluation", "step": step, "samples": 1000 * step, "seconds": 3.0} | figures)
+                logger.log({"kind": "step", "step": step + 1})
+    folders = [tmp_path / "jensen_shannon", tmp_path / "reverse_kl"]
+    assert run(monkeypatch, tabulate.Config, tabulate.main, *folders, "--figures", "satisfaction", "log_z") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "|  | satisfaction | log Z | samples drawn | seconds |",
+        "| --- | --- | --- | --- | --- |",
+        "| base model | 0.0100 ± 0.0200 | -4.5 | 0 | 3 |",
+        "| jensen_shannon | 0.750 ± 0.020 | -4.5 | 2,000 | 3 |",
+        "| reverse_kl, f' clipped to [-8, 8] | 0.750 ± 0.020 | -4.5 | 2,000 | 3 |",
+    ]
+
+
+def test_what_is_no_run_is_named(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, tabulate.Config, tabulate.main, tmp_path) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert run(monkeypatch, tabulate.Config, tabulate.main) == 2
+    assert "Name at least one run folder" in capsys.readouterr().err
