@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from . import divergences, enumeration, estimators, surrogates, targets
 from .divergences import (
     FDivergence,
+    alpha_divergence,
     exact_divergence,
     forward_kl,
     jensen_shannon,
@@ -46,6 +47,7 @@ __all__ = [
     "Samples",
     "TrainState",
     "Tuner",
+    "alpha_divergence",
     "divergences",
     "effective_sample_size",
     "enumeration",

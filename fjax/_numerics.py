@@ -60,3 +60,30 @@ def ess_of(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
     top = jnp.max(log_weights, initial=-jnp.inf)
     shifted = log_weights - jnp.where(jnp.isneginf(top), 0.0, top)
     return ess_from_logs(jax.nn.logsumexp(shifted), jax.nn.logsumexp(2 * shifted))
+
+
+@jax.custom_jvp
+def wright_omega(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """The solution w of w + log w = x, which is Lambert's W0(e^x) without the exponential.
+
+    Source: Corless and Jeffrey 2002; Lawrence et al. 2012 for the iteration.
+    """
+    x = jnp.asarray(x)
+    finite = jnp.where(jnp.isfinite(x), x, 0.0)
+    guess = jnp.where(finite > 1, finite - jnp.log(jnp.maximum(finite, 1.0)), jnp.exp(jnp.minimum(finite, 1.0) - 1))
+    # Below -30 the solution is e^x to any precision; from 1 and e^(x-1) four steps of third order are enough elsewhere.
+    w = jnp.where(finite < -30, jnp.exp(jnp.minimum(finite, 0.0)), guess)
+    for _ in range(4):
+        safe = jnp.maximum(w, jnp.finfo(w.dtype).tiny)
+        residual = jnp.where(finite < -30, 0.0, finite - safe - jnp.log(safe))
+        turn = 2 * (1 + safe) * (1 + safe + 2 * residual / 3)
+        w = safe * (1 + residual / (1 + safe) * (turn - residual) / (turn - 2 * residual))
+    return jnp.where(jnp.isneginf(x), 0.0, jnp.where(jnp.isposinf(x), jnp.inf, jnp.where(jnp.isnan(x), x, w)))
+
+
+@wright_omega.defjvp
+def _wright_omega_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    w = wright_omega(x)
+    # w/(1 + w), written so that it is 1 at infinity.
+    return w, dx / (1 + 1 / jnp.maximum(w, jnp.finfo(w.dtype).tiny))

@@ -39,12 +39,91 @@ def _tv(t):
     return 0.5 * abs(t - 1)
 
 
+def _skew(weight):
+    def f(t):
+        m = weight * t + 1 - weight
+        return weight * t * np.log(t) - m * np.log(m)
+
+    return f
+
+
+def _alpha(a):
+    if a == 0:
+        return lambda t: t - 1 - np.log(t)
+    if a == 1:
+        return lambda t: t * np.log(t) - t + 1
+    return lambda t: (t**a - 1 - a * (t - 1)) / (a * (a - 1))
+
+
+def _alpha_case(a):
+    at_zero, slope = (1 / a if a > 0 else INF), (1 / (1 - a) if a < 1 else INF)
+    return Case(divergences.alpha_divergence(a), _alpha(a), at_zero, slope, 1.0, _alpha(1 - a))
+
+
+def _skew_case(w):
+    at_zero, slope = -(1 - w) * np.log(1 - w), -w * np.log(w)
+    return Case(divergences.generalized_jensen_shannon(w), _skew(w), at_zero, slope, w * (1 - w), _skew(1 - w))
+
+
+def _pearson(t):
+    return (t - 1) ** 2
+
+
+def _neyman(t):
+    return (t - 1) ** 2 / t
+
+
+def _hellinger(t):
+    return (np.sqrt(t) - 1) ** 2
+
+
+def _triangular(t):
+    return (t - 1) ** 2 / (t + 1)
+
+
+def _jeffreys(t):
+    return (t - 1) * np.log(t)
+
+
+def _chi2_mix(t):
+    return 0.5 * (t - 1) ** 2 + t * np.log(t)
+
+
+def _chi2_mix_adjoint(t):
+    return 0.5 * (t - 1) ** 2 / t - np.log(t)
+
+
+def _half_and_half(t):
+    return 0.5 * _hellinger(t) - 0.25 * np.log(t)
+
+
 INF, LOG_2 = np.inf, np.log(2)
 CASES = [
     Case(divergences.forward_kl(), lambda t: -np.log(t), INF, 0.0, 1.0, lambda t: t * np.log(t)),
     Case(divergences.reverse_kl(), lambda t: t * np.log(t), 0.0, INF, 1.0, lambda t: -np.log(t)),
     Case(divergences.total_variation(), _tv, 0.5, 0.5, None, _tv),
     Case(divergences.jensen_shannon(), _js, LOG_2 / 2, LOG_2 / 2, 0.25, _js),
+    *(_skew_case(weight) for weight in (0.1, 0.8)),
+    Case(divergences.jeffreys(), _jeffreys, INF, INF, 2.0, _jeffreys),
+    Case(divergences.pearson_chi2(), _pearson, 1.0, INF, 2.0, _neyman),
+    Case(divergences.neyman_chi2(), _neyman, INF, 1.0, 2.0, _pearson),
+    Case(divergences.squared_hellinger(), _hellinger, 1.0, 1.0, 0.5, _hellinger),
+    Case(divergences.triangular_discrimination(), _triangular, 1.0, 1.0, 1.0, _triangular),
+    Case(divergences.chi2_mix(), _chi2_mix, 0.5, INF, 2.0, _chi2_mix_adjoint),
+    *(_alpha_case(alpha) for alpha in (-0.5, 0.0, 0.3, 0.75, 1.0, 1.25, 2.5)),
+    Case(divergences.dual(divergences.chi2_mix()), _chi2_mix_adjoint, INF, 0.5, 2.0, _chi2_mix),
+    Case(
+        divergences.mixture(
+            [divergences.squared_hellinger(), divergences.forward_kl(), divergences.reverse_kl()],
+            [0.5, 0.25, 0.0],
+            name="half_and_half",
+        ),
+        _half_and_half,
+        INF,
+        0.5,
+        0.5,
+        lambda t: t * _half_and_half(1 / t),
+    ),
 ]
 
 

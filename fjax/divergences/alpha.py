@@ -1,0 +1,162 @@
+"""The α-divergences in one convention, continuous through its limits, and what other papers call theirs.
+
+Source: Amari 2009; Cichocki and Amari 2010; Kruszewski et al. 2026 (α-DPG) for the convention.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from fjax._numerics import times_exp
+
+from .catalogue import inf_from
+from .core import FDivergence
+
+_TERMS = 18
+
+
+def alpha_divergence(alpha: float) -> FDivergence:
+    """D_α(π‖p) = (E_p[(π/p)^α] - 1)/(α(α-1)): from mass covering (α ≤ 0) to mode seeking (α ≥ 1).
+
+    f(t) = (t^α - 1 - α(t-1))/(α(α-1)), f'(t) = (t^(α-1) - 1)/(α-1), f'(∞) = 1/(1-α) if α < 1, else ∞; f''(1) = 1 for all.
+
+    =====  ========================  =====  ===================
+    α      is                        α      is
+    =====  ========================  =====  ===================
+    -1     ½ Neyman's χ²(p‖π)        1      KL(π‖p), reverse
+    0      KL(p‖π), forward          2      ½ Pearson's χ²(π‖p)
+    ½      2 × squared Hellinger
+    =====  ========================  =====  ===================
+
+    Args:
+        alpha: any real number, 0 and 1 included. For other papers' α see `alpha_from_amari`, `alpha_from_f_dpo` and
+            `alpha_from_cressie_read`.
+
+    Raises:
+        ValueError: if it is not finite.
+
+    >>> round(float(alpha_divergence(0.5).slope_at_infinity), 6)
+    2.0
+
+    Source: Cichocki and Amari 2010, section 2.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}.")
+    of_inverse = _generator(1 - alpha)
+    return FDivergence(
+        f"alpha_{alpha:g}",
+        generator=_generator(alpha),
+        derivative=lambda log_t: _power(log_t, alpha - 1),
+        integrand=lambda log_t: of_inverse(-log_t),  # f(t)/t is the f of 1-α, at 1/t
+        inverse_derivative=_inverse(alpha),
+        conjugate=_conjugate(alpha),
+        intercept=lambda log_t: -_power(log_t, alpha),
+    )
+
+
+def alpha_from_amari(alpha: float) -> float:
+    """Amari's own index, symmetric about 0, where ±1 are the KLs: (1 - α)/2 here.
+
+    >>> alpha_from_amari(-1.0), alpha_from_amari(0.0)         # KL(π‖p), and four times half the squared Hellinger
+    (1.0, 0.5)
+
+    Source: Amari 2009, equation 7.
+    """
+    return (1 - alpha) / 2
+
+
+def alpha_from_f_dpo(alpha: float) -> float:
+    """The α of f-DPO, f-PO and DPH-RL, where 0 is reverse and 1 forward KL: 1 - α here.
+
+    >>> alpha_from_f_dpo(0.0)
+    1.0
+
+    Source: Wang et al. 2024 (f-DPO, arXiv 2309.16240), table 1.
+    """
+    return 1 - alpha
+
+
+def alpha_from_cressie_read(power: float) -> float:
+    """The λ of the power divergences, which are twice these: λ + 1 here.
+
+    >>> alpha_from_cressie_read(1.0), alpha_from_cressie_read(-2.0)                        # Pearson's χ², Neyman's χ²
+    (2.0, -1.0)
+
+    Source: Cressie and Read 1984.
+    """
+    return power + 1
+
+
+def _power(s, c: float):
+    """(e^{cs} - 1)/c, s at c = 0."""
+    return s if c == 0 else jnp.expm1(c * s) / c
+
+
+def _generator(alpha: float):
+    """f(t), as it is below t = 1, and as t times the f of 1-α at 1/t above."""
+
+    @jax.custom_jvp
+    def generator(log_t):
+        below, above = _below_one(jnp.minimum(log_t, 0.0), alpha), _below_one(-jnp.maximum(log_t, 0.0), 1 - alpha)
+        return jnp.where(log_t < 0, below, jnp.exp(log_t) * above)
+
+    # t f'(t), where autodiff would subtract infinities.
+    @generator.defjvp
+    def _(primals, tangents):
+        return generator(*primals), _slope(primals[0], alpha) * tangents[0]
+
+    return generator
+
+
+def _slope(s, alpha: float):
+    """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded difference."""
+    below = _power(jnp.minimum(s, 0.0), abs(1 - alpha))
+    if alpha != 0:  # 0 · inf
+        below = times_exp(below, min(alpha, 1.0) * jnp.minimum(s, 0.0))
+    above = _power(jnp.maximum(s, 0.0), -abs(1 - alpha)) * jnp.exp(max(alpha, 1.0) * jnp.maximum(s, 0.0))
+    return jnp.where(s < 0, below, above)
+
+
+def _below_one(s, alpha: float):
+    """f(e^s) for s ≤ 0, to full relative precision for every α."""
+    if alpha > 0:
+        # By then f has reached f(0) = 1/α in any precision; a constant, lest its slope of 0 meet an infinity.
+        s = jnp.where(s < -80 / alpha, -80 / alpha, s)
+    if 0.5 < alpha < 1.5:  # (e^{αs} - 1)/α - (e^s - 1) would lose all digits at α = 1
+        far = (jnp.exp(min(alpha, 1.0) * s) * _power(s, abs(1 - alpha)) - jnp.expm1(s)) / alpha
+    else:
+        far = (_power(s, alpha) - jnp.expm1(s)) / (alpha - 1)
+    is_near = s > -1 / max(1.0, abs(alpha), abs(1 - alpha))
+    return jnp.where(is_near, _series(jnp.where(is_near, s, 0.0), alpha), far)
+
+
+def _series(s, alpha: float):
+    """Σ_k s^(k+2) (1 + α + … + α^k)/(k+2)!, which is f(e^s)."""
+    total = jnp.zeros_like(s)
+    for k in reversed(range(_TERMS)):
+        total = total * s + sum(alpha**j for j in range(k + 1)) / math.factorial(k + 2)
+    return s**2 * total
+
+
+def _inverse(alpha: float):
+    if alpha == 1:
+        return jnp.exp
+    if alpha < 1:
+        return inf_from(1 / (1 - alpha), lambda v: jnp.exp(_log_inverse(v, alpha)))
+    # Above 1 the slope at 0 is -1/(α-1), and nothing has a smaller one.
+    lowest = -1 / (alpha - 1)
+    return lambda v: jnp.where(v > lowest, jnp.exp(_log_inverse(jnp.where(v > lowest, v, 0.0), alpha)), 0.0)
+
+
+def _conjugate(alpha: float):
+    if alpha == 1:
+        return jnp.expm1
+    if alpha < 1:
+        return inf_from(1 / (1 - alpha), lambda v: _power(_log_inverse(v, alpha), alpha))
+    lowest = -1 / (alpha - 1)
+    return lambda v: jnp.where(v > lowest, _power(_log_inverse(jnp.where(v > lowest, v, 0.0), alpha), alpha), -1 / alpha)
+
+
+def _log_inverse(v, alpha: float):
+    return jnp.log1p((alpha - 1) * v) / (alpha - 1)
