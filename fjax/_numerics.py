@@ -87,3 +87,17 @@ def _wright_omega_jvp(primals, tangents):
     w = wright_omega(x)
     # w/(1 + w), written so that it is 1 at infinity.
     return w, dx / (1 + 1 / jnp.maximum(w, jnp.finfo(w.dtype).tiny))
+
+
+def gather(x: Array | None, axis_name: str | None) -> Array | None:
+    """The entries of all devices along ``axis_name``, as one axis, the same on each; x itself if there is no such axis.
+
+    Statistics are of numbers a sample, so bringing them all together costs nothing beside the model that made them, and
+    every formula stays the one of a single device.
+    """
+    if x is None or axis_name is None:
+        return x
+    # A sum of zeros and own rows, and not `all_gather`: its result is known to be the same everywhere.
+    kept = x.astype(jnp.int32) if x.dtype == bool else x
+    rows = jnp.zeros((jax.lax.axis_size(axis_name), *x.shape), kept.dtype).at[jax.lax.axis_index(axis_name)].set(kept)
+    return jax.lax.psum(rows, axis_name).reshape(-1, *x.shape[1:]).astype(x.dtype)

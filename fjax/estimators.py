@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax._numerics import count, ess_from_logs, ess_of, keep, mean_and_error, weighted
+from fjax._numerics import count, ess_from_logs, ess_of, gather, keep, mean_and_error, weighted
 from fjax._typing import Array, Bool, Float
 from fjax.divergences import FDivergence
 from fjax.surrogates import score_weights
@@ -40,12 +40,15 @@ class Estimate(NamedTuple):
     ess: Float[Array, ""]
 
 
-def effective_sample_size(log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> Float[Array, ""]:
+def effective_sample_size(
+    log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None, axis_name: str | None = None
+) -> Float[Array, ""]:
     """(Σw)²/Σw², between 1 and n; 0 if every weight is 0.
 
     Args:
         log_weights: log w, up to a common constant.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     >>> float(effective_sample_size(jnp.zeros(5)))
     5.0
@@ -54,11 +57,15 @@ def effective_sample_size(log_weights: Float[Array, "N"], *, where: Bool[Array, 
 
     Source: Kong 1992; Owen 2013, section 9.3.
     """
-    return ess_of(keep(jax.lax.stop_gradient(log_weights), where, -jnp.inf))
+    return ess_of(gather(keep(jax.lax.stop_gradient(log_weights), where, -jnp.inf), axis_name))
 
 
 def estimate_log_z(
-    log_score: Float[Array, "N"], log_q: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
+    log_score: Float[Array, "N"],
+    log_q: Float[Array, "N"],
+    *,
+    where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """The normaliser of the target by importance sampling: log Z ≈ log mean P(x)/q(x), x ~ q.
 
@@ -69,6 +76,7 @@ def estimate_log_z(
         log_score: unnormalised log P(x) in nats; -inf is allowed.
         log_q: log-probabilities under the sampling distribution.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     Returns:
         Value -inf with an infinite error if no sample has P > 0.
@@ -79,7 +87,7 @@ def estimate_log_z(
 
     Source: Go et al. 2023, section 3.3; Owen 2013, section 9.1.
     """
-    return log_mean_estimate(update_log_mean(init_log_mean(log_q.dtype), log_score - log_q, where=where))
+    return log_mean_estimate(update_log_mean(init_log_mean(log_q.dtype), log_score - log_q, where=where, axis_name=axis_name))
 
 
 def estimate_divergence(
@@ -89,6 +97,7 @@ def estimate_divergence(
     *,
     divergence: FDivergence,
     where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """D_f(π‖p) from samples of q, which must cover both π and p.
 
@@ -103,6 +112,7 @@ def estimate_divergence(
         log_q: under the sampling distribution, which may be neither π nor p; None means q = π.
         divergence: which f.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     Returns:
         The estimate; ``ess`` is the smaller of those of the weights p/q and π/q.
@@ -114,8 +124,7 @@ def estimate_divergence(
 
     Source: Go et al. 2023, equation 1 and appendix on metrics.
     """
-    log_pi, log_p = jax.lax.stop_gradient((log_pi, log_p))
-    log_q = log_pi if log_q is None else jax.lax.stop_gradient(log_q)
+    log_pi, log_p, log_q, where = _together(log_pi, log_p, log_q, where, axis_name)
     value, std_error = mean_and_error(_terms(log_pi, log_p, log_q, divergence), where=where)
     return Estimate(value, std_error, _smaller_ess(log_pi, log_p, log_q, where))
 
@@ -127,6 +136,7 @@ def estimate_divergence_from_score(
     *,
     divergence: FDivergence,
     where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """D_f(π‖p) for a target known up to Z, which is estimated from the same samples.
 
@@ -139,6 +149,7 @@ def estimate_divergence_from_score(
         log_q: under the sampling distribution; None means q = π.
         divergence: which f.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     Returns:
         The estimate; NaN with an infinite error and no effective samples if none of them has P > 0.
@@ -151,8 +162,7 @@ def estimate_divergence_from_score(
 
     Source: delta method; Owen 2013, section 9.2.
     """
-    log_pi, log_score = jax.lax.stop_gradient((log_pi, log_score))
-    log_q = log_pi if log_q is None else jax.lax.stop_gradient(log_q)
+    log_pi, log_score, log_q, where = _together(log_pi, log_score, log_q, where, axis_name)
     log_z = estimate_log_z(log_score, log_q, where=where).value
     unknown = jnp.isneginf(log_z)
     log_p = log_score - jnp.where(unknown, 0.0, log_z)
@@ -173,6 +183,7 @@ def estimate_mean(
     log_weights: Float[Array, "N"] | None = None,
     *,
     where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """E[values] over samples, self-normalised where they are weighted.
 
@@ -185,6 +196,7 @@ def estimate_mean(
             NaN where the weight is 0.
         log_weights: log importance weights up to a common constant; None means all equal.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     Returns:
         The estimate; NaN with an infinite error and no effective samples if every weight is 0.
@@ -194,11 +206,11 @@ def estimate_mean(
 
     Source: Owen 2013, section 9.2.
     """
-    values = jax.lax.stop_gradient(values)
+    values, where = gather(jax.lax.stop_gradient(values), axis_name), gather(where, axis_name)
     if log_weights is None:
         value, std_error = mean_and_error(values, where=where)
         return Estimate(value, std_error, count(values, where))
-    log_weights = keep(jax.lax.stop_gradient(log_weights), where, -jnp.inf)
+    log_weights = keep(gather(jax.lax.stop_gradient(log_weights), axis_name), where, -jnp.inf)
     ess = ess_of(log_weights)
     weights = jnp.where(ess > 0, jax.nn.softmax(jnp.where(ess > 0, log_weights, 0.0)), 0.0)
     values = jnp.where(weights > 0, values, 0.0)
@@ -215,6 +227,7 @@ def estimate_kl_to_base(
     log_q: Float[Array, "N"] | None = None,
     *,
     where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """KL(π‖a) = E_π[log π - log a]: how far the policy has moved from the base model, in nats.
 
@@ -223,13 +236,14 @@ def estimate_kl_to_base(
         log_a: under the base model.
         log_q: under the sampling distribution; None means q = π, without bias; else self-normalised.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     >>> float(estimate_kl_to_base(jnp.array([-1.0, -2.0]), jnp.array([-2.0, -2.0])).value)
     0.5
 
     Source: Korbak et al. 2022 (arXiv 2205.11275), section 2.
     """
-    return estimate_mean(log_pi - log_a, None if log_q is None else log_pi - log_q, where=where)
+    return estimate_mean(log_pi - log_a, None if log_q is None else log_pi - log_q, where=where, axis_name=axis_name)
 
 
 def estimate_entropy(
@@ -237,6 +251,7 @@ def estimate_entropy(
     log_q: Float[Array, "N"] | None = None,
     *,
     where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """H(π) = -E_π[log π], of whole sequences, in nats.
 
@@ -244,13 +259,14 @@ def estimate_entropy(
         log_pi: log-probabilities under the policy, in nats.
         log_q: under the sampling distribution; None means q = π, without bias; else self-normalised.
         where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     >>> float(estimate_entropy(jnp.array([-1.0, -2.0])).value)
     1.5
 
     Source: Shannon 1948.
     """
-    return estimate_mean(-log_pi, None if log_q is None else log_pi - log_q, where=where)
+    return estimate_mean(-log_pi, None if log_q is None else log_pi - log_q, where=where, axis_name=axis_name)
 
 
 def log_mixture(log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fraction: float) -> Float[Array, "N"]:
@@ -305,8 +321,20 @@ def init_log_mean(dtype: DTypeLike = float) -> LogMean:
     return LogMean(jnp.array(-jnp.inf, dtype), jnp.array(-jnp.inf, dtype), jnp.array(0, dtype))
 
 
-def update_log_mean(state: LogMean, log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> LogMean:
+def update_log_mean(
+    state: LogMean,
+    log_weights: Float[Array, "N"],
+    *,
+    where: Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
+) -> LogMean:
     """Takes in more weights; -inf (weight zero) counts as a sample.
+
+    Args:
+        state: of what has been seen so far.
+        log_weights: log P/q, of samples of any q that covers the target; q may differ from call to call.
+        where: samples that count.
+        axis_name: mapped axis of `jax.pmap` or `jax.shard_map` over which the samples are spread; all count together.
 
     >>> state = update_log_mean(init_log_mean(), jnp.log(jnp.array([1.0, 3.0])))
     >>> round(float(jnp.exp(log_mean_estimate(state).value)), 5)
@@ -314,7 +342,8 @@ def update_log_mean(state: LogMean, log_weights: Float[Array, "N"], *, where: Bo
     """
     # In the dtype of the state, which must not change from step to step: it is donated, and carried through
     # loops.
-    log_weights = keep(jax.lax.stop_gradient(log_weights), where, -jnp.inf).astype(state.log_sum.dtype)
+    where, log_weights = gather(where, axis_name), gather(jax.lax.stop_gradient(log_weights), axis_name)
+    log_weights = keep(log_weights, where, -jnp.inf).astype(state.log_sum.dtype)
     return LogMean(
         jnp.logaddexp(state.log_sum, jax.nn.logsumexp(log_weights)),
         jnp.logaddexp(state.log_sum_sq, jax.nn.logsumexp(2 * log_weights)),
@@ -363,6 +392,13 @@ def running_log_mean() -> RunningLogMean:
     Source: Go et al. 2023, algorithm 1.
     """
     return RunningLogMean(init_log_mean, update_log_mean, log_mean_estimate)
+
+
+def _together(log_pi, log_p, log_q, where, axis_name):
+    """Stopped, q = π filled in, and the samples of all devices in one."""
+    log_q = log_pi if log_q is None else log_q
+    arrays = (gather(jax.lax.stop_gradient(x), axis_name) for x in (log_pi, log_p, log_q))
+    return *arrays, gather(where, axis_name)
 
 
 def _terms(log_pi, log_p, log_q, divergence):

@@ -10,11 +10,12 @@ Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and section 3.3.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fjax._numerics import count, keep, weighted
+from fjax._numerics import count, gather, keep, weighted
 from fjax._typing import Array, Bool, Float
 from fjax.divergences import FDivergence
 
@@ -119,7 +120,9 @@ def score_weights(
     return weighted(derivative, log_ratio)
 
 
-def leave_one_out(scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> Float[Array, "N"]:
+def leave_one_out(
+    scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None, axis_name: str | None = None
+) -> Float[Array, "N"]:
     """For each sample the mean of the others' scores: a baseline that leaves the gradient unbiased.
 
     B_i = (Σ_j s_j - s_i)/(n - 1). It does not depend on sample i, so E[B_i ∇log π(x_i)] = 0. The plain batch
@@ -130,6 +133,7 @@ def leave_one_out(scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None =
             before.
         where: samples that count; as a baseline of some of them, ``functools.partial(leave_one_out,
             where=where)``.
+        axis_name: mapped axis over which the samples are spread; the others on all devices count.
 
     Returns:
         One value a sample; 0 for a sample that has no others.
@@ -142,12 +146,99 @@ def leave_one_out(scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None =
 
     Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO, arXiv 2402.14740).
     """
-    if scores.shape[0] < 2:
+    if scores.shape[0] < 2 and axis_name is None:
         raise ValueError(
             f"A leave-one-out baseline needs at least 2 samples, got {scores.shape[0]}: draw more, or use baseline=0.0."
         )
-    counted = keep(jax.lax.stop_gradient(scores), where, 0.0)
-    return (counted.sum() - counted) / jnp.maximum(count(scores, where) - 1, 1)
+    own = keep(jax.lax.stop_gradient(scores), where, 0.0)
+    everyone, counted = gather(own, axis_name), gather(where, axis_name)
+    return (everyone.sum() - own) / jnp.maximum(count(everyone, counted) - 1, 1)
+
+
+def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Baseline:
+    """The self-normalised control variate: B = Σ w_i/Σ ρ_i, an estimate of E_π[f'] with ρ = π/q and w = ρ f'.
+
+    The centred weights w_i - ρ_i B sum to exactly 0. Biased by a term of order 1/n, for B contains the sample it is
+    subtracted from; where the ρ_i vary much its error is far below that of `leave_one_out`, which divides by n - 1 instead
+    of by what the weights really sum to.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_q: under the sampling distribution.
+
+    >>> log_pi, log_q = jnp.log(jnp.array([0.4, 0.1])), jnp.log(jnp.array([0.2, 0.2]))
+    >>> centred_weights(jnp.array([4.0, 1.0]), log_pi, log_q, baseline=self_normalized(log_pi, log_q)).tolist()
+    [0.0, 0.0]
+
+    Source: Owen 2013, section 9.2 and 8.9; Pandey et al. 2024 (BRAIn, arXiv 2402.02479) for forward KL.
+    """
+    ratio = importance_weights(log_pi, log_q)
+    return lambda weights: jnp.broadcast_to(weights.sum() / ratio.sum(), weights.shape)
+
+
+def self_normalized_log_q(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Float[Array, "N"]:
+    """Log q shifted such that the importance weights π/q average to exactly 1: self-normalised weights.
+
+    To be given as ``log_q`` to `surrogate_loss` and `score_weights`. Biased by a term of order 1/n, consistent, and of a
+    smaller variance when q is far from π or known up to a constant only.
+
+    Args:
+        log_pi: log-probabilities under the policy, in nats.
+        log_q: under the sampling distribution, up to a constant.
+
+    >>> log_q = self_normalized_log_q(jnp.zeros(2), jnp.array([5.0, 5.0]))
+    >>> importance_weights(jnp.zeros(2), log_q).tolist()
+    [1.0, 1.0]
+
+    Source: Owen 2013, section 9.2.
+    """
+    log_ratio = jax.lax.stop_gradient(log_pi - log_q)
+    return jax.lax.stop_gradient(log_q) + jax.nn.logsumexp(log_ratio) - jnp.log(log_ratio.shape[0])
+
+
+class RunningMean(NamedTuple):
+    """A baseline from *earlier* batches, as functions.
+
+    Attributes:
+        init: () -> state.
+        update: (state, score weights of a batch) -> state; call it after the loss.
+        value: state -> B, 0 before anything was seen.
+    """
+
+    init: Callable[[], Float[Array, "2"]]
+    update: Callable[[Float[Array, "2"], Float[Array, "N"]], Float[Array, "2"]]
+    value: Callable[[Float[Array, "2"]], Float[Array, ""]]
+
+
+def running_mean(decay: float = 0.99) -> RunningMean:
+    """B = exponentially forgetting mean of the score weights of earlier batches.
+
+    Unbiased: it does not depend on the samples it is subtracted from, if the state is updated after its use. Lags behind
+    when f' moves quickly; `leave_one_out` does not.
+
+    Args:
+        decay: what is left of the past at each update, between 0 and 1.
+
+    Raises:
+        ValueError: for another decay.
+
+    >>> baseline = running_mean(0.5)
+    >>> state = baseline.update(baseline.init(), jnp.array([1.0, 3.0]))
+    >>> float(baseline.value(state))
+    2.0
+
+    Source: Go et al. 2023, section 3.3; Williams 1992.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is at least 0 and below 1, got {decay}.")
+
+    def update(state, weights):
+        return decay * state + (1 - decay) * jnp.array([jax.lax.stop_gradient(weights).mean(), 1.0], state.dtype)
+
+    def value(state):
+        return jnp.where(state[1] > 0, state[0] / jnp.where(state[1] > 0, state[1], 1.0), 0.0)
+
+    return RunningMean(lambda: jnp.zeros(2), update, value)
 
 
 def centred_weights(
@@ -204,8 +295,10 @@ def surrogate_loss(
         log_p: under the normalised target, log P - log Z; -inf outside its support.
         log_q: under the sampling distribution; None means on-policy.
         divergence: which f.
-        baseline: B: a number, one value a sample, or a function of the score weights such as `leave_one_out`.
-            Off-policy it is multiplied by π/q, without which it would bias the gradient.
+        baseline: B: a number, one value a sample, or a function of the score weights. Unbiased: any number that does not
+            depend on the samples (a constant, a `running_mean` of earlier batches), and `leave_one_out`. Biased by order
+            1/n: the plain mean, which shrinks the gradient by (n-1)/n, and `self_normalized`. Off-policy it is
+            multiplied by π/q, without which it would bias the gradient.
         clip: bounds of f', see `score_weights`. Biases.
 
     Returns:

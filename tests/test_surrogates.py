@@ -79,6 +79,46 @@ def test_the_mean_that_includes_the_sample_shrinks_the_gradient(case, samples, x
     np.testing.assert_allclose(expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10)
 
 
+@each_target
+@pytest.mark.parametrize("kind", ["control variate", "weights"])
+def test_self_normalisation_is_consistent(case, hard, kind, x64):
+    """The mean over 300 batches of 1000 is within 5 standard errors and 1/100, for the bias of order 1/n, of exact."""
+    small = world()
+    log_p, gradient = small.target(hard=hard), exact(name(case), hard)
+    rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(300, 1000))
+
+    def of_batch(rows):
+        log_pi, log_q = small.log_pi[rows], small.log_q[rows]
+        if kind == "weights":
+            log_q = surrogates.self_normalized_log_q(log_pi, log_q)
+            assert surrogates.importance_weights(log_pi, log_q).shape == rows.shape
+        weights = surrogates.score_weights(log_pi, log_p[rows], log_q, divergence=case.divergence)
+        if kind == "control variate":
+            baseline = surrogates.self_normalized(log_pi, log_q)
+            weights = surrogates.centred_weights(weights, log_pi, log_q, baseline=baseline)
+        return jnp.zeros(7).at[rows].add(weights / 1000)  # what each of the seven sequences is multiplied with
+
+    weights = jax.vmap(of_batch)(rows)
+    if kind == "control variate":
+        np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-12)
+    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
+    gradients = jnp.einsum("bs,spv->bpv", weights, scores)
+    mean, error = gradients.mean(axis=0), gradients.std(axis=0) / np.sqrt(300)
+    assert (abs(mean - gradient) <= 5 * error + 0.01 * abs(gradient).max()).all()
+
+
+def test_a_running_mean_knows_earlier_batches_only(x64):
+    baseline = surrogates.running_mean(0.9)
+    state = baseline.init()
+    assert float(baseline.value(state)) == 0
+    for value in (2.0, 2.0, 5.0):
+        state = baseline.update(state, jnp.full(3, value))
+    expected = (0.9**2 * 0.1 * 2 + 0.9 * 0.1 * 2 + 0.1 * 5) / (1 - 0.9**3)
+    assert float(baseline.value(state)) == pytest.approx(expected, rel=1e-12)
+    with refused("decay is at least 0"):
+        surrogates.running_mean(1.0)
+
+
 def test_monte_carlo_mean_is_within_five_standard_errors(x64):
     small = world()
     divergence = divergences.jensen_shannon()
