@@ -119,6 +119,41 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
     return log_prob_fn, first_row[-1]
 
 
+def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Float[Array, "P V"]:
+    """The exact autoregressive form of a target: parameters of `tabular_log_prob_fn` whose policy *is* p.
+
+    p(x_t | x_<t) = e^{V(x_≤t) - V(x_<t)} with the soft value V(prefix) = log Σ p(x) over the sequences that begin with it:
+    a backward recursion, which a model can only approximate. So D_f(π‖p) = 0 for every f.
+
+    Args:
+        log_p: the target over the space, normalised or not; -inf is allowed.
+        space: from `sequences`, without a prompt.
+        vocab_size: V.
+
+    Returns:
+        Logits ``[prefixes, V]``; zeros after a prefix that p never has.
+
+    >>> log_prob_fn, _ = tabular_log_prob_fn(3, 2)
+    >>> space = sequences(3, 2, eos_id=0)
+    >>> log_p = jax.nn.log_softmax(jnp.arange(7.0))
+    >>> bool(jnp.allclose(log_prob_fn(factorize(log_p, space, vocab_size=3), *space), log_p, atol=1e-5))
+    True
+
+    Source: Korbak et al. 2022 (arXiv 2205.11275), appendix; soft values as in Levine 2018.
+    """
+    columns = space.tokens.shape[1]
+    first_row = [sum(vocab_size**i for i in range(length)) for length in range(columns + 1)]
+    top = jnp.max(log_p)
+    mass = jnp.zeros((first_row[-1], vocab_size), log_p.dtype)
+    prefix = jnp.zeros(space.tokens.shape[0], space.tokens.dtype)
+    for position in range(columns):
+        token = space.tokens[:, position]
+        share = jnp.where(space.where[:, position], jnp.exp(log_p - top), 0.0)
+        mass = mass.at[first_row[position] + prefix, token].add(share)
+        prefix = prefix * vocab_size + token
+    return jnp.where(mass.sum(axis=1, keepdims=True) > 0, jnp.log(mass), 0.0)
+
+
 def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
     """The normaliser log Z = log Σ P(x) over the whole space; ``log_score`` minus it is ``log_p``.
 

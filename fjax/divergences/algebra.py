@@ -11,6 +11,8 @@ from fjax._typing import Array, Float
 
 from .core import FDivergence
 
+_FAR = 40.0  # where squares of t still are float32
+
 
 def dual(divergence: FDivergence) -> FDivergence:
     """The divergence with its arguments exchanged: D_{f°}(π‖p) = D_f(p‖π), f°(t) = t f(1/t).
@@ -106,8 +108,8 @@ def from_generator(
     """A divergence from a plain convex function of t, its derivative by autodiff.
 
     f is checked here, once, at numbers t from e^-20 to e^20: that it is finite, that f(1) = 0, and that it is convex. It
-    is as stable as it is written; beyond |log t| = 80 its limits are used. For everyday use in float32 write an
-    `FDivergence` in terms of log_t.
+    is as stable as it is written: near t = 1 a difference of squares loses digits, and beyond log t = 40 f' stays at f'(∞), or
+    where that is infinite at f'(e^40). For everyday use in float32 write an `FDivergence` in terms of log_t.
 
     Args:
         f: t -> f(t), a scalar function that JAX can differentiate.
@@ -127,28 +129,53 @@ def from_generator(
     _check(f)
     limit = _slope_at_infinity(f) if slope_at_infinity is None else slope_at_infinity
     slope = jax.grad(f)
+    f_of, slope_of = _stretched(f), _stretched(slope)
 
-    def elementwise(function):
-        return lambda log_t: _map(function, jnp.clip(log_t, -80.0, 80.0)).astype(log_t.dtype)
+    def derivative(log_t):
+        far = jnp.where(jnp.isposinf(log_t), limit, slope_of(log_t)) if np.isinf(limit) else limit
+        return jnp.where(log_t > _FAR, far, slope_of(log_t))
 
-    generator = elementwise(lambda s: f(jnp.exp(s)))
-    derivative = elementwise(lambda s: slope(jnp.exp(s)))
-    integrand = elementwise(lambda s: f(jnp.exp(s)) * jnp.exp(-s))
+    def integrand(log_t):
+        near = f_of(log_t) * jnp.exp(-jnp.minimum(log_t, _FAR))
+        return jnp.where(log_t > _FAR, derivative(log_t), near)
+
+    def generator(log_t):
+        return jnp.where(log_t > _FAR, times_exp(derivative(log_t), log_t), f_of(log_t))
+
+    # Slopes by what they are, for autodiff of a function at e^40 is left to the function.
     return FDivergence(
         name,
-        generator=lambda log_t: jnp.where(log_t > 80, _beyond(log_t, limit), generator(log_t)),
-        derivative=lambda log_t: jnp.where(log_t > 80, limit, derivative(log_t)),
-        integrand=lambda log_t: jnp.where(log_t > 80, limit, integrand(log_t)),
+        generator=_with_slope(generator, lambda log_t: times_exp(derivative(log_t), log_t)),
+        derivative=derivative,
+        integrand=_with_slope(integrand, lambda log_t: derivative(log_t) - integrand(log_t)),
     )
 
 
-def _beyond(log_t, limit):
-    """f(t) ≈ t f'(∞), 0 if the slope is; a constant to the gradient."""
-    return 0.0 if limit == 0 else jax.lax.stop_gradient(limit * jnp.exp(log_t))
+def _stretched(function):
+    """log_t -> function(t), at t = e^±40 where it cannot be had further out."""
+
+    def stretched(log_t):
+        def elementwise(log_t):
+            return jax.vmap(function)(jnp.exp(log_t).ravel()).reshape(log_t.shape).astype(log_t.dtype)
+
+        inside = jnp.clip(log_t, -_FAR, _FAR)
+        there = elementwise(jnp.minimum(log_t, _FAR))
+        return jnp.where(jnp.isnan(there), elementwise(inside), there)
+
+    return stretched
 
 
-def _map(function, x):
-    return jax.vmap(function)(x.ravel()).reshape(x.shape)
+def _with_slope(function, slope):
+    @jax.custom_jvp
+    def sloped(log_t):
+        return function(log_t)
+
+    @sloped.defjvp
+    def _(primals, tangents):
+        change = slope(*primals)
+        return sloped(*primals), jnp.where(jnp.isnan(change), 0.0, change) * tangents[0]  # inf - inf, at ±inf only
+
+    return sloped
 
 
 def _check(f):
@@ -156,10 +183,10 @@ def _check(f):
         log_t = jnp.linspace(-20.0, 20.0, 401)
         t = jnp.exp(log_t)
         value = np.asarray(jax.vmap(f)(t))
+        if value.shape != t.shape:
+            raise ValueError(f"f maps one number to one number, but gave shape {value.shape[1:]} for a scalar.")
         slope = np.asarray(jax.vmap(jax.grad(f))(t))
         at_one = float(f(jnp.asarray(1.0)))
-    if value.shape != t.shape:
-        raise ValueError(f"f maps one number to one number, but gave shape {value.shape[1:]} for a scalar.")
     bad = ~(np.isfinite(value) & np.isfinite(slope))
     if bad.any():
         raise ValueError(f"f or its derivative is not finite at t = {t[bad.argmax()]:.3g}: f = {value[bad.argmax()]}.")
