@@ -140,12 +140,13 @@ def from_generator(
         return jnp.where(log_t > _FAR, derivative(log_t), near)
 
     def generator(log_t):
-        return jnp.where(log_t > _FAR, times_exp(derivative(log_t), log_t), f_of(log_t))
+        far = f_of(log_t) if limit == 0 else times_exp(derivative(log_t), log_t)
+        return jnp.where(log_t > _FAR, far, f_of(log_t))
 
     # Slopes by what they are, for autodiff of a function at e^40 is left to the function.
     return FDivergence(
         name,
-        generator=_with_slope(generator, lambda log_t: times_exp(derivative(log_t), log_t)),
+        generator=_with_slope(generator, lambda log_t: times_exp(derivative(log_t), jnp.minimum(log_t, 2 * _FAR))),
         derivative=derivative,
         integrand=_with_slope(integrand, lambda log_t: derivative(log_t) - integrand(log_t)),
     )
