@@ -276,7 +276,9 @@ def _newton(log_base, features, tolerance, max_steps):
         return solution, *moments(solution), steps + 1, jnp.abs(best * direction).max() == 0
 
     start = jnp.zeros_like(features[0])
-    state = (start, *moments(start), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    mean, covariance = moments(start)
+    # "Stuck" is computed, not written down: under shard_map it has to vary over the mesh as it will later.
+    state = (start, mean, covariance, jnp.zeros((), jnp.int32), jnp.isnan(mean).any())
     solution, _, _, steps, _ = jax.lax.while_loop(unfinished, step, state)
     return solution, steps
 

@@ -98,8 +98,9 @@ def _generator(alpha: float):
 
     @jax.custom_jvp
     def generator(log_t):
-        below, above = _below_one(jnp.minimum(log_t, 0.0), alpha), _below_one(-jnp.maximum(log_t, 0.0), 1 - alpha)
-        return jnp.where(log_t < 0, below, jnp.exp(log_t) * above)
+        below, above = _split(log_t)
+        above = jnp.exp(log_t) * _below_one(-above, 1 - alpha)
+        return jnp.where(log_t < 0, _below_one(below, alpha), above)
 
     # t f'(t), where autodiff would subtract infinities.
     @generator.defjvp
@@ -111,11 +112,17 @@ def _generator(alpha: float):
 
 def _slope(s, alpha: float):
     """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded difference."""
-    below = _power(jnp.minimum(s, 0.0), abs(1 - alpha))
+    negative, positive = _split(s)
+    below = _power(negative, abs(1 - alpha))
     if alpha != 0:  # 0 · inf
-        below = times_exp(below, min(alpha, 1.0) * jnp.minimum(s, 0.0))
-    above = _power(jnp.maximum(s, 0.0), -abs(1 - alpha)) * jnp.exp(max(alpha, 1.0) * jnp.maximum(s, 0.0))
+        below = times_exp(below, min(alpha, 1.0) * negative)
+    above = _power(positive, -abs(1 - alpha)) * jnp.exp(max(alpha, 1.0) * positive)
     return jnp.where(s < 0, below, above)
+
+
+def _split(s):
+    """Negative and other part; `minimum` and `maximum` would each pass on half a gradient at 0."""
+    return jnp.where(s < 0, s, 0.0), jnp.where(s < 0, 0.0, s)
 
 
 def _below_one(s, alpha: float):
