@@ -10,7 +10,7 @@ there at once. What is about language models is loaded on first use, so that a l
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import divergences, enumeration, estimators, surrogates, targets
+from . import divergences, enumeration, estimators, policy_gradients, preferences, surrogates, targets
 from .divergences import (
     FDivergence,
     alpha_divergence,
@@ -22,7 +22,7 @@ from .divergences import (
 )
 from .estimators import Estimate, effective_sample_size, estimate_divergence, estimate_log_z
 from .surrogates import leave_one_out, score_weights, surrogate_loss
-from .targets import pointwise
+from .targets import exponential_family, fit_coefficients, pointwise, reward_tilted
 
 # What type checkers and editors read for the names of _LAZY; a test holds the two together.
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ __all__ = [
     "estimate_log_z",
     "estimators",
     "exact_divergence",
+    "exponential_family",
     "fdpg",
+    "fit_coefficients",
     "forward_kl",
     "from_pretrained",
     "jensen_shannon",
@@ -65,7 +67,10 @@ __all__ = [
     "metrics",
     "models",
     "pointwise",
+    "policy_gradients",
+    "preferences",
     "reverse_kl",
+    "reward_tilted",
     "sample",
     "sampling",
     "save_pretrained",

@@ -32,6 +32,18 @@ from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.divergences import FDivergence, exact_divergence
 from fjax.surrogates import Baseline, surrogate_loss
 
+__all__ = [
+    "Space",
+    "exact_gradient",
+    "exact_log_z",
+    "expected_gradient",
+    "expected_surrogate_gradient",
+    "factorize",
+    "sequences",
+    "tabular_log_prob_fn",
+]
+
+
 _MOST_ROWS = 10**6
 
 Loss = Callable[[Float[Array, "n"], Float[Array, "n"], Float[Array, "n"] | None], Float[Array, "n"]]
@@ -72,6 +84,8 @@ def sequences(vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence
     >>> space = sequences(2, 2, eos_id=0)                       # [0], [1 0], [1 1]
     >>> space.tokens.tolist(), space.where.sum(1).tolist()
     ([[0, 0], [1, 0], [1, 1]], [1, 2, 2])
+
+    Source: the space of Go et al. 2023, cut off at T tokens as a sampler does.
     """
     if not 0 <= eos_id < vocab_size:
         raise ValueError(f"eos_id is one of the {vocab_size} tokens, got {eos_id}.")
@@ -102,6 +116,8 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
     >>> space = sequences(2, 2, eos_id=0)
     >>> round(float(jnp.exp(log_prob_fn(jnp.zeros((prefixes, 2)), space.tokens, space.where)).sum()), 6)
     1.0
+
+    Source: chain rule of probability.
     """
     first_row = [sum(vocab_size**i for i in range(length)) for length in range(max_tokens + 1)]
 
@@ -159,6 +175,8 @@ def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
 
     >>> round(float(exact_log_z(jnp.log(jnp.array([0.25, 0.25])))), 6)
     -0.693147
+
+    Source: definition; Go et al. 2023, section 2.
     """
     return jax.nn.logsumexp(log_score)
 

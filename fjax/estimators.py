@@ -24,6 +24,24 @@ from fjax._typing import Array, Bool, Float
 from fjax.divergences import FDivergence
 from fjax.surrogates import score_weights
 
+__all__ = [
+    "Estimate",
+    "LogMean",
+    "RunningLogMean",
+    "effective_sample_size",
+    "estimate_divergence",
+    "estimate_divergence_from_score",
+    "estimate_entropy",
+    "estimate_kl_to_base",
+    "estimate_log_z",
+    "estimate_mean",
+    "init_log_mean",
+    "log_mean_estimate",
+    "log_mixture",
+    "running_log_mean",
+    "update_log_mean",
+]
+
 
 class Estimate(NamedTuple):
     """A value with its uncertainty.
@@ -315,6 +333,8 @@ def init_log_mean(dtype: DTypeLike = float) -> LogMean:
 
     >>> float(init_log_mean().count)
     0.0
+
+    Source: Go et al. 2023, algorithm 1, in log space.
     """
     # Three arrays rather than one used thrice: the state is donated, and a buffer can be given away only
     # once.
@@ -339,6 +359,8 @@ def update_log_mean(
     >>> state = update_log_mean(init_log_mean(), jnp.log(jnp.array([1.0, 3.0])))
     >>> round(float(jnp.exp(log_mean_estimate(state).value)), 5)
     2.0
+
+    Source: Go et al. 2023, algorithm 1, in log space.
     """
     # In the dtype of the state, which must not change from step to step: it is donated, and carried through
     # loops.

@@ -19,6 +19,21 @@ from fjax._numerics import count, gather, keep, weighted
 from fjax._typing import Array, Bool, Float
 from fjax.divergences import FDivergence
 
+__all__ = [
+    "Baseline",
+    "RunningMean",
+    "centred_weights",
+    "importance_weights",
+    "leave_one_out",
+    "pseudo_rewards",
+    "running_mean",
+    "score_weights",
+    "self_normalized",
+    "self_normalized_log_q",
+    "surrogate_loss",
+]
+
+
 Baseline = Callable[[Float[Array, "N"]], Float[Array, "N"]]
 """Score weights in, B for each sample out. To be unbiased, B_i must not depend on sample i."""
 
@@ -36,6 +51,8 @@ def importance_weights(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> F
 
     >>> importance_weights(jnp.array([-1.0]), jnp.array([-1.0])).tolist()
     [1.0]
+
+    Source: Owen 2013, section 9.1.
     """
     return jnp.exp(jax.lax.stop_gradient(log_pi - log_q))
 

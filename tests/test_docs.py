@@ -1,0 +1,81 @@
+"""Documentation that is tested: examples run, the table regenerates, every public name is described, no link is broken."""
+
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fjax
+from experiments import kl_gradients
+from tests.make_api_page import MODULES, page
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MATHEMATICS = MODULES[:8]
+
+
+def names(module: str) -> dict[str, object]:
+    """What a module offers."""
+    loaded = importlib.import_module(f"fjax.{module}")
+    return {name: getattr(loaded, name) for name in loaded.__all__}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_examples_run(path):
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    parser = doctest.DocTestParser()
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    test = parser.get_doctest("\n".join(b for b in blocks if ">>>" in b), {}, path.name, str(path), 0)
+    output: list[str] = []
+    assert doctest.DocTestRunner(optionflags=flags).run(test, out=output.append).failed == 0, "".join(output)
+
+
+def test_the_readme_has_an_example_without_flax():
+    readme = (ROOT / "README.md").read_text()
+    example = max(re.findall(r"```python\n(.*?)```", readme, re.DOTALL), key=len)
+    assert ">>>" in example
+    assert "flax" not in example
+    assert len(example.splitlines()) <= 22
+
+
+def test_the_table_of_kl_gradients_is_what_its_script_makes():
+    assert (ROOT / "docs" / "kl_gradients.md").read_text() == kl_gradients.page(kl_gradients.Config())
+
+
+def test_the_page_of_all_names_is_what_its_script_makes():
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert text == page()
+    for name in [*fjax.__all__, *(name for module in MODULES for name in names(module))]:
+        assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("module", MATHEMATICS)
+def test_every_function_of_the_mathematics_has_formula_shapes_and_source(module):
+    for name, thing in names(module).items():
+        if not inspect.isfunction(thing) and not inspect.isclass(thing):
+            continue  # a type, described below it in the source
+        text = thing.__doc__ or ""
+        assert text.strip(), name
+        if inspect.isclass(thing):
+            continue
+        assert "Source:" in text, name
+        assert ">>>" in text, name
+        arguments = [a for a in thing.__annotations__ if a != "return"]
+        described = "Args:" in text or len(arguments) <= 1
+        assert described, name
+
+
+def test_links_lead_somewhere():
+    for path in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_tests_that_the_derivations_name_exist():
+    everything = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    text = (ROOT / "docs" / "derivations.md").read_text()
+    for name in re.findall(r"`(?:[\w/.]+::)?(test_\w+)`", text):
+        assert f"def {name}(" in everything, name
