@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fjax import divergences, enumeration, estimators
-from tests.cases import each, each_target, world
+from tests.cases import each, each_target_of_the_paper, world
 
 
 def proposals(small):
@@ -82,7 +82,7 @@ def check_spread(batches, exact, *, bias=0.0):
     assert float(np.sqrt(np.mean(batches.std_error**2))) == pytest.approx(spread, rel=0.2)
 
 
-@each_target
+@each_target_of_the_paper
 @pytest.mark.parametrize("proposal", ["policy", "other"])
 def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x64):
     small = world()

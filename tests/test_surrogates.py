@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fjax import divergences, enumeration, surrogates
-from tests.cases import CASES, each, each_target, name, refused, world
+from tests.cases import CASES, each, each_target, each_target_of_the_paper, name, refused, world
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def test_the_mean_that_includes_the_sample_shrinks_the_gradient(case, samples, x
     np.testing.assert_allclose(expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10)
 
 
-@each_target
+@each_target_of_the_paper
 @pytest.mark.parametrize("kind", ["control variate", "weights"])
 def test_self_normalisation_is_consistent(case, hard, kind, x64):
     """The mean over 300 batches of 1000 is within 5 standard errors and 1/100, for the bias of order 1/n, of exact."""

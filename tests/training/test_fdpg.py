@@ -153,7 +153,8 @@ def test_training_reaches_the_target(case, x64):
     Without a baseline: leaving one out supposes independent draws, and here every sequence occurs exactly once.
     """
     small = world()
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 400))
+    # χ² falls from infinity: its first gradients are of another order than all later ones.
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(optax.cosine_decay_schedule(0.1, 400)))
     tuner = fdpg(small.log_prob_fn, optimizer, divergence=case.divergence, baseline=0.0)
     state = tuner.init(small.params)
     rollout = everything(small, small.log_p)
