@@ -17,7 +17,7 @@ from fjax import divergences, enumeration, policy_gradients
 
 from ._command import run
 
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Loss = Callable[..., jax.Array]
 """(log_pi, log_a, log_q) of samples -> one loss a sample."""
 
 

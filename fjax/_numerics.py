@@ -1,9 +1,13 @@
 """Products and means that stay finite where the formula does, in log space."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
 from fjax._typing import Array, Bool, Float
+
+ArrayOrNone = TypeVar("ArrayOrNone", bound=Array | None)
 
 
 def times_exp(x: Float[Array, "*n"], s: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -89,7 +93,7 @@ def _wright_omega_jvp(primals, tangents):
     return w, dx / (1 + 1 / jnp.maximum(w, jnp.finfo(w.dtype).tiny))
 
 
-def gather(x: Array | None, axis_name: str | None) -> Array | None:
+def gather(x: ArrayOrNone, axis_name: str | None) -> ArrayOrNone:
     """The entries of all devices along ``axis_name``, as one axis, the same on each; x itself if there is no such axis.
 
     Statistics are of numbers a sample, so bringing them all together costs nothing beside the model that made them, and

@@ -449,13 +449,14 @@ def f_regularized_optimum(
 
     Source: Wang et al. 2024 (f-DPO, arXiv 2309.16240), theorem 1; Huang et al. 2024 for χ².
     """
-    if divergence.inverse_derivative is None:
+    inverse = divergence.inverse_derivative
+    if inverse is None:
         raise ValueError(f"{divergence.name} has no inverse derivative, and so no optimum in closed form.")
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}.")
 
     def ratio(shift):
-        return divergence.inverse_derivative((rewards - shift) / beta)
+        return inverse((rewards - shift) / beta)
 
     # At the λ where the best sample alone had a ratio of 1 the sum is at most 1, and where the worst has, at least 1.
     slope = beta * divergence.derivative(jnp.zeros((), log_a.dtype))
