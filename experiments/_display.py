@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,8 +47,8 @@ class Display:
         )
 
     @contextmanager
-    def progress(self, name: str, *, total: int, completed: int) -> Iterator[Callable[[int, dict], None]]:
-        """A bar; call what it gives with (completed, record of the step)."""
+    def progress(self, name: str, *, total: int, completed: int, headline: str = "") -> Iterator[Callable[[int, dict], None]]:
+        """A bar; call what it gives with (completed, record of the step), of which the headline is shown first."""
         columns = (
             TextColumn(f"{name:9}"),
             BarColumn(bar_width=30),
@@ -62,9 +62,9 @@ class Display:
             task = bar.add_task(name, total=total, completed=completed, note="")
 
             def advance(done: int, record: dict) -> None:
-                bar.update(task, completed=done, note=_note(record))
+                bar.update(task, completed=done, note=_note(record, headline))
                 if not is_terminal and record and (done % 10 == 0 or done == total):
-                    self.say(f"step {done}/{total}  {_note(record)}  {record['seconds']:.0f} s")
+                    self.say(f"step {done}/{total}  {_note(record, headline)}  {record['seconds']:.0f} s")
 
             yield advance
 
@@ -77,6 +77,14 @@ class Display:
             table.add_row(NAMES.get(name, name), _number(figure.value), _error(figure), ess)
         self._console.print(table)
         self._console.print(_samples(evaluation, target))
+
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Numbers, the first column being what they are of."""
+        table = Table(title=title, title_justify="left")
+        _add_columns(table, *headings)
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
 
     def warn(self, text: str) -> None:
         """Something to know about that is no error."""
@@ -128,8 +136,8 @@ def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Tabl
     return table
 
 
-def _note(record: dict) -> str:
-    shown = {"satisfaction": "satisfaction", "log_z": "log Z", "divergence": "divergence"}
+def _note(record: dict, headline: str) -> str:
+    shown = {headline: headline, "log_z": "log Z", "divergence": "divergence"}
     return "  ".join(f"{title} {_number(float(record[name]))}" for name, title in shown.items() if name in record)
 
 

@@ -42,12 +42,16 @@ class Target(NamedTuple):
 
     features: texts -> numbers a text, whose means are reported.
     log_score: (log_a, features) -> log P of each text, unnormalised.
+    headline: the feature that bars and plots show first.
+    ratios: name -> (feature, feature), whose means' ratio is reported as well.
     bound: feature for which the target is its indicator times the base; then KL(p‖π) ≥ -log E_π[feature].
     stop_if_absent: whether to give up when it holds for no sample of the base model.
     """
 
     features: Callable[[Sequence[str]], Features]
     log_score: Callable[[np.ndarray, Features], np.ndarray]
+    headline: str
+    ratios: Mapping[str, tuple[str, str]] = {}
     bound: str | None = None
     stop_if_absent: bool = False
 
@@ -98,7 +102,8 @@ def evaluate(programs: Programs, params: Params, target: Target, drawn: list[Bat
     log_score = target.log_score(np.asarray(everything.log_a), features)
     estimates = _estimates(everything.log_pi, everything.log_a, log_score, n)
     features = {name: values[:n] for name, values in features.items()}
-    figures = {name: _mean(values) for name, values in features.items()}
+    figures = {name: _ratio(features[top], features[bottom]) for name, (top, bottom) in target.ratios.items()}
+    figures |= {name: _mean(values) for name, values in features.items()}
     figures |= {name: Figure(*map(float, estimates[name])) for name in NAMES if name in estimates}
     figures |= {"length": _mean(of_policy.where.sum(-1)), "ended": _mean(of_policy.finished)}
     varied = {f"distinct_{k}": distinct_n(of_policy.tokens, n=k, where=of_policy.where) for k in (1, 2, 3)}
@@ -136,6 +141,14 @@ def _estimates(log_pi, log_a, log_score, of_policy: int) -> dict[str, fjax.Estim
 
 def _mean(values: AnyArray) -> Figure:
     return Figure(*map(float, estimators.estimate_mean(jnp.asarray(values, jnp.float32))))
+
+
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> Figure:
+    """A ratio of means, with the standard error of the delta method."""
+    if not bottom.any():
+        return Figure(math.nan)
+    value = top.mean() / bottom.mean()
+    return Figure(float(value), float(np.std(top - value * bottom, ddof=1) / math.sqrt(len(top)) / abs(bottom.mean())))
 
 
 def check_bound(evaluation: Evaluation, bound: str) -> tuple[float, float, bool]:

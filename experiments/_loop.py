@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +21,19 @@ from ._programs import Batch, Programs, export, load_model, make_programs
 from ._run_folder import RunError, check_space, open_run
 from ._settings import Settings, as_json
 
-EVALUATION_KEY = 2**31 - 1
-"""Folded into the run's key for evaluations, where no step's key is."""
+EVALUATION_KEY, TARGET_KEY = 2**31 - 1, 2**31 - 2
+"""Folded into the run's key for evaluations and for fitting a target, where no step's key is."""
+
+
+class Prepared(NamedTuple):
+    """What there is to fit a target with, before the first step; ``rng_key`` is for its samples."""
+
+    settings: Settings
+    folder: Path
+    model: PretrainedModel
+    programs: Programs
+    rng_key: jax.Array
+    display: _display.Display
 
 
 class Run(NamedTuple):
@@ -63,8 +74,18 @@ def graceful_stop() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def align(settings: Settings, target: _evaluate.Target, *, config, experiment: str, title: str) -> int:
-    """Runs an experiment from the command line's choices to the exported model; returns the exit status."""
+def align(
+    settings: Settings, make_target: Callable[[Prepared], _evaluate.Target], *, config, experiment: str, title: str
+) -> int:
+    """Runs an experiment from the command line's choices to the exported model; returns the exit status.
+
+    Args:
+        settings: what all experiments share.
+        make_target: called once with the loaded model, so that a target may be fitted to its samples.
+        config: the experiment's whole configuration, for config.json.
+        experiment: its name, the folder of its runs.
+        title: of this run.
+    """
     display = _display.Display()
     display.say("Loading the model.")
     model = load_model(settings)
@@ -74,8 +95,9 @@ def align(settings: Settings, target: _evaluate.Target, *, config, experiment: s
     with graceful_stop() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
         state, seconds = _begin(settings, programs, model, checkpoints)
         step = int(state.step)
+        rng_key = jax.random.key(settings.seed)
+        target = make_target(Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display))
         with JsonlLogger(folder / "metrics.jsonl", after_step=step or -1) as logger:
-            rng_key = jax.random.key(settings.seed)
             run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display, [])
             display.start(title, folder, settings, model, resumed_at=step)
             if step:
@@ -96,7 +118,7 @@ def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
     step = int(state.step)
     if step < settings.steps and step not in evaluations(read_jsonl(run.folder / "metrics.jsonl")):
         _evaluate_now(run, state, step, begun)
-    with run.display.progress("align", total=settings.steps, completed=step) as bar:
+    with run.display.progress("align", total=settings.steps, completed=step, headline=run.target.headline) as bar:
         while step < settings.steps and not stop.signal:
             state, record = _one_step(run, state, step, begun)
             step += 1
@@ -135,13 +157,18 @@ def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tupl
     return state, record | {"seconds": time.monotonic() - begun}
 
 
-def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
-    """The fresh batches of a step's evaluation; those of step 0 are the base model's, and drawn again on resume."""
-    batches = -(-run.settings.eval_samples // run.settings.samples)
-    rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
-    with run.display.progress("evaluate", total=batches, completed=0) as bar:
+def draw_fresh(run: Run | Prepared, params: Params, rng_key: jax.Array, samples: int, *, what: str) -> list[Batch]:
+    """At least so many samples in whole batches, with a bar."""
+    batches = -(-samples // run.settings.samples)
+    with run.display.progress(what, total=batches, completed=0) as bar:
         counter = iter(range(1, batches + 1))
         return _evaluate.draw_batches(run.programs, params, rng_key, batches, lambda: bar(next(counter), {}))
+
+
+def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
+    """The fresh batches of a step's evaluation; those of step 0 are the base model's, and drawn again on resume."""
+    rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
+    return draw_fresh(run, params, rng_key, run.settings.eval_samples, what="evaluate")
 
 
 def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:

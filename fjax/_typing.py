@@ -15,6 +15,7 @@ __all__ = [
     "PRNGKeyArray",
     "Params",
     "PyTree",
+    "ScoreFn",
 ]
 
 Params = Any
@@ -42,6 +43,13 @@ class DecodeFn(Protocol):
     def __call__(
         self, params: Params, tokens: Int[Array, "B T"], cache: Any, where: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B V"], Any]: ...
+
+
+@runtime_checkable
+class ScoreFn(Protocol):
+    """A reward model: one number a sequence."""
+
+    def __call__(self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]: ...
 
 
 @runtime_checkable

@@ -31,6 +31,7 @@ def make_target(config: Config) -> Target:
     return Target(
         features,
         log_score,
+        headline="satisfaction",
         bound=None if config.smoothing else "satisfaction",
         stop_if_absent=config.when_absent == "stop",
     )
@@ -39,4 +40,4 @@ def make_target(config: Config) -> Target:
 def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
     title = f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.divergence}"
-    return align(config.settings, make_target(config), config=config, experiment="lexical_constraint", title=title)
+    return align(config.settings, lambda _: make_target(config), config=config, experiment="lexical_constraint", title=title)

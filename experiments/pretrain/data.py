@@ -30,14 +30,18 @@ def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> 
     A hash rather than a shuffle: the split is the same whatever else is read, and a sentence that stands in two
     corpora cannot be on both sides.
     """
-    train, held_out = set(), set()
+    train, apart = set(), set()
     for archive, prefixes in CORPORA.items():
         for line in _lines(folder / archive, prefixes):
             sentence = " ".join(line.split())
             if min_words <= len(sentence.split()) <= max_words:
-                digest = hashlib.sha256(sentence.encode()).digest()
-                (held_out if digest[0] % 20 == 0 else train).add(sentence)
-    return Split(sorted(train), sorted(held_out))
+                (apart if held_out(sentence) else train).add(sentence)
+    return Split(sorted(train), sorted(apart))
+
+
+def held_out(sentence: str) -> bool:
+    """Whether a sentence is among the twentieth that no model is trained on."""
+    return hashlib.sha256(sentence.encode()).digest()[0] % 20 == 0
 
 
 def _lines(path: Path, prefixes: tuple[str, ...]) -> Iterator[str]:

@@ -1,6 +1,21 @@
 """Language models as pure functions, and their Hugging Face folders."""
 
 from fjax.models import gpt2
-from fjax.models.huggingface import PretrainedModel, from_pretrained, save_pretrained
+from fjax.models.huggingface import (
+    PretrainedModel,
+    RewardModel,
+    from_pretrained,
+    load_reward_model,
+    save_pretrained,
+    save_reward_model,
+)
 
-__all__ = ["PretrainedModel", "from_pretrained", "gpt2", "save_pretrained"]
+__all__ = [
+    "PretrainedModel",
+    "RewardModel",
+    "from_pretrained",
+    "gpt2",
+    "load_reward_model",
+    "save_pretrained",
+    "save_reward_model",
+]

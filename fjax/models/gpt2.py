@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray
+from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -269,6 +269,36 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         hidden, _ = model.apply({"params": params}, tokens, where, None, dropout_key is None, rngs=rngs)
         return _head(params, hidden[:, start:])
+
+    return apply
+
+
+def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
+    """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of the last real token.
+
+    Args:
+        config: the shape of the model.
+        dtype: of the computation; the scores are float32 at least.
+
+    Raises:
+        ValueError: at trace time, if there are more columns than positions.
+
+    >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
+    >>> params = {"transformer": init_params(tiny, jax.random.key(0)), "score": {"kernel": jnp.ones((4, 1))}}
+    >>> score_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), jnp.ones((3, 5), bool)).shape
+    (3,)
+
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2; transformers' GPT2ForSequenceClassification.
+    """
+    model = _GPT2(config, dtype)
+
+    def apply(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]:
+        _check_positions(config, tokens.shape[1])
+        hidden, _ = cast(tuple[Array, None], model.apply({"params": params["transformer"]}, tokens, where, None, True))
+        last = tokens.shape[1] - 1 - jnp.argmax(where[:, ::-1], axis=1)
+        pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        kernel = params["score"]["kernel"].astype(pooled.dtype)
+        return jnp.matmul(pooled, kernel, preferred_element_type=_wide(pooled.dtype))[:, 0]
 
     return apply
 

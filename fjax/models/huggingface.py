@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax._typing import Array, DecodeFn, LogitsFn, Params
+from fjax._typing import Array, DecodeFn, LogitsFn, Params, ScoreFn
 from fjax.models import gpt2
 
 _FILES = ["config.json", "model*.safetensors*", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
@@ -57,6 +57,22 @@ class PretrainedModel(NamedTuple):
         return self.tokenizer.eos_token_id
 
 
+class RewardModel(NamedTuple):
+    """A GPT-2 that gives a text a number.
+
+    Attributes:
+        config: its shape.
+        params: ``{"transformer": as of `fjax.models.gpt2`, "score": {"kernel": [D, 1]}}``.
+        tokenizer: of transformers.
+        score_fn: (params, tokens, where) -> scores.
+    """
+
+    config: gpt2.GPT2Config
+    params: Params
+    tokenizer: Any
+    score_fn: ScoreFn
+
+
 def from_pretrained(
     name_or_path: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
 ) -> PretrainedModel:
@@ -89,6 +105,56 @@ def from_pretrained(
     )
 
 
+def load_reward_model(
+    name_or_path: str | Path, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+) -> RewardModel:
+    """Loads a GPT-2 with a scalar head, as `save_reward_model` or GPT2ForSequenceClassification with one label wrote it.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+
+    Raises:
+        FileNotFoundError: if the folder, or a file in it, is not there.
+        ValueError: if it is not a GPT-2, or has no scalar head.
+    """
+    folder = _resolve(name_or_path)
+    config = _config_from(_read_json(folder / "config.json"), folder)
+    score = _read_tensors(folder).get("score.weight")
+    if score is None or score.shape != (1, config.n_embd):
+        found = "none" if score is None else f"one of shape {score.shape}"
+        raise ValueError(
+            f"{folder} is no reward model: it needs a score.weight of shape (1, {config.n_embd}), and has {found}."
+        )
+    params = {
+        "transformer": _load_params(folder, config, param_dtype),
+        "score": {"kernel": score.T.astype(param_dtype)},
+    }
+    return RewardModel(config, params, _load_tokenizer(folder), gpt2.score_fn(config, dtype=dtype))
+
+
+def save_reward_model(
+    path: str | Path, params: Params, config: gpt2.GPT2Config, tokenizer: Any, *, dtype: DTypeLike | None = None
+) -> None:
+    """Writes a folder that transformers opens as GPT2ForSequenceClassification with one label.
+
+    Args:
+        path: the folder; made if it is not there.
+        params: see `RewardModel`.
+        config: of the same model.
+        tokenizer: of transformers.
+        dtype: to store floats in; None keeps each as it is.
+
+    Raises:
+        OSError: if it cannot be written; an earlier model in the folder is then untouched.
+    """
+    tensors = {f"transformer.{name}": leaf for name, leaf in _named(params["transformer"]).items()}
+    # Contiguous, for safetensors writes memory as it lies.
+    tensors["score.weight"] = jnp.array(params["score"]["kernel"].T)
+    _write(Path(path), tensors, config, tokenizer, dtype, architecture="GPT2ForSequenceClassification", num_labels=1)
+
+
 def save_pretrained(
     path: str | Path, params: Params, config: gpt2.GPT2Config, tokenizer: Any, *, dtype: DTypeLike | None = None
 ) -> None:
@@ -106,17 +172,20 @@ def save_pretrained(
     Raises:
         OSError: if it cannot be written; an earlier model in the folder is then untouched.
     """
+    tensors = {f"transformer.{name}": leaf for name, leaf in _named(params).items()}
+    _write(Path(path), tensors, config, tokenizer, dtype, architecture="GPT2LMHeadModel")
+
+
+def _write(path, tensors, config, tokenizer, dtype, *, architecture, num_labels=2):
     import safetensors.flax
     import transformers
 
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"transformer.{name}": leaf for name, leaf in _named(params).items()}
     if dtype is not None:
         tensors = {name: leaf.astype(dtype) for name, leaf in tensors.items()}
     stored = str(next(iter(tensors.values())).dtype)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    described = transformers.GPT2Config(**dataclasses.asdict(config), **ids, architectures=["GPT2LMHeadModel"], dtype=stored)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "num_labels": num_labels}
+    described = transformers.GPT2Config(**dataclasses.asdict(config), **ids, architectures=[architecture], dtype=stored)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
         described.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
