@@ -1,5 +1,6 @@
 """Exact resume, whole-or-nothing saves, other meshes, and errors that say what differs."""
 
+import gc
 import signal
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def test_nothing_saved_yet(tmp_path):
             checkpoints.restore({"w": jnp.zeros(2)})
 
 
+# orbax leaves a coroutine of the failed restore behind; it is collected here, lest a later test be blamed.
+@pytest.mark.filterwarnings("ignore:coroutine", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "like",
     [{"w": jnp.zeros(5)}, {"w": jnp.zeros(3)}, {"v": jnp.zeros(4)}, {"w": jnp.zeros(4), "v": jnp.zeros(4)}],
@@ -97,6 +100,7 @@ def test_another_tree_is_refused(tmp_path, like):
         checkpoints.save(1, {"w": jnp.arange(4.0)}, wait=True)
         with pytest.raises(ValueError, match="holds another tree"):
             checkpoints.restore(like)
+    gc.collect()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2)])

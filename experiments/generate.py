@@ -1,0 +1,159 @@
+"""Samples of an aligned model that satisfy the constraint, all of them: python -m experiments.generate --help."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fjax.sampling import RejectionEstimate, accept, estimate_rejection, log_acceptance
+from fjax.training import JsonlLogger
+
+from ._command import run
+from ._programs import Programs, load_model, make_programs
+from ._run_folder import RunError
+from ._settings import Settings
+from .lexical_constraint.run import contains_word
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sample from a model that was aligned to a word, and accept by quasi-rejection towards p(x) ∝ a(x)·[word in x].
+
+    A proposal x of the model π is kept with probability min(1, P(x)/(β π(x))). What is kept always has the word, and is
+    within TV ≤ 1 - Z_β/Z of the target p; a larger β is closer to it and keeps less.
+
+    Examples:
+
+        python -m experiments.generate --model runs/lexical_constraint/amazing-jensen_shannon-0/model --word amazing
+        python -m experiments.generate --model runs/.../model --word amazing --acceptance-rate 0.01 --samples 100
+    """
+
+    model: str
+    """Folder of the aligned model, the proposals' distribution."""
+    word: str
+    """The word it was aligned to."""
+    base: str = "built-in"
+    """The model it was aligned from, as for --model of the experiments."""
+    samples: int = 10
+    """How many to accept."""
+    acceptance_rate: float = 0.1
+    """What share of the proposals shall be kept; β is chosen from the first of them."""
+    max_proposals: int = 20_000
+    """Gives up after so many."""
+    batch_size: int = 128
+    """Proposals at once."""
+    max_new_tokens: int = 40
+    """Longest sample, in tokens: as in the alignment."""
+    seed: int = 0
+    """Of everything random."""
+    output: Path | None = None
+    """JSON lines of the accepted texts, too."""
+
+    def __post_init__(self):
+        if not 0 < self.acceptance_rate <= 1:
+            raise ValueError(f"--acceptance-rate must be in (0, 1], got {self.acceptance_rate}.")
+        for name in ("samples", "max_proposals", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if not self.word.strip():
+            raise ValueError("--word must not be empty.")
+
+
+class Proposals(NamedTuple):
+    """Texts, with what target and model say of them."""
+
+    texts: list[str]
+    log_score: np.ndarray
+    log_q: np.ndarray
+
+
+def propose(config: Config) -> Iterator[Proposals]:
+    """Batches of proposals, without end."""
+    sizes = {"samples": max(config.batch_size, 2), "base_fraction": 0.0, "max_new_tokens": config.max_new_tokens}
+    base = load_model(Settings(model=config.base, **sizes))
+    aligned = load_model(Settings(model=config.model, **sizes))
+    if base.config != aligned.config:
+        raise RunError(f"{config.model} and --base {config.base} have different shapes; give the one it was aligned from.")
+    programs: Programs = make_programs(Settings(model=config.base, **sizes), base)
+    step = 0
+    while True:
+        batch = programs.draw(aligned.params, jax.random.fold_in(jax.random.key(config.seed), step))
+        texts = programs.decode(batch)
+        with np.errstate(divide="ignore"):
+            log_score = np.asarray(batch.log_a) + np.log(contains_word(config.word, texts).astype(np.float32))
+        yield Proposals(texts, log_score, np.asarray(batch.log_pi))
+        step += 1
+
+
+def choose_log_beta(log_score: np.ndarray, log_q: np.ndarray, rate: float) -> float:
+    """The β at which the mean acceptance over these proposals is the rate; at most as small as accepts all that can be.
+
+    Raises:
+        RunError: if none of them can be accepted.
+    """
+    log_weights = log_score - log_q
+    if np.isneginf(log_weights).all():
+        raise RunError(f"None of {len(log_q)} proposals has the word. Is this the model that was aligned to it?")
+    low, high = float(np.min(log_weights[np.isfinite(log_weights)])) - 1, float(np.max(log_weights)) + 50
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        mean = float(jnp.exp(log_acceptance(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=middle)).mean())
+        low, high = (middle, high) if mean > rate else (low, middle)
+    return low
+
+
+def main(config: Config) -> int:
+    """Proposes, accepts, prints, and says what it cost and how close it is."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    seen: list[Proposals] = []
+    accepted: list[str] = []
+    log_beta = 0.0
+    columns = TextColumn("accepted"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("accepted", total=config.samples)
+        for step, proposals in enumerate(propose(config)):
+            seen.append(proposals)
+            if step == 0:
+                log_beta = choose_log_beta(proposals.log_score, proposals.log_q, config.acceptance_rate)
+            key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+            kept = accept(key, jnp.asarray(proposals.log_score), jnp.asarray(proposals.log_q), log_beta=log_beta)
+            accepted += [text for text, keep in zip(proposals.texts, np.asarray(kept), strict=True) if keep]
+            bar.update(task, completed=min(len(accepted), config.samples))
+            if len(accepted) >= config.samples or len(seen) * len(proposals.texts) >= config.max_proposals:
+                break
+    log_score, log_q = (np.concatenate([getattr(p, name) for p in seen]) for name in ("log_score", "log_q"))
+    estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta)
+    _show(console, config, accepted, estimate, len(log_q))
+    return 0
+
+
+def _show(console: Console, config: Config, accepted: list[str], estimate: RejectionEstimate, proposals: int) -> None:
+    texts = [" ".join(text.split()) for text in accepted[: config.samples]]
+    for text in texts:
+        console.print(escape(text), highlight=False)
+    if config.output is not None:
+        with JsonlLogger(config.output) as logger:
+            for text in texts:
+                logger.log({"text": text})
+    satisfied = float(contains_word(config.word, accepted).mean()) if accepted else float("nan")
+    rate, bound = estimate
+    console.print(
+        f"\n{len(accepted)} of {proposals} proposals accepted, of which {satisfied:.0%} have the word. Acceptance rate "
+        f"{float(rate.value):.4f} ± {float(rate.std_error):.4f}; TV from the target at most {float(bound.value):.3f} ± "
+        f"{float(bound.std_error):.3f} (by {float(bound.ess):.0f} effective proposals).",
+        highlight=False,
+    )
+    if len(accepted) < config.samples:
+        console.print(f"Gave up after {proposals} proposals; raise --max-proposals or --acceptance-rate.", style="yellow")
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main, module="experiments.generate"))
