@@ -161,6 +161,12 @@ def check_bound(evaluation: Evaluation, bound: str) -> tuple[float, float, bool]
     return value.value, lowest, value.value >= lowest - slack
 
 
+def distance(record: Mapping, divergence: str) -> float:
+    """How far an evaluated policy is from the target: the divergence that was trained on, TV where that is infinite."""
+    value = float(record[divergence])
+    return float(record["total_variation"]) if math.isinf(value) else value
+
+
 def as_record(evaluation: Evaluation, step: int, seconds: float, drawn: int) -> dict:
     """A line of metrics.jsonl."""
     record = {"kind": "evaluation", "step": step, "seconds": seconds, "samples": drawn}

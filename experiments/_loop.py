@@ -92,7 +92,7 @@ def align(
     folder = open_run(as_json(config), experiment=experiment, title=title)
     check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
     programs = make_programs(settings, model)
-    with graceful_stop() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
+    with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
         state, seconds = _begin(settings, programs, model, checkpoints)
         step = int(state.step)
         rng_key = jax.random.key(settings.seed)
@@ -103,6 +103,10 @@ def align(
             if step:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
             return _train(run, state, seconds, stop)
+
+
+def _nearest_first(metrics: dict) -> float:
+    return metrics["distance"]
 
 
 def _begin(settings, programs, model, checkpoints) -> tuple[fjax.TrainState, float]:
@@ -127,10 +131,13 @@ def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
             if not record["finite"]:
                 _save(run, state, begun)
                 raise RunError(_not_finite(run, step))
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
-                _save(run, state, begun)
             if step % settings.eval_every == 0 and step < settings.steps:
                 _evaluate_now(run, state, step, begun)
+                _save(run, state, begun)
+                if _is_enough(run):
+                    break
+            elif step % settings.checkpoint_every == 0:
+                _save(run, state, begun)
     if stop.signal:
         _save(run, state, begun)
         run.checkpoints.wait()
@@ -202,16 +209,52 @@ def _absent(run: Run, samples: int) -> None:
 
 
 def _save(run: Run, state: fjax.TrainState, begun: float) -> None:
-    run.checkpoints.save(int(state.step), {"state": state, "seconds": np.asarray(time.monotonic() - begun)})
+    """A checkpoint, with the distance from the target if the step was evaluated; the nearest one is kept."""
+    step = int(state.step)
+    measured = distances(run).get(step, np.nan)
+    metrics = {"distance": measured} if np.isfinite(measured) else None
+    run.checkpoints.save(step, _tree(state, time.monotonic() - begun), metrics=metrics)
+
+
+def _tree(state: fjax.TrainState, seconds: float) -> dict:
+    return {"state": state, "seconds": np.asarray(seconds)}
+
+
+def distances(run: Run) -> dict[int, float]:
+    """Of the target, by the steps that were evaluated so far."""
+    records = evaluations(read_jsonl(run.folder / "metrics.jsonl"))
+    return {step: _evaluate.distance(record, run.settings.divergence) for step, record in records.items()}
+
+
+def _is_enough(run: Run) -> bool:
+    """Whether --stop-below or --patience ends the run here, and says so."""
+    found, settings = [value for step, value in sorted(distances(run).items()) if step > 0], run.settings
+    if settings.stop_below is not None and found[-1] < settings.stop_below:
+        run.display.say(f"The divergence is {found[-1]:.4f}, below --stop-below {settings.stop_below:g}: done.")
+        return True
+    since = len(found) - 1 - int(np.argmin(found))
+    if settings.patience is not None and since >= settings.patience:
+        run.display.say(f"No lower divergence in the last {since} evaluations (--patience {settings.patience}): done.")
+        return True
+    return False
 
 
 def _finish(run: Run, state: fjax.TrainState, step: int, begun: float) -> None:
-    after = _evaluate_now(run, state, step, begun)
+    if step not in distances(run):
+        after = _evaluate_now(run, state, step, begun)
+        _save(run, state, begun)
+    else:  # --stop-below or --patience ended it at an evaluation
+        drawn = _draw_for_evaluation(run, state.params, step)
+        after = _evaluate.evaluate(run.programs, state.params, run.target, drawn, run.base_drawn)
+    best = run.checkpoints.best
+    nearest = state if best in (None, step) else run.checkpoints.restore(_tree(state, 0.0), step=best)["state"]
     run.checkpoints.wait()
-    export(run.folder / "model", state.params, run.model)
+    export(run.folder / "model", nearest.params, run.model)
     records = read_jsonl(run.folder / "metrics.jsonl")
     _plots.write(run.folder, records, run.target)
     run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
+    if nearest is not state:
+        run.display.say(f"The model is that of step {best}, where the divergence was lowest; the table is of step {step}.")
 
 
 def evaluations(records: list[dict]) -> dict[int, dict]:

@@ -12,7 +12,7 @@ import jax
 
 import fjax
 
-MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every"}
+MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every", "stop_below", "patience"}
 """What --resume may give differently: none of it changes a step that was taken."""
 
 

@@ -58,6 +58,10 @@ class Settings:
     """Fresh samples of an evaluation, rounded up to whole batches."""
     checkpoint_every: int = 50
     """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
+    stop_below: float | None = None
+    """Stop once the divergence, as evaluated on fresh samples, is below this."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a new lowest divergence."""
     run_folder: Path | None = None
     """All that the run writes. Without it a new folder under runs/ is made up, or with --resume the newest one taken."""
     resume: bool = False
@@ -67,6 +71,8 @@ class Settings:
         for name in ("steps", "samples", "max_new_tokens", "eval_every", "eval_samples", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"--patience must be at least 1, got {self.patience}.")
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"--divergence must be one of {', '.join(DIVERGENCES)}; got {self.divergence!r}.")
         if not self.learning_rate > 0:

@@ -196,3 +196,23 @@ def test_help_teaches(experiment, capsys):
     printed = capsys.readouterr().out
     assert "python -m experiments.lexical_constraint --word amazing" in printed
     assert "Whole words count" in printed
+
+
+def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path, capsys):
+    """Any divergence is below 100; and after evaluations that cannot improve on the first, patience ends the run."""
+    folder = tmp_path / "near"
+    assert experiment(*FREQUENT, "--steps", 50, "--stop-below", 100, "--run-folder", folder) == 0
+    assert "below --stop-below 100" in " ".join(capsys.readouterr().out.split())
+    assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 2
+    folder = tmp_path / "patient"
+    arguments = (*FREQUENT, "--steps", 50, "--patience", 1, "--learning-rate", 0.3, "--run-folder", folder)
+    assert experiment(*arguments) == 0
+    evaluated = {r["step"]: r["jensen_shannon"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"}
+    best = min((step for step in evaluated if step), key=evaluated.__getitem__)
+    last = max(evaluated)
+    assert evaluated[best] < evaluated[last]
+    assert last == best + 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(--patience 1): done" in printed
+    assert f"The model is that of step {best}" in printed
+    assert str(best) in os.listdir(folder / "checkpoints")
