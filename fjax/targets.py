@@ -211,39 +211,47 @@ def fit_coefficients(
     log_weights = jnp.zeros_like(features[:, 0]) if log_weights is None else log_weights
     features, log_weights = gather(features, axis_name), gather(log_weights, axis_name)
     log_weights = log_weights - jax.nn.logsumexp(log_weights)
+    hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_weights)
+    scaled, scale = _standardize(features, moments, log_base, ~hard & ~unreachable)
+    solution, steps = _newton(log_base, scaled, tolerance, max_steps)
+    std_error, residual, ess, log_tilted = _describe_fit(log_base, scaled, solution)
+    soft = solution / scale  # 0 for what is hard or out of reach
+    reached = jax.nn.softmax(log_base + scaled @ solution) @ features
+    return MomentFit(
+        coefficients=jnp.where(hard, jnp.where(moments == 1, jnp.inf, -jnp.inf), soft),
+        std_error=jnp.where(hard, jnp.nan, std_error / scale),
+        residual=reached - moments,
+        ess=ess,
+        log_z=log_tilted + soft @ moments,
+        steps=steps,
+        converged=(jnp.abs(residual) <= tolerance).all() & ~unreachable.any() & satisfiable,
+        unreachable=unreachable,
+    )
+
+
+def _constraints(features, moments, log_weights):
+    """Which moments are hard, which out of reach; the samples that satisfy all the hard ones; whether there are any."""
     present = ~jnp.isneginf(log_weights)[:, None]
     boolean = (~present | (features == 0) | (features == 1)).all(axis=0)
     hard = boolean & ((moments == 0) | (moments == 1))
-    allowed = ~(hard[None] & (features != moments[None])).any(axis=1)
-    log_base = jnp.where(allowed, log_weights, -jnp.inf)
-    some = (allowed & present[:, 0]).any()
-    log_base = jnp.where(some, log_base, log_weights)  # no sample satisfies them all: fit the rest, and report
-
     low = jnp.min(jnp.where(present, features, jnp.inf), axis=0)
     high = jnp.max(jnp.where(present, features, -jnp.inf), axis=0)
-    unreachable = jnp.where(hard, (moments < low) | (moments > high), (moments <= low) | (moments >= high))
-    free = ~hard & ~unreachable
+    outside, at_the_edge = (moments < low) | (moments > high), (moments == low) | (moments == high)
+    unreachable = outside | (at_the_edge & ~hard)
+    allowed = ~(hard[None] & (features != moments[None])).any(axis=1)
+    satisfiable = (allowed & present[:, 0]).any()
+    # No sample satisfies them all: the rest is fitted to all samples, and the failure reported.
+    log_base = jnp.where(allowed | ~satisfiable, log_weights, -jnp.inf)
+    return hard, unreachable, log_base, satisfiable
+
+
+def _standardize(features, moments, log_base, free):
+    """Features minus their moments in units of their spread, and the unit; 0 for those that are not free."""
     shifted = jnp.where(free[None], features - moments[None], 0.0)
     weights = jax.nn.softmax(log_base)
-    centre = weights @ shifted
-    scale = jnp.sqrt(weights @ (shifted - centre[None]) ** 2)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    scaled, steps = shifted / scale[None], jnp.zeros((), jnp.int32)
-    solution, steps = _newton(log_base, scaled, tolerance, max_steps)
-    std_error, residual, ess, log_tilted = _describe_fit(log_base, scaled, solution)
-    coefficients = jnp.where(hard, jnp.where(moments == 1, jnp.inf, -jnp.inf), solution / scale)
-    converged = (jnp.abs(residual) <= tolerance).all() & ~unreachable.any() & some
-    reached = jax.nn.softmax(log_base + scaled @ solution) @ features
-    return MomentFit(
-        coefficients,
-        jnp.where(hard, jnp.nan, std_error / scale),
-        reached - moments,
-        ess,
-        log_tilted + (moments * jnp.where(free, coefficients, 0.0)).sum(),
-        steps,
-        converged,
-        unreachable,
-    )
+    spread = jnp.sqrt(weights @ (shifted - (weights @ shifted)[None]) ** 2)
+    scale = jnp.where(spread > 0, spread, 1.0)
+    return shifted / scale[None], scale
 
 
 def _newton(log_base, features, tolerance, max_steps):
