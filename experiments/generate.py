@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fjax.estimators import estimate_log_z
 from fjax.sampling import RejectionEstimate, accept, estimate_rejection, log_acceptance
 from fjax.training import JsonlLogger
 
@@ -21,6 +22,9 @@ from ._programs import Programs, load_model, make_programs
 from ._run_folder import RunError
 from ._settings import Settings
 from .lexical_constraint.run import contains_word
+
+BASE_FRACTION = 0.25
+"""Of what is drawn, for Z alone: samples of the aligned model show too small a one, where it does not cover the target."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,17 @@ class Config:
 
 
 class Proposals(NamedTuple):
-    """Texts, with what target and model say of them."""
+    """Texts of the model, with what target and model say of them; and P/q of these and some of the base model's, for Z."""
 
     texts: list[str]
     log_score: np.ndarray
     log_q: np.ndarray
+    log_weights: np.ndarray
 
 
 def propose(config: Config) -> Iterator[Proposals]:
     """Batches of proposals, without end."""
-    sizes = {"samples": max(config.batch_size, 2), "base_fraction": 0.0, "max_new_tokens": config.max_new_tokens}
+    sizes = {"samples": max(config.batch_size, 2), "base_fraction": BASE_FRACTION, "max_new_tokens": config.max_new_tokens}
     base = load_model(Settings(model=config.base, **sizes))
     aligned = load_model(Settings(model=config.model, **sizes))
     if base.config != aligned.config:
@@ -89,7 +94,8 @@ def propose(config: Config) -> Iterator[Proposals]:
         texts = programs.decode(batch)
         with np.errstate(divide="ignore"):
             log_score = np.asarray(batch.log_a) + np.log(contains_word(config.word, texts).astype(np.float32))
-        yield Proposals(texts, log_score, np.asarray(batch.log_pi))
+        n = batch.from_policy
+        yield Proposals(texts[:n], log_score[:n], np.asarray(batch.log_pi)[:n], log_score - np.asarray(batch.log_q))
         step += 1
 
 
@@ -130,7 +136,9 @@ def main(config: Config) -> int:
             if len(accepted) >= config.samples or len(seen) * len(proposals.texts) >= config.max_proposals:
                 break
     log_score, log_q = (np.concatenate([getattr(p, name) for p in seen]) for name in ("log_score", "log_q"))
-    estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta)
+    log_weights = jnp.asarray(np.concatenate([p.log_weights for p in seen]))
+    log_z = estimate_log_z(log_weights, jnp.zeros_like(log_weights))
+    estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta, log_z=log_z)
     _show(console, config, accepted, estimate, len(log_q))
     return 0
 
@@ -148,7 +156,7 @@ def _show(console: Console, config: Config, accepted: list[str], estimate: Rejec
     console.print(
         f"\n{len(accepted)} of {proposals} proposals accepted, of which {satisfied:.0%} have the word. Acceptance rate "
         f"{float(rate.value):.4f} ± {float(rate.std_error):.4f}; TV from the target at most {float(bound.value):.3f} ± "
-        f"{float(bound.std_error):.3f} (by {float(bound.ess):.0f} effective proposals).",
+        f"{float(bound.std_error):.3f} (Z from {float(bound.ess):.0f} effective samples).",
         highlight=False,
     )
     if len(accepted) < config.samples:

@@ -340,6 +340,9 @@ def test_30_quasi_rejection():
         estimate = estimate_rejection(log_score[rows], log_q[rows], log_beta=log_beta)
         for found, exact in ((estimate.acceptance_rate, float(rate.sum())), (estimate.tv_bound, 1 - z_beta / z)):
             assert abs(float(found.value) - exact) <= 5 * float(found.std_error) + 1e-12
+        known = estimators.Estimate(jnp.log(z), jnp.zeros(()), jnp.zeros(()))
+        with_z = estimate_rejection(log_score[rows], log_q[rows], log_beta=log_beta, log_z=known).tv_bound
+        assert abs(float(with_z.value) - (1 - z_beta / z)) <= 5 * float(with_z.std_error) + 1e-12
         kept = accept(jax.random.key(1), log_score[rows], log_q[rows], log_beta=log_beta)
         assert (rows[kept] % 3 != 0).all()
         spread = np.sqrt(float(rate.sum()) / 20_000)

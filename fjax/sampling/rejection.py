@@ -75,18 +75,26 @@ def accept(
 
 
 def estimate_rejection(
-    log_score: Float[Array, "N"], log_q: Float[Array, "N"], *, log_beta: float | Float[Array, ""]
+    log_score: Float[Array, "N"],
+    log_q: Float[Array, "N"],
+    *,
+    log_beta: float | Float[Array, ""],
+    log_z: Estimate | None = None,
 ) -> RejectionEstimate:
-    """Acceptance rate and bound on TV(p, p_β) from proposals alone, accepted or not.
+    """Acceptance rate and bound on TV(p, p_β) from proposals, accepted or not.
+
+    Z_β is a mean of bounded numbers and always known well. Z is not: where q does not cover the target, its own samples show
+    too small a Z, and so too small a bound. Give ``log_z`` from samples that cover it, `fjax.estimators.log_mixture` of
+    proposals and samples of the base model, say.
 
     Args:
         log_score: unnormalised log P(x) of samples of q, in nats.
         log_q: their log-probabilities under q.
         log_beta: log β.
+        log_z: an estimate of log Z, whose error is counted as independent of that of Z_β; None means from these samples.
 
     Returns:
-        A `RejectionEstimate`; the bound is NaN while no proposal has P > 0. The standard error of the bound is that of a ratio
-        (delta method); both rest on q covering p, as ``ess`` tells.
+        A `RejectionEstimate`; the bound is NaN while no sample has P > 0. Its standard error is that of a ratio (delta method).
 
     >>> estimate = estimate_rejection(jnp.log(jnp.array([2.0, 1.0])), jnp.zeros(2), log_beta=0.0)
     >>> float(estimate.acceptance_rate.value), round(float(estimate.tv_bound.value), 6)
@@ -96,6 +104,11 @@ def estimate_rejection(
     """
     rate = jnp.exp(log_acceptance(log_score, log_q, log_beta=log_beta))
     value, error = mean_and_error(rate)
+    acceptance = Estimate(value, error, jnp.asarray(log_q.shape[0], log_q.dtype))
+    if log_z is not None:
+        ratio = jnp.exp(jnp.log(value) + log_beta - log_z.value)
+        spread = ratio * jnp.hypot(error / value, log_z.std_error)
+        return RejectionEstimate(acceptance, Estimate(1 - ratio, spread, log_z.ess))
     log_weights = log_score - log_q
     ess = effective_sample_size(log_weights)
     top = jnp.max(log_weights)
@@ -103,5 +116,4 @@ def estimate_rejection(
     kept = jnp.exp(jnp.minimum(log_weights, log_beta) - jnp.where(jnp.isneginf(top), 0.0, top))
     ratio = kept.mean() / weights.mean()
     _, ratio_error = mean_and_error((kept - ratio * weights) / weights.mean())
-    count = jnp.asarray(log_q.shape[0], log_q.dtype)
-    return RejectionEstimate(Estimate(value, error, count), Estimate(1 - ratio, ratio_error, ess))
+    return RejectionEstimate(acceptance, Estimate(1 - ratio, ratio_error, ess))

@@ -33,6 +33,6 @@ def test_beta_is_chosen_for_the_rate():
 
 def test_bad_input_is_named(monkeypatch, capsys):
     assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "nowhere") == 2
-    assert "None of 64 proposals has the word" in " ".join(capsys.readouterr().err.split())
+    assert "None of 48 proposals has the word" in " ".join(capsys.readouterr().err.split())
     assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "w9", "--acceptance-rate", 0) == 2
     assert "--acceptance-rate must be in (0, 1]" in capsys.readouterr().err
