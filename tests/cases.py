@@ -131,7 +131,15 @@ def name(case: Case) -> str:
     return case.divergence.name
 
 
-each = pytest.mark.parametrize("case", CASES, ids=name)
+def each_of(cases: list[Case]):
+    """One test for each of the cases that a law is about."""
+    return pytest.mark.parametrize("case", cases, ids=name)
+
+
+each = each_of(CASES)
+smooth = each_of([case for case in CASES if case.curvature is not None])  # total variation has a kink at t = 1
+with_conjugate = each_of([case for case in CASES if case.divergence.conjugate is not None])
+with_inverse = each_of([case for case in CASES if case.divergence.inverse_derivative is not None])
 
 TARGETS = [(case, hard) for case in CASES for hard in (False, True) if case.allows_zeros or not hard]
 each_target = pytest.mark.parametrize(

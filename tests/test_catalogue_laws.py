@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fjax import divergences as d
 from fjax import enumeration
-from tests.cases import CASES, each, name, world
+from tests.cases import CASES, each, name, smooth, with_conjugate, world
 from tests.catalogue import at_most, distributions, equal, examples, float64, of, seeds
 
 KL, REVERSE, TV, JS, H2 = d.reverse_kl(), d.forward_kl(), d.total_variation(), d.jensen_shannon(), d.squared_hellinger()
@@ -176,11 +176,9 @@ def test_09_order_and_empty_atoms_do_not_matter_and_common_noise_shrinks(case, s
     at_most(noisy, share * value, 1e-8)
 
 
-@each
+@smooth
 @float64
 def test_10_near_the_target_all_are_one_quadratic_form(case):
-    if case.curvature is None:
-        pytest.skip("total variation has a kink there")
     rng = np.random.default_rng(0)
     q, direction = rng.dirichlet(np.full(6, 5.0)), rng.normal(size=6)
     direction -= direction.mean()
@@ -201,14 +199,12 @@ def test_10_near_the_target_all_are_one_quadratic_form(case):
     np.testing.assert_allclose(hessian, case.curvature * fisher, atol=1e-6)
 
 
-@each
+@with_conjugate
 @examples()
 @given(seed=seeds)
 @float64
 def test_11_fenchel_and_young(case, seed):
     divergence = case.divergence
-    if divergence.conjugate is None:
-        pytest.skip("no conjugate in closed form")
     pi, p = distributions(seed, 2, zeros=False)
     inside = (pi > 1e-3) & (p > 1e-3)
     log_t = np.log(np.where(inside, pi, 1)) - np.log(np.where(inside, p, 1))
