@@ -113,7 +113,7 @@ def _begin(settings, programs, model, checkpoints) -> tuple[fjax.TrainState, flo
     state = programs.tuner.init(model.params)
     if not settings.resume or checkpoints.latest is None:
         return state, 0.0
-    restored = checkpoints.restore({"state": state, "seconds": np.zeros(())})
+    restored = checkpoints.restore(_tree(state, 0.0))
     return restored["state"], float(restored["seconds"])
 
 

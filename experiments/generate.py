@@ -21,7 +21,7 @@ from ._command import run
 from ._programs import Programs, load_model, make_programs
 from ._run_folder import RunError
 from ._settings import Settings
-from .lexical_constraint.run import contains_word
+from ._words import contains_any
 
 BASE_FRACTION = 0.25
 """Of what is drawn, for Z alone: samples of the aligned model show too small a one, where it does not cover the target."""
@@ -93,7 +93,7 @@ def propose(config: Config) -> Iterator[Proposals]:
         batch = programs.draw(aligned.params, jax.random.fold_in(jax.random.key(config.seed), step))
         texts = programs.decode(batch)
         with np.errstate(divide="ignore"):
-            log_score = np.asarray(batch.log_a) + np.log(contains_word(config.word, texts).astype(np.float32))
+            log_score = np.asarray(batch.log_a) + np.log(contains_any([config.word], texts).astype(np.float32))
         n = batch.from_policy
         yield Proposals(texts[:n], log_score[:n], np.asarray(batch.log_pi)[:n], log_score - np.asarray(batch.log_q))
         step += 1
@@ -151,7 +151,7 @@ def _show(console: Console, config: Config, accepted: list[str], estimate: Rejec
         with JsonlLogger(config.output) as logger:
             for text in texts:
                 logger.log({"text": text})
-    satisfied = float(contains_word(config.word, accepted).mean()) if accepted else float("nan")
+    satisfied = float(contains_any([config.word], accepted).mean()) if accepted else float("nan")
     rate, bound = estimate
     console.print(
         f"\n{len(accepted)} of {proposals} proposals accepted, of which {satisfied:.0%} have the word. Acceptance rate "

@@ -9,24 +9,19 @@ import numpy as np
 from experiments._evaluate import Features, Target
 from experiments._loop import Prepared, align, draw_fresh
 from experiments._run_folder import RunError
+from experiments._words import contains_any
 from fjax import fit_coefficients
 from fjax.targets import MomentFit, exponential_family
 
 from .config import Config, parse_moments
 
 
-def contains_any(words: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    """Whether each text has one of the words as a whole word, in upper or lower case; as 0.0 and 1.0."""
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-    return np.array([pattern.search(text) is not None for text in texts], np.float32)
-
-
 def make_features(config: Config, texts: Sequence[str]) -> Features:
     """Woman, gendered, their balance, and one more a moment."""
-    woman, man = (contains_any(words.split(), texts) for words in (config.woman, config.man))
+    woman, man = (contains_any(words.split(), texts).astype(np.float32) for words in (config.woman, config.man))
     gendered = np.maximum(woman, man)
     features = {"woman": woman, "gendered": gendered, "balance": woman - np.float32(config.share) * gendered}
-    more = {words: contains_any(words.split("|"), texts) for words, _ in parse_moments(config.moments)}
+    more = {words: contains_any(words.split("|"), texts).astype(np.float32) for words, _ in parse_moments(config.moments)}
     return features | more
 
 

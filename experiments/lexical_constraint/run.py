@@ -7,22 +7,16 @@ import numpy as np
 
 from experiments._evaluate import Features, Target
 from experiments._loop import align
+from experiments._words import contains_any
 
 from .config import Config
-
-
-def contains_word(word: str, texts: Sequence[str]) -> np.ndarray:
-    """Whether each text has the word as a whole word, in upper or lower case."""
-    # Not \\b: a word may begin or end with what is no letter ("c++", "'s").
-    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-    return np.array([pattern.search(text) is not None for text in texts])
 
 
 def make_target(config: Config) -> Target:
     """P(x) = a(x)·([word in x] + ε)."""
 
     def features(texts: Sequence[str]) -> Features:
-        return {"satisfaction": contains_word(config.word, texts).astype(np.float32)}
+        return {"satisfaction": contains_any([config.word], texts).astype(np.float32)}
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
         with np.errstate(divide="ignore"):

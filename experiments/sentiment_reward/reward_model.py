@@ -1,8 +1,8 @@
 """The built-in reward: a classifier's log-odds that a snippet of a film review is positive, trained from human labels."""
 
+import functools
 import zipfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def train(corpora: Path, folder: Path) -> None:
         scores = score_fn(params, tokens, jnp.arange(tokens.shape[1])[None] < lengths[:, None])
         return optax.sigmoid_binary_cross_entropy(scores, labels).mean()
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens, lengths, labels):
         value, gradient = jax.value_and_grad(loss)(params, tokens, lengths, labels)
         updates, state = optimizer.update(gradient, state, params)
@@ -113,12 +113,10 @@ def score_rows(model: RewardModel, rows: list[np.ndarray], *, batch_size: int = 
     return np.concatenate(found)
 
 
-_compile: dict = {}
-
-
+@functools.cache
 def _compiled(score_fn):
-    # One program a model, not one a call.
-    return _compile.setdefault(score_fn, jax.jit(score_fn))
+    """One program a model, not one a call."""
+    return jax.jit(score_fn)
 
 
 def load(folder: Path) -> RewardModel:

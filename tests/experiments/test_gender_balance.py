@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from experiments._words import contains_any
 from experiments.gender_balance.config import Config, parse_moments
-from experiments.gender_balance.run import contains_any, main, make_features
+from experiments.gender_balance.run import main, make_features
 from fjax.training import read_jsonl
 
 from .commands import SMALL, run

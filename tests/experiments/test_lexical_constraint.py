@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import fjax
+from experiments._words import contains_any
 from experiments.lexical_constraint.config import Config
-from experiments.lexical_constraint.run import contains_word, main
+from experiments.lexical_constraint.run import main
 from fjax.training import read_jsonl
 
 from .commands import SMALL, TINY, run
@@ -34,9 +35,9 @@ def error_of(capsys) -> str:
 
 def test_words_are_whole_words():
     texts = ["An AMAZING film", "amazingly so", "un-amazing", "it 's c++ .", ""]
-    assert contains_word("amazing", texts).tolist() == [True, False, True, False, False]
-    assert contains_word("c++", texts).tolist() == [False, False, False, True, False]
-    assert contains_word("'s c", texts).tolist() == [False, False, False, True, False]
+    assert contains_any(["amazing"], texts).tolist() == [True, False, True, False, False]
+    assert contains_any(["c++"], texts).tolist() == [False, False, False, True, False]
+    assert contains_any(["'s c"], texts).tolist() == [False, False, False, True, False]
 
 
 def test_a_run_leaves_everything_behind(experiment, tmp_path, capsys):
