@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fjax._typing import Array, Bool, Float, Int, LogitsFn, LogProbFn, Params
 
-__all__ = ["make_log_prob_fn", "pack", "sequence_log_probs", "token_log_probs", "where_from_lengths"]
+__all__ = ["make_log_prob_fn", "make_token_log_prob_fn", "pack", "sequence_log_probs", "token_log_probs", "where_from_lengths"]
 
 
 def token_log_probs(logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]) -> Float[Array, "*b T"]:
@@ -83,6 +83,35 @@ def make_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1, transform=None) -> 
         return _masked_sum(token_log_probs(logits, tokens[:, start:]), where, start=start)
 
     return log_prob_fn
+
+
+def make_token_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1):
+    """Log π(x_t | x_<t) of each token, 0 where not counted: what `make_log_prob_fn` sums.
+
+    Args:
+        logits_fn: the teacher-forced model.
+        start: first column that may count: the length of the shortest prompt.
+
+    Returns:
+        ``token_log_prob_fn(params, tokens [B, T], where [B, T]) -> [B, T]``, in line with ``tokens``.
+
+    Raises:
+        ValueError: if ``start`` is below 1: column 0 has no prediction.
+
+    >>> uniform = lambda params, tokens, where=None, *, start=0: jnp.zeros((*tokens[:, start:].shape, 4))
+    >>> tokens, where = jnp.array([[0, 1, 2]]), jnp.array([[False, True, True]])
+    >>> make_token_log_prob_fn(uniform)(None, tokens, where).tolist()
+    [[0.0, -1.386294, -1.386294]]
+    """
+    if start < 1:
+        raise ValueError(f"start must be at least 1, since nothing predicts the token of column 0; got {start}.")
+
+    def token_log_prob_fn(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+        logits = logits_fn(params, tokens[:, :-1], start=start - 1)
+        found = token_log_probs(logits, tokens[:, start:])
+        return jnp.pad(jnp.where(where[:, start:], found, 0.0), ((0, 0), (start, 0)))
+
+    return token_log_prob_fn
 
 
 def where_from_lengths(lengths: Int[Array, "*b"], columns: int) -> Bool[Array, "*b T"]:

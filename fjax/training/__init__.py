@@ -1,8 +1,10 @@
 """Where mathematics and language models meet: one optimiser step on a rollout, its state, and what is kept of it."""
 
+from fjax.training._update import StepInfo, Tuner
 from fjax.training.checkpoint import Checkpoints
-from fjax.training.fdpg import StepInfo, Tuner, fdpg
+from fjax.training.fdpg import fdpg
 from fjax.training.logging import JsonlLogger, Logger, read_jsonl
+from fjax.training.policy_gradient import ppo, rloo
 from fjax.training.rollout import Rollout
 from fjax.training.state import TrainState
 
@@ -15,5 +17,7 @@ __all__ = [
     "TrainState",
     "Tuner",
     "fdpg",
+    "ppo",
     "read_jsonl",
+    "rloo",
 ]

@@ -1,0 +1,160 @@
+"""RLOO and PPO with the KL penalty in the reward: the gradient of reverse KL, exactly, and a trust region around it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fjax import enumeration, leave_one_out, policy_gradients, reverse_kl, surrogate_loss
+from fjax.training import Rollout, fdpg, ppo, rloo
+from tests.cases import refused, world
+
+DESCENT = optax.sgd(1.0)
+BETA = 0.3
+
+
+def samples(small, n=64, seed=0):
+    """n draws of the policy itself, with a finite score."""
+    rows = jax.random.categorical(jax.random.key(seed), small.log_pi, shape=(n,))
+    tokens, where = (x[rows] for x in small.space)
+    return Rollout(tokens, where, small.log_pi[rows], small.log_p[rows] + 0.7)
+
+
+def token_log_prob_fn(params, tokens, where):
+    """Of the tabular policy: what each further token adds to the log-probability of the prefix."""
+    log_prob_fn = enumeration.tabular_log_prob_fn(3, 2)[0]
+    upto = jnp.tril(jnp.ones((where.shape[1],) * 2, bool))[:, None] & where[None]
+    prefixes = jax.vmap(lambda some: log_prob_fn(params, tokens, some))(upto).T
+    return jnp.diff(prefixes, axis=1, prepend=0.0)
+
+
+def step(tuner, params, rollout):
+    state, info = jax.jit(tuner.update)(tuner.init(params), rollout)
+    return params - state.params, info
+
+
+def test_reinforce_with_k1_in_the_reward_and_the_reverse_kl_surrogate_have_one_expected_gradient(x64):
+    """-∇(E[r] - β KL(π‖a)) = β ∇KL(π‖p) for p ∝ a·exp(r/β), for pairs of samples with leave-one-out, to 1e-10."""
+    small = world()
+    log_a, rewards = small.log_q, small.log_p  # any will do
+    log_score = log_a + rewards / BETA
+    log_p = log_score - jax.nn.logsumexp(log_score)
+    everywhere = jnp.arange(7)
+
+    def reinforce(log_pi, rows):
+        reward = rewards[rows] - BETA * policy_gradients.k1(log_pi, log_a[rows])
+        return policy_gradients.rloo(log_pi, reward)
+
+    def surrogate(log_pi, rows):
+        return surrogate_loss(log_pi, log_p[rows], divergence=reverse_kl(), baseline=leave_one_out)
+
+    exact = enumeration.exact_gradient(*small[:3], log_p, divergence=reverse_kl())
+    pairs = jnp.stack(jnp.meshgrid(everywhere, everywhere), axis=-1).reshape(-1, 2)
+    weights = jnp.exp(small.log_pi[pairs].sum(1))
+    for loss, factor in ((reinforce, BETA), (surrogate, 1.0)):
+
+        def expected(params, loss=loss):
+            log_pi = small.log_prob_fn(params, *small.space)
+            return jnp.sum(weights * jax.vmap(lambda rows: loss(log_pi[rows], rows).mean())(pairs))
+
+        np.testing.assert_allclose(jax.grad(expected)(small.params), factor * exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 5])
+def test_the_rloo_step_is_that_of_reverse_kl_on_the_policys_own_samples(microbatch_size, x64):
+    """Sample for sample, whatever Z."""
+    small = world()
+    rollout = samples(small)
+    moved, info = step(rloo(small.log_prob_fn, DESCENT, microbatch_size=microbatch_size), small.params, rollout)
+    expected, expected_info = step(fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl()), small.params, rollout)
+    np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-12)
+    assert abs(moved).max() > 1e-3
+    np.testing.assert_allclose(info.divergence.value, expected_info.divergence.value)
+    np.testing.assert_allclose(info.grad_norm, expected_info.grad_norm)
+
+
+def test_the_first_ppo_step_has_the_direction_of_rloo(x64):
+    small = world()
+    rollout = samples(small)
+    log_pi = token_log_prob_fn(small.params, rollout.tokens, rollout.where).sum(1)
+    np.testing.assert_allclose(log_pi, rollout.log_q, atol=1e-12)
+    moved, info = step(ppo(token_log_prob_fn, DESCENT, epochs=1, minibatches=1), small.params, rollout)
+    expected, _ = step(rloo(small.log_prob_fn, DESCENT), small.params, rollout)
+    cosine = (moved * expected).sum() / optax.tree.norm(moved) / optax.tree.norm(expected)
+    np.testing.assert_allclose(cosine, 1, atol=1e-10)
+    np.testing.assert_allclose(info.grad_norm, optax.tree.norm(moved), atol=1e-12)
+    assert info.clipped_fraction == 0
+
+
+def test_ppo_stays_in_its_trust_region(x64):
+    """With ever more passes over one batch the ratios of tokens stop at the clip, where plain REINFORCE runs away."""
+    small = world()
+    rollout = samples(small, n=256)
+
+    def furthest(clip):
+        tuner = ppo(token_log_prob_fn, optax.sgd(0.02), epochs=200, minibatches=1, clip=(clip, clip))
+        moved, info = step(tuner, small.params, rollout)
+        old, new = (token_log_prob_fn(p, *small.space) for p in (small.params, small.params - moved))
+        return float(abs(new - old).max()), float(info.clipped_fraction)
+
+    (held, clipped), (free, never) = furthest(0.2), furthest(1e6)
+    # Not at log 1.2: probabilities that are not clipped themselves move with those that are pushed.
+    assert held < 1.0
+    assert free > 2 * held
+    assert clipped > 0.1
+    assert never == 0
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_training_comes_near_the_target(name):
+    """On fresh samples of the policy: stochastic, seeded; KL(π‖p) falls to a fifth of its start."""
+    small = world()
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 300))
+    fewer = optax.adam(optax.cosine_decay_schedule(0.05, 300 * 4))
+    tuner = rloo(small.log_prob_fn, optimizer) if name == "rloo" else ppo(token_log_prob_fn, fewer, epochs=2, minibatches=2)
+
+    def one(state, seed):
+        log_pi = small.log_prob_fn(state.params, *small.space)
+        rows = jax.random.categorical(jax.random.key(seed), log_pi, shape=(64,))
+        tokens, where = (x[rows] for x in small.space)
+        return tuner.update(state, Rollout(tokens, where, log_pi[rows], small.log_p[rows]))
+
+    state, _ = jax.lax.scan(one, tuner.init(small.params.astype(jnp.float32)), jnp.arange(300))
+    kl = [jnp.sum(jnp.exp(x) * (x - small.log_p)) for x in (small.log_pi, small.log_prob_fn(state.params, *small.space))]
+    assert kl[1] < 0.2 * kl[0]
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_a_score_of_minus_infinity_is_reported_and_changes_nothing_but_the_step(name):
+    small = world()
+    tuner = rloo(small.log_prob_fn, DESCENT) if name == "rloo" else ppo(token_log_prob_fn, DESCENT)
+    state = tuner.init(small.params)
+    rollout = samples(small)
+    after, info = jax.jit(tuner.update)(state, rollout._replace(log_score=rollout.log_score.at[3].set(-jnp.inf)))
+    assert not info.finite
+    assert int(after.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=0), state._replace(step=0))
+
+
+def test_no_recompilation():
+    small = world()
+    tuner = ppo(token_log_prob_fn, optax.adam(1e-2))
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(tuner.update, n=1), donate_argnums=0)
+    state = tuner.init(small.params)
+    for seed in range(3):
+        state, _ = update(state, samples(small, seed=seed))
+    assert int(state.step) == 3
+
+
+def test_misuse_is_refused():
+    small = world()
+    with refused("epochs and minibatches must be at least 1, got 0 and 4"):
+        ppo(token_log_prob_fn, DESCENT, epochs=0)
+    with refused("64 samples cannot be divided into 5 minibatches"):
+        tuner = ppo(token_log_prob_fn, DESCENT, minibatches=5)
+        tuner.update(tuner.init(small.params), samples(small))
+    with refused("microbatch_size must be at least 1"):
+        rloo(small.log_prob_fn, DESCENT, microbatch_size=0)
