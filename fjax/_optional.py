@@ -1,0 +1,14 @@
+"""Packages that only some of fjax needs, imported when they are needed, with an error that says how to get them."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def import_optional(package: str, *, extra: str) -> ModuleType:
+    """The package, or an ImportError that names the extra of fjax which brings it."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"This needs {package}, which cannot be imported ({error}). Install it with `pip install 'fjax[{extra}]'`."
+        ) from error
