@@ -3,21 +3,29 @@
 from fjax.training._update import StepInfo, Tuner
 from fjax.training.checkpoint import Checkpoints
 from fjax.training.fdpg import fdpg
-from fjax.training.logging import JsonlLogger, Logger, read_jsonl
+from fjax.training.logging import FanOut, JsonlLogger, Logger, TensorBoardLogger, WandbLogger, read_jsonl
 from fjax.training.policy_gradient import ppo, rloo
+from fjax.training.preference import PairBatch, PairInfo, PairTuner, preference_tuner
 from fjax.training.rollout import Rollout
 from fjax.training.state import TrainState
 
 __all__ = [
     "Checkpoints",
+    "FanOut",
     "JsonlLogger",
     "Logger",
+    "PairBatch",
+    "PairInfo",
+    "PairTuner",
     "Rollout",
     "StepInfo",
+    "TensorBoardLogger",
     "TrainState",
     "Tuner",
+    "WandbLogger",
     "fdpg",
     "ppo",
+    "preference_tuner",
     "read_jsonl",
     "rloo",
 ]
