@@ -42,7 +42,7 @@ class Display:
         """Says what is about to happen, and where it will be."""
         at = f"going on at step {resumed_at}" if resumed_at else "from the start"
         self.say(
-            f"[bold]{escape(title)}[/]: {settings.divergence} on {settings.model} ({_size(model)} parameters), "
+            f"[bold]{escape(title)}[/]: {escape(settings.model)} ({_size(model)} parameters), "
             f"{settings.steps} steps of {settings.samples} samples, {at}.\nEverything is written to {escape(str(folder))}."
         )
 
@@ -70,7 +70,8 @@ class Display:
 
     def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
         """A table of figures, beside those of the base model, and a few samples."""
-        table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy", title_justify="left")
+        of = "" if evaluation.contexts == 1 else f", continuing {evaluation.contexts} unseen prompts"
+        table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy{of}", title_justify="left")
         _add_columns(table, "figure", "value", "± std. error", "ESS")
         for name, figure in evaluation.figures.items():
             ess = f"{figure.ess:.0f}" if figure.ess < evaluation.samples - 0.5 else ""
@@ -98,17 +99,20 @@ class Display:
             style="yellow",
         )
 
-    def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
-        """Before → after, the check on the figures, and where things are."""
-        table = Table(title="before → after", title_justify="left")
-        _add_columns(table, "figure", "before", "after", "± std. error")
-        before = evaluations.get(0, {})
+    def beside(self, before: dict, after: Evaluation, target: Target, *, first: str, last: str) -> None:
+        """Figures of a record and of an evaluation in one table, samples of the latter, and the check on them."""
+        table = Table(title=f"{first} → {last}", title_justify="left")
+        _add_columns(table, "figure", first, last, "± std. error")
         for name, figure in after.figures.items():
             table.add_row(NAMES.get(name, name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
         self._console.print(table)
         self._console.print(_samples(after, target, shown=2 * SHOWN))
-        if target.bound:
+        if target.bound and after.contexts == 1:
             self.say(escape(_verdict(after, target.bound)))
+
+    def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
+        """Before → after, the check on the figures, and where things are."""
+        self.beside(evaluations.get(0, {}), after, target, first="before", last="after")
         self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
 
 
@@ -130,9 +134,11 @@ def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Tabl
     # No wrapping tricks: a sample is read as a sentence, marked where the constraint holds.
     table = Table(show_header=False, box=None, padding=(0, 1))
     marks = evaluation.features[target.bound] if target.bound else [None] * evaluation.samples
-    for text, mark in list(zip(evaluation.texts, marks, strict=True))[:shown]:
-        sign = "" if mark is None else "[green]✓[/]" if mark else "[red]✗[/]"
-        table.add_row(sign, escape(" ".join(text.split())))
+    # Spread over all, so that with contexts they are of different ones.
+    for i in range(0, evaluation.samples, max(1, evaluation.samples // shown))[:shown]:
+        sign = "" if marks[i] is None else "[green]✓[/]" if marks[i] else "[red]✗[/]"
+        prompt, text = (escape(" ".join(part.split())) for part in (evaluation.prompts[i], evaluation.texts[i]))
+        table.add_row(sign, f"[dim]{prompt}[/] {text}" if prompt else text)
     return table
 
 

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import fjax
 from fjax._typing import Params
 from fjax.models import PretrainedModel
-from fjax.training import Checkpoints, JsonlLogger, read_jsonl
+from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
 
-from . import _display, _evaluate, _plots
-from ._programs import Batch, Programs, export, load_model, make_programs
+from . import _display, _evaluate, _plots, _report
+from ._loggers import check_loggers, open_loggers
+from ._programs import Batch, Contexts, Programs, export, load_model, make_programs
 from ._run_folder import RunError, check_space, open_run
-from ._settings import Settings, as_json
+from ._settings import Settings, as_json, reported_divergences
+from ._steps import Progress, Stepper, online
 
 EVALUATION_KEY, TARGET_KEY = 2**31 - 1, 2**31 - 2
 """Folded into the run's key for evaluations and for fitting a target, where no step's key is."""
 
 
 class Prepared(NamedTuple):
-    """What there is to fit a target with, before the first step; ``rng_key`` is for its samples."""
+    """What there is to make a target with, before the first step; ``rng_key`` is for its samples."""
 
     settings: Settings
     folder: Path
@@ -44,9 +44,10 @@ class Run(NamedTuple):
     target: _evaluate.Target
     model: PretrainedModel
     programs: Programs
+    stepper: Stepper
     rng_key: jax.Array
     checkpoints: Checkpoints
-    logger: JsonlLogger
+    logger: Logger
     display: _display.Display
     base_drawn: list[Batch]
 
@@ -75,7 +76,14 @@ def graceful_stop() -> Iterator[Stop]:
 
 
 def align(
-    settings: Settings, make_target: Callable[[Prepared], _evaluate.Target], *, config, experiment: str, title: str
+    settings: Settings,
+    make_target: Callable[[Prepared], _evaluate.Target],
+    *,
+    config,
+    experiment: str,
+    title: str,
+    make_contexts: Callable[[PretrainedModel], Contexts] | None = None,
+    make_stepper: Callable[[Prepared], Stepper] | None = None,
 ) -> int:
     """Runs an experiment from the command line's choices to the exported model; returns the exit status.
 
@@ -85,88 +93,83 @@ def align(
         config: the experiment's whole configuration, for config.json.
         experiment: its name, the folder of its runs.
         title: of this run.
+        make_contexts: the prompts of a conditional target.
+        make_stepper: how to move, if not by samples of the policy.
     """
+    check_loggers(settings)
     display = _display.Display()
     display.say("Loading the model.")
     model = load_model(settings)
+    contexts = None if make_contexts is None else make_contexts(model)
+    programs = make_programs(settings, model, contexts)
     folder = open_run(as_json(config), experiment=experiment, title=title)
     check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
-    programs = make_programs(settings, model)
+    rng_key = jax.random.key(settings.seed)
+    prepared = Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display)
     with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
-        state, seconds = _begin(settings, programs, model, checkpoints)
-        step = int(state.step)
-        rng_key = jax.random.key(settings.seed)
-        target = make_target(Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display))
-        with JsonlLogger(folder / "metrics.jsonl", after_step=step or -1) as logger:
-            run = Run(settings, folder, target, model, programs, rng_key, checkpoints, logger, display, [])
+        target = make_target(prepared)
+        stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
+        progress, seconds = _begin(settings, stepper, programs.tuner.init(model.params), checkpoints)
+        step = int(progress.state.step)
+        with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
+            run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [])
             display.start(title, folder, settings, model, resumed_at=step)
             if step:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
-            return _train(run, state, seconds, stop)
+            return _train(run, progress, seconds, stop)
 
 
 def _nearest_first(metrics: dict) -> float:
     return metrics["distance"]
 
 
-def _begin(settings, programs, model, checkpoints) -> tuple[fjax.TrainState, float]:
-    state = programs.tuner.init(model.params)
+def _begin(settings, stepper, state, checkpoints) -> tuple[Progress, float]:
+    progress = stepper.begin(state)
     if not settings.resume or checkpoints.latest is None:
-        return state, 0.0
-    restored = checkpoints.restore(_tree(state, 0.0))
-    return restored["state"], float(restored["seconds"])
+        return progress, 0.0
+    restored = checkpoints.restore(_tree(progress, 0.0))
+    progress = _from_tree(restored, progress)
+    stepper.go_on(progress)
+    return progress, float(restored["seconds"])
 
 
-def _train(run: Run, state: fjax.TrainState, seconds: float, stop: Stop) -> int:
+def _train(run: Run, progress: Progress, seconds: float, stop: Stop) -> int:
     settings, begun = run.settings, time.monotonic() - seconds
-    step = int(state.step)
+    step = int(progress.state.step)
     if step < settings.steps and step not in evaluations(read_jsonl(run.folder / "metrics.jsonl")):
-        _evaluate_now(run, state, step, begun)
+        _evaluate_now(run, progress, step, begun)
     with run.display.progress("align", total=settings.steps, completed=step, headline=run.target.headline) as bar:
         while step < settings.steps and not stop.signal:
-            state, record = _one_step(run, state, step, begun)
+            progress, figures = run.stepper.step(progress, step)
             step += 1
+            record = {"kind": "step", "step": step, "samples": step * run.stepper.samples, **figures}
+            record["seconds"] = time.monotonic() - begun
             run.logger.log(record)
             bar(step, record)
             if not record["finite"]:
-                _save(run, state, begun)
+                _save(run, progress, begun)
                 raise RunError(_not_finite(run, step))
             if step % settings.eval_every == 0 and step < settings.steps:
-                _evaluate_now(run, state, step, begun)
-                _save(run, state, begun)
+                _evaluate_now(run, progress, step, begun)
+                _save(run, progress, begun)
                 if _is_enough(run):
                     break
             elif step % settings.checkpoint_every == 0:
-                _save(run, state, begun)
+                _save(run, progress, begun)
     if stop.signal:
-        _save(run, state, begun)
+        _save(run, progress, begun)
         run.checkpoints.wait()
         run.display.stopped(step, run.folder)
         return 128 + stop.signal
-    _finish(run, state, step, begun)
+    _finish(run, progress, step, begun)
     return 0
-
-
-def _one_step(run: Run, state: fjax.TrainState, step: int, begun: float) -> tuple[fjax.TrainState, dict]:
-    batch = run.programs.draw(state.params, jax.random.fold_in(run.rng_key, step))
-    features = run.target.features(run.programs.decode(batch))
-    log_score = run.target.log_score(np.asarray(batch.log_a), features)
-    rollout = fjax.Rollout(batch.tokens, batch.where, batch.log_q, jnp.asarray(log_score))
-    state, info = run.programs.tuner.update(state, rollout)
-    info = jax.device_get(info)
-    record = {"kind": "step", "step": step + 1, "samples": (step + 1) * run.settings.samples}
-    record |= {name: np.mean(values[: batch.from_policy], dtype=float) for name, values in features.items()}
-    for name, value in info._asdict().items():
-        if isinstance(value, fjax.Estimate):
-            record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
-        else:
-            record[name] = value.item()
-    return state, record | {"seconds": time.monotonic() - begun}
 
 
 def draw_fresh(run: Run | Prepared, params: Params, rng_key: jax.Array, samples: int, *, what: str) -> list[Batch]:
     """At least so many samples in whole batches, with a bar."""
-    batches = -(-samples // run.settings.samples)
+    batches, whole = -(-samples // run.settings.samples), run.programs.unseen_batches
+    # As many samples of every prompt as of any other.
+    batches = batches if batches <= whole else -(-batches // whole) * whole
     with run.display.progress(what, total=batches, completed=0) as bar:
         counter = iter(range(1, batches + 1))
         return _evaluate.draw_batches(run.programs, params, rng_key, batches, lambda: bar(next(counter), {}))
@@ -178,23 +181,44 @@ def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
     return draw_fresh(run, params, rng_key, run.settings.eval_samples, what="evaluate")
 
 
-def _evaluate_now(run: Run, state: fjax.TrainState, step: int, begun: float) -> _evaluate.Evaluation:
+def _evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> _evaluate.Evaluation:
     """Evaluates, and puts the figures and samples wherever they are kept and shown."""
     settings = run.settings
-    drawn = _draw_for_evaluation(run, state.params, step)
-    evaluation = _evaluate.evaluate(run.programs, state.params, run.target, drawn, run.base_drawn)
+    evaluation, drawn = _measure(run, progress, step)
     if step == 0:
         run.base_drawn.extend(drawn)
-    record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * settings.samples)
+    record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * run.stepper.samples)
     run.logger.log(record)
-    with JsonlLogger(run.folder / "samples.jsonl", after_step=step - 1) as samples:
-        for i, text in enumerate(evaluation.texts[:64]):
-            samples.log({"step": step, "text": text} | {k: v[i] for k, v in evaluation.features.items()})
+    _keep_samples(run.folder, evaluation, step)
     if step < settings.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.target)
     if run.target.bound and step == 0 and evaluation.figures[run.target.bound].value == 0:
         _absent(run, evaluation.samples)
     return evaluation
+
+
+def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> None:
+    """Some samples, from all contexts; and with contexts, the means of each."""
+    with JsonlLogger(folder / "samples.jsonl", after_step=step - 1) as samples:
+        for i in np.linspace(0, evaluation.samples - 1, min(64, evaluation.samples)).astype(int):
+            prompt = {"prompt": evaluation.prompts[i]} if evaluation.prompts[i] else {}
+            samples.log(
+                {"step": step, **prompt, "text": evaluation.texts[i]} | {k: v[i] for k, v in evaluation.features.items()}
+            )
+    if evaluation.contexts == 1:
+        return
+    with JsonlLogger(folder / "contexts.jsonl", after_step=step - 1) as contexts:
+        means = {k: v.reshape(evaluation.contexts, -1).mean(axis=1) for k, v in evaluation.features.items()}
+        for i, prompt in enumerate(evaluation.prompts[:: evaluation.samples // evaluation.contexts]):
+            contexts.log({"step": step, "prompt": prompt} | {k: v[i] for k, v in means.items()})
+
+
+def _measure(run: Run, progress: Progress, step: int) -> tuple[_evaluate.Evaluation, list[Batch]]:
+    """An evaluation, and the batches that were drawn for it."""
+    params = progress.state.params
+    drawn = _draw_for_evaluation(run, params, step)
+    divergences = reported_divergences(run.settings)
+    return _evaluate.evaluate(run.programs, params, run.target, drawn, run.base_drawn, divergences), drawn
 
 
 def _absent(run: Run, samples: int) -> None:
@@ -208,16 +232,30 @@ def _absent(run: Run, samples: int) -> None:
     run.display.warn(f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find one sooner.")
 
 
-def _save(run: Run, state: fjax.TrainState, begun: float) -> None:
+def _save(run: Run, progress: Progress, begun: float) -> None:
     """A checkpoint, with the distance from the target if the step was evaluated; the nearest one is kept."""
-    step = int(state.step)
+    step = int(progress.state.step)
     measured = distances(run).get(step, np.nan)
     metrics = {"distance": measured} if np.isfinite(measured) else None
-    run.checkpoints.save(step, _tree(state, time.monotonic() - begun), metrics=metrics)
+    run.checkpoints.save(step, _tree(progress, time.monotonic() - begun), metrics=metrics)
 
 
-def _tree(state: fjax.TrainState, seconds: float) -> dict:
-    return {"state": state, "seconds": np.asarray(seconds)}
+def _tree(progress: Progress, seconds: float) -> dict:
+    """The arrays of a progress, and the seconds that it took."""
+    tree = {"state": progress.state, "seconds": np.asarray(seconds)}
+    if progress.proposal is not None:
+        tree["proposal"] = progress.proposal
+    if progress.ahead is not None:
+        tree["ahead"] = [x for x in progress.ahead[:-1] if x is not None]
+    return tree
+
+
+def _from_tree(tree: dict, like: Progress) -> Progress:
+    ahead = like.ahead
+    if ahead is not None:
+        arrays = iter(tree["ahead"])
+        ahead = Batch(*(None if x is None else next(arrays) for x in ahead[:-1]), from_policy=ahead.from_policy)
+    return Progress(tree["state"], tree.get("proposal"), ahead)
 
 
 def distances(run: Run) -> dict[int, float]:
@@ -239,21 +277,22 @@ def _is_enough(run: Run) -> bool:
     return False
 
 
-def _finish(run: Run, state: fjax.TrainState, step: int, begun: float) -> None:
+def _finish(run: Run, progress: Progress, step: int, begun: float) -> None:
     if step not in distances(run):
-        after = _evaluate_now(run, state, step, begun)
-        _save(run, state, begun)
+        after = _evaluate_now(run, progress, step, begun)
+        _save(run, progress, begun)
     else:  # --stop-below or --patience ended it at an evaluation
-        drawn = _draw_for_evaluation(run, state.params, step)
-        after = _evaluate.evaluate(run.programs, state.params, run.target, drawn, run.base_drawn)
+        after, _ = _measure(run, progress, step)
     best = run.checkpoints.best
-    nearest = state if best in (None, step) else run.checkpoints.restore(_tree(state, 0.0), step=best)["state"]
+    nearest = best not in (None, step)
+    params = run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params if nearest else progress.state.params
     run.checkpoints.wait()
-    export(run.folder / "model", nearest.params, run.model)
+    export(run.folder / "model", params, run.model)
     records = read_jsonl(run.folder / "metrics.jsonl")
     _plots.write(run.folder, records, run.target)
+    _report.write(run.folder)
     run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
-    if nearest is not state:
+    if nearest:
         run.display.say(f"The model is that of step {best}, where the divergence was lowest; the table is of step {step}.")
 
 

@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from fjax.training import read_jsonl
+
 from ._evaluate import NAMES, Target
 
 STYLE = {
@@ -30,7 +32,10 @@ def write(folder: Path, records: list[dict], target: Target) -> None:
     with plt.style.context(STYLE):
         _evaluation(folder / "evaluation.png", evaluations, steps, target)
         if steps:
-            _training(folder / "training.png", steps)
+            draw = _offline_training if "margin" in steps[0] else _training
+            draw(folder / "training.png", steps)
+        if (folder / "contexts.jsonl").exists():
+            _contexts(folder / "contexts.png", read_jsonl(folder / "contexts.jsonl"), target.headline)
 
 
 def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: Target) -> None:
@@ -79,6 +84,42 @@ def _training(path: Path, steps: list[dict]) -> None:
     _finish(figure, axes, path)
 
 
+def _offline_training(path: Path, steps: list[dict]) -> None:
+    """Of steps on preference pairs."""
+    figure, axes = plt.subplots(2, 2, figsize=(8, 6))
+    panels = {
+        "loss": "loss",
+        "accuracy": "pairs in the right order",
+        "grad_norm": "norm of the gradient",
+    }
+    for ax, (name, title) in zip((axes[0, 0], axes[0, 1], axes[1, 0]), panels.items(), strict=True):
+        ax.plot(*_xy(steps, name), lw=0.8)
+        ax.set_title(title)
+    for name, label in (("chosen_log_ratio", "of the chosen"), ("rejected_log_ratio", "of the rejected")):
+        axes[1, 1].plot(*_xy(steps, name), lw=0.8, label=label)
+    axes[1, 1].set_title("mean log π/a")
+    _finish(figure, axes, path, xlabel="pairs seen")
+
+
+def _contexts(path: Path, records: list[dict], headline: str) -> None:
+    figure, ax = plt.subplots(figsize=(5, 5))
+    per_context(ax, records, headline, label="a prompt")
+    ax.set(title=f"{headline} of unseen prompts", xlabel="of the base model", ylabel="of the aligned model")
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def per_context(ax, records: list[dict], headline: str, *, label: str, color: str = "C0") -> None:
+    """The mean of each context after against before, above the diagonal where it has risen; and the mean over contexts."""
+    first, last = ({r["prompt"]: r[headline] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
+    before, after = (np.array([part[prompt] for prompt in first]) for part in (first, last))
+    ax.plot([min(before.min(), 0), max(before.max(), 0)], [min(before.min(), 0), max(before.max(), 0)], color="grey", lw=0.8)
+    ax.scatter(before, after, s=10, alpha=0.5, lw=0, color=color, label=label)
+    mean = f"mean: {before.mean():.3f} → {after.mean():.3f}"
+    ax.plot(before.mean(), after.mean(), marker="X", ms=9, ls="", color=color, mec="black", label=mean)
+    ax.legend(frameon=False)
+
+
 def _xy(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     y = np.array([float(r.get(name, np.nan)) for r in records])
     return np.array([r["samples"] for r in records]), np.where(np.isfinite(y), y, np.nan)
@@ -94,13 +135,13 @@ def _with_error(ax, records: list[dict], name: str, label: str | None = None, ma
     ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
 
 
-def _finish(figure, axes, path: Path) -> None:
+def _finish(figure, axes, path: Path, *, xlabel: str = "samples drawn") -> None:
     for ax in axes.flat:
         if not ax.has_data():
             ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")
         elif len(ax.get_lines()) > 1:
             ax.legend(frameon=False)
     for ax in axes[-1]:
-        ax.set_xlabel("samples drawn")
+        ax.set_xlabel(xlabel)
     figure.savefig(path)
     plt.close(figure)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,8 @@ def open_run(config: dict, *, experiment: str, title: str) -> Path:
     if not config["resume"]:
         versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
         devices = [device.device_kind for device in jax.devices()]
-        written = config | {"versions": versions, "devices": devices, "command": " ".join(sys.argv[1:])}
+        command = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
+        written = config | {"versions": versions, "devices": devices, "command": command}
         write_text(saved, json.dumps(written, indent=2))
     return folder
 

@@ -1,9 +1,12 @@
 """What every experiment's command line has in common, and the objects that those choices stand for."""
 
 import dataclasses
+import functools
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import optax
 
@@ -11,12 +14,18 @@ import fjax
 
 BUILT_IN = Path(__file__).parent / "assets" / "reviews-gpt2"
 
+Divergence = Literal["forward_kl", "reverse_kl", "total_variation", "jensen_shannon", "alpha"]
+
 DIVERGENCES = {
     "forward_kl": fjax.forward_kl,
     "reverse_kl": fjax.reverse_kl,
     "total_variation": fjax.total_variation,
     "jensen_shannon": fjax.jensen_shannon,
 }
+"""Those that every evaluation reports; α is reported where it is trained on."""
+
+PPO_EPOCHS, PPO_MINIBATCHES = 2, 4
+"""Of each batch of samples, with ``--algorithm ppo``."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,13 @@ class Settings:
     Face hub such as gpt2, distilgpt2, gpt2-xl."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation. Parameters and reductions are float32 either way; bfloat16 is for GPUs and TPUs."""
-    divergence: Literal["forward_kl", "reverse_kl", "total_variation", "jensen_shannon"] = "jensen_shannon"
+    divergence: Divergence = "jensen_shannon"
     """What is minimised, from the policy to the target. Reverse KL is infinite on a hard constraint: add --clip."""
+    alpha: float = 0.5
+    """Which α, for --divergence alpha: 0 is forward, 1 reverse KL, ½ twice the squared Hellinger distance."""
+    algorithm: Literal["fdpg", "rloo", "ppo"] = "fdpg"
+    """fdpg descends any divergence. rloo (REINFORCE with a leave-one-out baseline) and ppo (without a critic) maximise
+    E[r] - β KL(π‖a), which is reverse KL to the target, on samples of the policy alone: what RLHF libraries do."""
     clip: tuple[float, float] | None = None
     """Bounds (lowest highest) on f'. They bias the gradient, and make reverse KL usable on a hard constraint: the
     highest is what a violation costs, the lowest what a hit can earn. Try -8 8."""
@@ -40,12 +54,26 @@ class Settings:
     base_fraction: float = 0.125
     """Share of them that is drawn from the base model. It keeps log Z right when the policy no longer covers the target,
     by bounding the importance weights; the off-policy form keeps the gradient exact. 0 draws from the policy alone."""
+    proposal: Literal["policy", "adaptive"] = "policy"
+    """Where the other samples come from: the policy, or a copy of it that is renewed only when the policy has come closer
+    to the target by forward KL (KL-adaptive DPG, for --algorithm fdpg)."""
+    proposal_every: int = 10
+    """Steps between those checks, on the samples drawn since the last."""
+    overlap: bool = False
+    """Score each batch in Python while the device draws the next one, which is then of the policy one step back; the
+    off-policy weights keep the gradient exact (for --algorithm fdpg). Worth it if scoring takes as long as drawing."""
     max_new_tokens: int = 40
     """Longest sample, in tokens; a sentence that has not ended by then counts as it stands."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd, without momentum, is for a target near the base: Adam moves every weight alike, by noise where there is no signal,
+    which may cost more nats than the constraint itself."""
     learning_rate: float = 5e-4
-    """Peak rate of Adam. 1e-5 is right for the real GPT-2; the small built-in model takes more."""
+    """Peak rate. Of Adam 1e-5 is right for the real GPT-2; the small built-in model takes more."""
     warmup_steps: int = 10
-    """Steps over which the rate rises from 0; constant after that, so that --resume may ask for more steps."""
+    """Steps over which the rate rises from 0."""
+    decay: bool = False
+    """Let the rate fall linearly to 0 at --steps, which averages the noise of the last steps away. Without it the rate stays
+    constant, and --resume may ask for more steps."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer."""
     microbatch_size: int | None = None
@@ -64,42 +92,92 @@ class Settings:
     """Stop after so many evaluations in a row without a new lowest divergence."""
     run_folder: Path | None = None
     """All that the run writes. Without it a new folder under runs/ is made up, or with --resume the newest one taken."""
+    tensorboard: bool = False
+    """Write all figures for TensorBoard too, into the run folder."""
+    wandb_project: str | None = None
+    """Send all figures to this project of Weights & Biases, too."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline keeps them in the run folder, for `wandb sync`."""
     resume: bool = False
     """Go on with an interrupted run of the same configuration (--steps may be larger)."""
 
     def __post_init__(self):
-        for name in ("steps", "samples", "max_new_tokens", "eval_every", "eval_samples", "checkpoint_every"):
+        positive = ("steps", "samples", "max_new_tokens", "eval_every", "eval_samples", "checkpoint_every", "proposal_every")
+        for name in (*positive, *(["patience"] if self.patience is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"--patience must be at least 1, got {self.patience}.")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"--divergence must be one of {', '.join(DIVERGENCES)}; got {self.divergence!r}.")
+        divergences = get_args(Divergence)
+        if self.divergence not in divergences:
+            raise ValueError(f"--divergence must be one of {', '.join(divergences)}; got {self.divergence!r}.")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"--alpha must be a finite number, got {self.alpha}.")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be positive, got {self.learning_rate}.")
         if self.samples < 2:
             raise ValueError("--samples must be at least 2: the leave-one-out baseline compares samples with others.")
         if not 0 <= self.base_fraction <= 0.9:
             raise ValueError(f"--base-fraction must be in [0, 0.9], got {self.base_fraction}.")
+        self._check_algorithm()
+
+    def _check_algorithm(self):
+        if self.algorithm != "fdpg":
+            if self.divergence != "reverse_kl":
+                raise ValueError(
+                    f"--algorithm {self.algorithm} minimises reverse KL: give --divergence reverse_kl, or take fdpg for "
+                    f"{self.divergence}."
+                )
+            for name, value in (
+                ("clip", self.clip),
+                ("overlap", self.overlap),
+                ("proposal adaptive", self.proposal == "adaptive"),
+            ):
+                if value:
+                    raise ValueError(f"--{name} is for --algorithm fdpg; {self.algorithm} needs the policy's own samples.")
+        if self.overlap and self.proposal == "adaptive":
+            raise ValueError("--overlap and --proposal adaptive cannot be had together; leave one out.")
 
     @property
     def base_samples(self) -> int:
         """Samples of a step that come from the base model; the policy has the rest."""
-        return round(self.base_fraction * self.samples)
+        return round(self.base_fraction * self.samples) if self.algorithm == "fdpg" else 0
+
+    @property
+    def objective(self) -> str:
+        """What is optimised, in a word."""
+        if self.algorithm != "fdpg":
+            return self.algorithm
+        return f"alpha-{self.alpha:g}" if self.divergence == "alpha" else self.divergence
 
 
 def make_divergence(settings: Settings) -> fjax.FDivergence:
     """The f of ``--divergence``."""
+    if settings.divergence == "alpha":
+        return fjax.alpha_divergence(settings.alpha)
     return DIVERGENCES[settings.divergence]()
 
 
+def reported_divergences(settings: Settings) -> tuple[tuple[str, fjax.FDivergence], ...]:
+    """(name, f) of those that evaluations report: the four, and the α that is trained on."""
+    return _reported(settings.alpha if settings.divergence == "alpha" else None)
+
+
+@functools.cache  # the same objects every time, so that what is compiled for them is compiled once
+def _reported(alpha: float | None) -> tuple[tuple[str, fjax.FDivergence], ...]:
+    more = () if alpha is None else (("alpha", fjax.alpha_divergence(alpha)),)
+    return (*((name, make()) for name, make in DIVERGENCES.items()), *more)
+
+
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Adam after a warm-up, on the clipped gradient."""
-    schedule = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    """Adam or SGD after a warm-up, on the clipped gradient."""
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    schedule = optax.linear_schedule(0.0, peak, warmup)
+    if settings.decay:
+        updates = settings.steps * (PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1)
+        fall = optax.linear_schedule(peak, 0.0, max(updates + 1 - warmup, 1))
+        schedule = optax.join_schedules([schedule, fall], [warmup])
     # The first step is taken at a rate above zero.
-    return optax.chain(
-        optax.clip_by_global_norm(settings.max_grad_norm), optax.adam(lambda count: schedule(count + 1), b2=0.98)
-    )
+    optimizer = optax.sgd if settings.optimizer == "sgd" else partial(optax.adam, b2=0.98)
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer(lambda count: schedule(count + 1)))
 
 
 def as_json(config) -> dict:

@@ -4,6 +4,7 @@ Alternatives are timed in turn, round by round, so that a busy machine slows all
 ratios only between what ran in the same rounds.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,10 +23,12 @@ import fjax
 from fjax.sampling import categorical, top_k, top_p
 
 from ._command import run
+from ._evaluate import Target
 from ._programs import hardware, load_model, make_programs
 from ._settings import Settings
+from ._steps import online
 
-Phase = Literal["draw", "filter", "step"]
+Phase = Literal["draw", "filter", "step", "overlap"]
 Timed = dict[str, Callable[[], object]]
 
 
@@ -37,10 +41,12 @@ class Config:
         python -m experiments.bench
         python -m experiments.bench --phases draw --vocabulary 50257 --rows 64
         python -m experiments.bench --phases step --model gpt2 --samples 64
+        python -m experiments.bench --phases overlap --scoring-ms 500
     """
 
     phases: tuple[Phase, ...] = ("draw", "filter", "step")
-    """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an alignment step, in parts."""
+    """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an alignment step, in parts. overlap: a
+    step whose texts are scored elsewhere, with and without drawing the next batch meanwhile."""
     rows: int = 256
     """Rows of logits, for draw and filter."""
     vocabulary: int = 2560
@@ -53,9 +59,11 @@ class Config:
     """Samples a step."""
     max_new_tokens: int = 40
     """Longest sample."""
+    scoring_ms: int = 500
+    """How long the score of overlap is waited for: a service's answer, during which Python has nothing to compute."""
 
     def __post_init__(self):
-        for name in ("rows", "vocabulary", "rounds", "samples", "max_new_tokens"):
+        for name in ("rows", "vocabulary", "rounds", "samples", "max_new_tokens", "scoring_ms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
 
@@ -124,6 +132,31 @@ def make_phases(config: Config) -> Timed:
     }
 
 
+def make_overlap(config: Config) -> Timed:
+    """A step with a score that is waited for, and the same with the next batch drawn meanwhile."""
+    settings = Settings(model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens)
+    model = load_model(settings)
+    programs = make_programs(settings, model)
+
+    def wait(prompts, texts):
+        time.sleep(config.scoring_ms / 1000)
+        return {}
+
+    target = Target(wait, lambda log_a, features: np.asarray(log_a), headline="")
+
+    def stepping(overlap):
+        stepper = online(dataclasses.replace(settings, overlap=overlap), programs, target, jax.random.key(0))
+        held = [stepper.begin(programs.tuner.init(model.params))]
+
+        def step():
+            held[0], _ = stepper.step(held[0], int(held[0].state.step))
+            return held[0].state
+
+        return step
+
+    return {"one after the other": stepping(False), "overlapped": stepping(True)}
+
+
 def measure(timed: Timed, rounds: int) -> dict[str, list[float]]:
     """Seconds of every call, in turn; the first round compiles and is not counted."""
     seconds = {name: [] for name in timed}
@@ -159,6 +192,7 @@ def main(config: Config) -> int:
         "draw": (f"one token a row, with its log-probability: {size}", make_draws),
         "filter": (f"filters: {size}", make_filters),
         "step": (f"one step of {config.samples} samples, {config.model}", make_phases),
+        "overlap": (f"one step of {config.samples} samples, scored in {config.scoring_ms} ms elsewhere", make_overlap),
     }
     for phase in config.phases:
         title, make = what[phase]

@@ -91,7 +91,7 @@ def make_target(config: Config, prepared: Prepared) -> Target:
         return np.asarray(exponential_family(jnp.asarray(log_a), stack(features, names), result.coefficients))
 
     return Target(
-        lambda texts: make_features(config, texts),
+        lambda _, texts: make_features(config, texts),
         log_score,
         headline="balance",
         ratios={"share of women": ("woman", "gendered")},
@@ -101,7 +101,7 @@ def make_target(config: Config, prepared: Prepared) -> Target:
 def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
     more = "-".join(re.sub(r"\W+", "-", words) for words, _ in parse_moments(config.moments))
-    title = "-".join(filter(None, [f"women-{config.share:g}", more, config.settings.divergence]))
+    title = "-".join(filter(None, [f"women-{config.share:g}", more, config.settings.objective]))
     return align(
         config.settings,
         lambda prepared: make_target(config, prepared),

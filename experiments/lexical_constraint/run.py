@@ -15,7 +15,7 @@ from .config import Config
 def make_target(config: Config) -> Target:
     """P(x) = a(x)·([word in x] + ε)."""
 
-    def features(texts: Sequence[str]) -> Features:
+    def features(_: Sequence[str], texts: Sequence[str]) -> Features:
         return {"satisfaction": contains_any([config.word], texts).astype(np.float32)}
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
@@ -33,5 +33,5 @@ def make_target(config: Config) -> Target:
 
 def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
-    title = f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.divergence}"
+    title = f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.objective}"
     return align(config.settings, lambda _: make_target(config), config=config, experiment="lexical_constraint", title=title)

@@ -28,8 +28,8 @@ class Snippets(NamedTuple):
     labels: np.ndarray
 
 
-def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
-    """(training, held out), split as the language model's pre-training was, so that neither has seen the latter."""
+def read_labels(folder: Path) -> dict[str, int]:
+    """The distinct sentences of the archive, in one spelling of spaces -> 1 if positive, else 0."""
     path = folder / "sentence_polarity.zip"
     if not path.is_file():
         raise RunError(f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder with --corpora.")
@@ -39,6 +39,12 @@ def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
             for line in archive.read(f"sentence_polarity/{name}").decode("latin-1").splitlines():
                 texts[" ".join(line.split())] = label
     texts.pop("", None)
+    return texts
+
+
+def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
+    """(training, held out), split as the language model's pre-training was, so that neither has seen the latter."""
+    texts = read_labels(folder)
     parts = []
     for apart in (False, True):
         chosen = sorted(text for text in texts if held_out(text) == apart)
@@ -107,7 +113,7 @@ def score_rows(model: RewardModel, rows: list[np.ndarray], *, batch_size: int = 
     found = []
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]
-        tokens, lengths = pad([*some, *[some[0]] * (batch_size - len(some))], multiple=min(width, 64))
+        tokens, lengths = pad([*some, *[some[0]] * (batch_size - len(some))], multiple=min(width, 16))
         where = np.arange(tokens.shape[1])[None] < lengths[:, None]
         found.append(np.asarray(score(model.params, tokens, where))[: len(some)])
     return np.concatenate(found)

@@ -1,6 +1,5 @@
 """The task: a reward of texts, and the target that RL with a KL penalty has."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from experiments._evaluate import Features, Target
 from experiments._loop import align
+from experiments._python import load_function
 from experiments._run_folder import RunError
 from fjax.targets import reward_tilted
 
@@ -24,9 +24,8 @@ def make_reward(config: Config) -> Rewards:
     Raises:
         RunError: if it cannot be loaded.
     """
-    module, colon, name = config.reward.partition(":")
-    if colon:
-        return checked(_import(module, name), config.reward)
+    if ":" in config.reward:
+        return checked(load_function(config.reward, "--reward"), config.reward)
     folder = config.reward_folder if config.reward == "sentiment" else Path(config.reward)
     if config.reward == "sentiment" and not (folder / "config.json").is_file():
         print(f"There is no reward model in {folder} yet; training it (once).")
@@ -40,16 +39,6 @@ def make_reward(config: Config) -> Rewards:
         return reward_model.score_rows(model, rows)
 
     return rewards
-
-
-def _import(module: str, name: str) -> Callable:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RunError(
-            f"--reward {module}:{name} cannot be imported: {error}. Run from the folder that has {module}.py, or put it on "
-            "PYTHONPATH."
-        ) from error
 
 
 def checked(function: Callable, title: str) -> Rewards:
@@ -74,7 +63,7 @@ def make_target(config: Config) -> Target:
     """P(x) = a(x)·exp(r(x)/β)."""
     reward = make_reward(config)
 
-    def features(texts: Sequence[str]) -> Features:
+    def features(_: Sequence[str], texts: Sequence[str]) -> Features:
         values = reward(texts)
         return {"reward": values, "positive": (values > 0).astype(np.float32)}
 
@@ -87,5 +76,5 @@ def make_target(config: Config) -> Target:
 def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
     target = make_target(config)
-    title = f"beta-{config.beta:g}-{config.settings.divergence}"
+    title = f"beta-{config.beta:g}-{config.settings.objective}"
     return align(config.settings, lambda _: target, config=config, experiment="sentiment_reward", title=title)
