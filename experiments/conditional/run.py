@@ -1,0 +1,103 @@
+"""The task: prompts, a predicate on (prompt, continuation), and the target of each prompt."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from experiments._evaluate import Features, Target
+from experiments._loop import align
+from experiments._programs import Contexts, check_positions
+from experiments._prompts import Prompts, openings, read_prompts
+from experiments._python import load_function
+from experiments._run_folder import RunError
+from fjax.models import PretrainedModel
+
+from . import predicates
+from .config import Config
+
+Predicate = Callable[[str, str], bool]
+
+
+def make_contexts(config: Config, model: PretrainedModel) -> Contexts:
+    """The prompts to align on and to evaluate on; what was left out of a file is said."""
+    training, unseen = _prompts(config, model)
+    longest = max(prompts.tokens.shape[1] for prompts in (training, unseen))
+    check_positions(config.settings, model, longest)
+    return Contexts(training, unseen, config.prompts_per_step, global_z=config.normalizer == "global")
+
+
+def _prompts(config: Config, model: PretrainedModel) -> tuple[Prompts, Prompts]:
+    if config.prompts is None:
+        return openings(model.tokenizer)
+    training, reports = read_prompts(config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
+    if config.unseen_prompts is None:
+        kept = np.arange(len(training.texts)) % 4 == 3
+        training, unseen = _some(training, ~kept), _some(training, kept)
+    else:
+        unseen, more = read_prompts(config.unseen_prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
+        reports += more
+    for report in reports:
+        print(report)
+    known = sorted(set(training.texts) & set(unseen.texts))
+    if known:
+        raise RunError(f"{len(known)} prompts are in both files, {known[0]!r} first. Unseen prompts must not be aligned on.")
+    return training, unseen
+
+
+def _some(prompts: Prompts, rows: np.ndarray) -> Prompts:
+    texts, references = ([part[i] for i in np.flatnonzero(rows)] for part in (prompts.texts, prompts.references))
+    return Prompts(texts, prompts.tokens[rows], prompts.where[rows], references)
+
+
+def load_predicate(config: Config) -> Predicate:
+    """The built-in predicate, or the user's."""
+    if config.predicate == "repeats":
+        return predicates.repeats
+    return checked(load_function(config.predicate, "--predicate"), config.predicate)
+
+
+def checked(function: Callable, title: str) -> Predicate:
+    """The user's function, whose answer is True or False, or an error that says what it was instead."""
+
+    def predicate(prompt: str, continuation: str) -> bool:
+        try:
+            answer = function(prompt, continuation)
+        except Exception as error:
+            raise RunError(
+                f"{title} failed on the prompt {prompt!r} and the continuation {continuation!r}, "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(answer, (bool, np.bool_)) and answer not in (0, 1):
+            raise RunError(f"{title} must answer True or False: it gave {answer!r} for {prompt!r} and {continuation!r}.")
+        return bool(answer)
+
+    return predicate
+
+
+def make_target(config: Config) -> Target:
+    """P_c(x) = a(x|c)·b(x, c)."""
+    predicate = load_predicate(config)
+    predicate("a prompt", " and a continuation")  # whatever is wrong with it is said before minutes are spent
+
+    def features(prompts: Sequence[str], texts: Sequence[str]) -> Features:
+        return {"satisfaction": np.array([predicate(c, x) for c, x in zip(prompts, texts, strict=True)], np.float32)}
+
+    def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
+        return np.where(features["satisfaction"] > 0, log_a, np.float32(-np.inf))
+
+    return Target(features, log_score, headline="satisfaction", bound="satisfaction")
+
+
+def main(config: Config) -> int:
+    """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
+    target = make_target(config)
+    name = config.predicate.replace(":", "-").replace(".", "-")
+    title = "-".join([name, config.settings.objective, *(["global-z"] if config.normalizer == "global" else [])])
+    return align(
+        config.settings,
+        lambda _: target,
+        config=config,
+        experiment="conditional",
+        title=title,
+        make_contexts=lambda model: make_contexts(config, model),
+    )

@@ -1,0 +1,195 @@
+"""Preference pairs of the base model's own continuations: python -m experiments.preference_pairs.make_pairs --help."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import fjax
+from experiments._command import run
+from experiments._programs import check_positions, decode, load_model
+from experiments._prompts import Prompts, openings, read_prompts
+from experiments._run_folder import RunError, write_text
+from experiments._settings import Settings
+from experiments.sentiment_reward.config import Config as RewardConfig
+from experiments.sentiment_reward.run import Rewards, make_reward
+from fjax.models import PretrainedModel
+
+from .data import Pair, as_line
+
+ROWS = 256
+"""Continuations that are drawn at once, about."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pairs of continuations of each prompt, drawn from the base model and labelled by a reward, as JSON lines.
+
+    Examples:
+
+        python -m experiments.preference_pairs.make_pairs
+        python -m experiments.preference_pairs.make_pairs --labels bradley-terry --output my_pairs.jsonl
+        python -m experiments.preference_pairs.make_pairs --reward my_module:my_rewards --prompts my_prompts.txt
+    """
+
+    output: Path = Path("pairs.jsonl")
+    """The file to write; must not be there yet."""
+    labels: Literal["best-worst", "bradley-terry"] = "best-worst"
+    """best-worst: of each --candidates continuations the one with the highest reward against the one with the lowest.
+    bradley-terry: any two, the first being chosen with probability σ(r - r'), as people who are not always sure would."""
+    model: str = "built-in"
+    """The base model: built-in, a local folder, or a name on the Hugging Face hub."""
+    prompts: Path | None = None
+    """A text file of prompts, one a line. Built in: openings of held-out film-review sentences, those that are trained on."""
+    max_prompt_tokens: int = 32
+    """Longer prompts of a file are left out, and counted."""
+    pairs_per_prompt: int = 8
+    """Pairs of each prompt."""
+    candidates: int = 4
+    """Continuations that compete for a pair, with --labels best-worst."""
+    max_new_tokens: int = 32
+    """Longest continuation, in tokens; one that has not ended by then is marked as cut off."""
+    reward: str = "sentiment"
+    """sentiment, the folder of a reward model, or module:function, a Python function from a list of texts (prompt and
+    continuation) to as many numbers."""
+    reward_folder: Path = Path("runs/sentiment-reward-model")
+    """Where the built-in reward model is kept; trained when it is not there."""
+    corpora: Path = Path("experiments/assets")
+    """Folder with sentence_polarity.zip, the labels of the built-in reward."""
+    seed: int = 0
+    """Of samples and labels."""
+
+    def __post_init__(self):
+        for name in ("max_prompt_tokens", "pairs_per_prompt", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.candidates < 2:
+            raise ValueError(f"--candidates must be at least 2, got {self.candidates}.")
+
+    @property
+    def group(self) -> int:
+        """Continuations that are drawn for a pair."""
+        return self.candidates if self.labels == "best-worst" else 2
+
+
+class Answer(NamedTuple):
+    """A continuation, whether it ended, and its reward."""
+
+    text: str
+    ended: bool
+    reward: float
+
+
+def draw_answers(config: Config, model: PretrainedModel, prompts: Prompts, reward: Rewards) -> Iterator[list[Answer]]:
+    """The continuations of each prompt in turn, as many as its pairs need."""
+    each, count = config.group * config.pairs_per_prompt, len(prompts.texts)
+    draw, at_once = _make_draw(config, model, each), max(1, ROWS // each)
+    for first in range(0, count, at_once):
+        ids = np.arange(first, first + at_once) % count  # the last batch is filled up, so that all have one shape
+        drawn = draw(model.params, *(jnp.asarray(x[ids]) for x in (prompts.tokens, prompts.where)), jnp.asarray(ids))
+        samples = fjax.Samples(*(x[: each * (count - first)] for x in jax.device_get(drawn)))
+        texts = decode(model, samples.tokens, samples.where)
+        rewards = reward([prompts.texts[ids[i // each]] + text for i, text in enumerate(texts)])
+        answers = [Answer(*row) for row in zip(texts, samples.finished.tolist(), rewards.tolist(), strict=True)]
+        yield from (answers[i : i + each] for i in range(0, len(answers), each))
+
+
+def _make_draw(config: Config, model: PretrainedModel, each: int) -> Callable:
+    rng_key = jax.random.key(config.seed)
+
+    @jax.jit
+    def draw(params, tokens, where, row_ids) -> fjax.Samples:
+        rows, columns = tokens.shape
+        return fjax.sample(
+            model.decode_fn,
+            params,
+            rng_key,
+            tokens,
+            model.init_cache(rows, columns + config.max_new_tokens),
+            max_new_tokens=config.max_new_tokens,
+            eos_id=model.eos_id,
+            samples_per_prompt=each,
+            row_ids=row_ids,
+            where=where,
+        )
+
+    return draw
+
+
+def label(config: Config, answers: Sequence[Answer], rng: np.random.Generator) -> tuple[Answer, Answer] | None:
+    """(chosen, rejected) of the answers that compete; None if there is nothing to choose between them."""
+    if config.labels == "best-worst":
+        chosen, rejected = max(answers, key=lambda answer: answer.reward), min(answers, key=lambda answer: answer.reward)
+        undecided = chosen.reward == rejected.reward
+    else:
+        chosen, rejected = answers
+        if rng.random() >= np.exp(-np.logaddexp(0.0, rejected.reward - chosen.reward)):  # σ, without overflow
+            chosen, rejected = rejected, chosen
+        undecided = False
+    no_pair = undecided or chosen.text == rejected.text or not (chosen.text.strip() and rejected.text.strip())
+    return None if no_pair else (chosen, rejected)
+
+
+def main(config: Config) -> int:
+    """Draws, scores, labels, writes, and says what the pairs are like."""
+    if config.output.exists():
+        raise RunError(f"{config.output} is there already. Give another --output, or move it away.")
+    if not config.output.parent.is_dir():
+        raise RunError(f"There is no folder {config.output.parent} for --output {config.output}.")
+    settings = Settings(model=config.model, max_new_tokens=config.max_new_tokens)
+    model = load_model(settings)
+    prompts, reports = _prompts(config, model)
+    check_positions(settings, model, prompts.tokens.shape[1])
+    reward = make_reward(RewardConfig(reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora))
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for report in reports:
+        console.print(report, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    columns = TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    answers = []
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("prompts", total=len(prompts.texts))
+        for some in draw_answers(config, model, prompts, reward):
+            answers.append(some)
+            bar.advance(task)
+    console.print(_write(config, prompts, answers), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _prompts(config: Config, model: PretrainedModel) -> tuple[Prompts, list[str]]:
+    if config.prompts is None:
+        return openings(model.tokenizer)[0], []
+    return read_prompts(config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
+
+
+def _write(config: Config, prompts: Prompts, answers: Sequence[Sequence[Answer]]) -> str:
+    """Writes the pairs; returns what they are like."""
+    rng, lines, rewards = np.random.default_rng(config.seed), [], []
+    for prompt, some in zip(prompts.texts, answers, strict=True):
+        for i in range(0, len(some), config.group):
+            labelled = label(config, some[i : i + config.group], rng)
+            if labelled is not None:
+                chosen, rejected = labelled
+                lines.append(as_line(Pair(prompt, chosen.text, rejected.text, chosen.ended, rejected.ended)))
+                rewards.append((chosen.reward, rejected.reward))
+    if not lines:
+        raise RunError("No two continuations of a prompt differ in text and reward, so there are no pairs.")
+    text = "".join(f"{line}\n" for line in lines)
+    write_text(config.output, text)
+    (chosen, rejected), right = np.mean(rewards, axis=0), np.mean([a > b for a, b in rewards])
+    left_out = len(answers) * config.pairs_per_prompt - len(lines)
+    return (
+        f"{len(lines)} pairs of {len(prompts.texts)} prompts are in {config.output} ({len(text.encode()) / 1000:.0f} kB); "
+        f"{left_out} were left out for want of a difference. Mean reward {chosen:.3f} of the chosen, {rejected:.3f} of the "
+        f"rejected; the chosen one has the higher reward in {right:.1%}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main, module="experiments.preference_pairs.make_pairs"))
