@@ -21,6 +21,7 @@ Features = Mapping[str, np.ndarray]
 
 NAMES = {
     "win_rate": "win rate over the base",
+    "known": "contexts with a known Z",
     "log_z": "log Z",
     "forward_kl": "KL(p‖π)",
     "reverse_kl": "KL(π‖p)",
@@ -132,6 +133,8 @@ def evaluate(
         figures["win_rate"] = _win_rate(mine[target.wins], features[target.wins][n:].reshape(count, -1))
     figures |= {name: _mean(values) for name, values in mine.items()}
     figures |= {name: _over_contexts(estimates[name]) for name in NAMES if name in estimates}
+    if count > 1:
+        figures["known"] = _mean(np.isfinite(np.asarray(estimates["log_z"].value)).astype(float)[:, None])
     figures |= _describe(of_policy, count)
     if programs.unseen is not None and any(programs.unseen.references):
         figures |= _against_references(texts[:n], [programs.unseen.references[i] for i in of_policy.contexts])

@@ -43,7 +43,16 @@ def test_words_are_whole_words():
 def test_a_run_leaves_everything_behind(experiment, tmp_path, capsys):
     folder = tmp_path / "run"
     assert experiment(*FREQUENT, "--steps", 3, "--checkpoint-every", 1, "--run-folder", folder) == 0
-    names = {"config.json", "metrics.jsonl", "samples.jsonl", "evaluation.png", "training.png", "checkpoints", "model"}
+    names = {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.png",
+        "training.png",
+        "checkpoints",
+        "model",
+        "report.html",
+    }
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["word"] == "w9"

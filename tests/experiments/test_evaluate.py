@@ -1,0 +1,64 @@
+"""Any saved model against any target; and the figures that a run writes, to whatever logger is asked for."""
+
+import json
+
+import pytest
+
+import fjax
+from experiments import evaluate
+from experiments._run_folder import RunError
+from experiments._settings import Settings
+from experiments.lexical_constraint.config import Config
+from experiments.lexical_constraint.run import main
+
+from .commands import SMALL, TINY, run
+
+LEXICAL = ("lexical_constraint", "--word", "w9", *SMALL)
+
+
+def test_the_base_model_is_no_further_from_the_target_than_itself(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    arguments = ("--aligned", TINY, "--output", output, *LEXICAL)
+    assert run(monkeypatch, evaluate.Config, evaluate.main, *arguments) == 0
+    assert "KL(π‖a)" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert abs(found["figures"]["kl_to_base"]["value"]) < 1e-5
+    assert found["figures"]["satisfaction"]["std_error"] > 0
+
+
+def test_other_targets(monkeypatch, capsys):
+    gender = ("gender_balance", "--woman", "w9 w19", "--man", "w26 w42", "--fit-samples", 128, *SMALL)
+    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", TINY, *gender) == 0
+    assert "share of women" in capsys.readouterr().out
+
+
+def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path, *LEXICAL) == 2
+    assert "Cannot load" in capsys.readouterr().err
+    model = fjax.from_pretrained(TINY)
+    other = fjax.models.GPT2Config(**{**vars(model.config), "n_layer": 1})
+    params = {name: leaf for name, leaf in model.params.items() if name != "h_1"}
+    fjax.save_pretrained(tmp_path / "other", params, other, model.tokenizer)
+    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path / "other", *LEXICAL) == 2
+    assert "differ in shape or tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_can_be_followed_in_tensorboard_and_wandb(monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    loggers = ("--tensorboard", "--wandb-project", "fjax-test", "--wandb-mode", "offline")
+    assert run(monkeypatch, Config, main, "--word", "w9", *SMALL, "--steps", 2, *loggers, "--run-folder", folder) == 0
+    assert any(b"evaluation/satisfaction" in path.read_bytes() for path in (folder / "tensorboard").iterdir())
+    assert list(folder.glob("wandb/offline-run-*"))
+    report = (folder / "report.html").read_text()
+    assert "python -m experiments.lexical_constraint --word w9" in report
+    assert "data:image/png;base64" in report
+
+
+def test_a_logger_that_is_not_installed_is_said_at_once(monkeypatch):
+    from experiments import _loggers
+
+    monkeypatch.setattr(_loggers.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(RunError, match="--wandb-project needs wandb, which is not installed: pip install wandb"):
+        _loggers.check_loggers(Settings(wandb_project="x"))
+    with pytest.raises(RunError, match="--tensorboard needs tensorboardX"):
+        _loggers.check_loggers(Settings(tensorboard=True))
