@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fjax.estimators import estimate_log_z
 from fjax.sampling import RejectionEstimate, accept, estimate_rejection, log_acceptance
@@ -19,6 +20,7 @@ from fjax.training import JsonlLogger
 
 from ._command import run
 from ._programs import Programs, load_model, make_programs
+from ._rejection_costs import Cost, Half, costs, plot
 from ._run_folder import RunError
 from ._settings import Settings
 from ._words import contains_any
@@ -60,6 +62,8 @@ class Config:
     """Of everything random."""
     output: Path | None = None
     """JSON lines of the accepted texts, too."""
+    plot: Path | None = None
+    """A picture of acceptance rate and bound against β, too: predicted by half of the proposals, and found in the other."""
 
     def __post_init__(self):
         if not 0 < self.acceptance_rate <= 1:
@@ -140,7 +144,26 @@ def main(config: Config) -> int:
     log_z = estimate_log_z(log_weights, jnp.zeros_like(log_weights))
     estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta, log_z=log_z)
     _show(console, config, accepted, estimate, len(log_q))
+    if len(seen) > 1:
+        middle = len(seen) // 2
+        halves = (
+            Half(*(np.concatenate([getattr(p, n) for p in half]) for n in Half._fields))
+            for half in (seen[:middle], seen[middle:])
+        )
+        found = costs(*halves, log_beta=log_beta, rng_key=jax.random.key(config.seed + 2))
+        _show_costs(console, found)
+        if config.plot is not None:
+            plot(config.plot, found)
     return 0
+
+
+def _show_costs(console: Console, found: list[Cost]) -> None:
+    table = Table(title="what β costs and is worth: predicted by the first half of the proposals, found in the second")
+    for heading in ("log β", "acceptance, predicted", "found", "TV bound, predicted", "found"):
+        table.add_column(heading, justify="right")
+    for cost in found:
+        table.add_row(f"{cost.log_beta:.2f}", *(f"{f.value:.4f} ± {f.std_error:.4f}" for f in cost[1:]))
+    console.print(table)
 
 
 def _show(console: Console, config: Config, accepted: list[str], estimate: RejectionEstimate, proposals: int) -> None:

@@ -1,0 +1,88 @@
+"""Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot --help."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from experiments._command import run
+from experiments._plots import STYLE, per_context
+from experiments._run_folder import RunError
+from fjax.training import read_jsonl
+
+PARTS = ("hardest third", "middle third", "easiest third")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw the satisfaction of each unseen prompt, of the base model against the aligned one, for runs of this experiment.
+
+    Examples:
+
+        python -m experiments.conditional.plot runs/conditional/repeats-jensen_shannon-0 \\
+            runs/conditional/repeats-jensen_shannon-global-z-0
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    output: Path = Path("normalizers.png")
+    """The picture."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("Name at least one run folder.")
+
+
+def read(folder: Path) -> tuple[str, list[dict]]:
+    """What a run's Z is, and its contexts.
+
+    Raises:
+        RunError: if it is no finished run of this experiment.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config["normalizer"], read_jsonl(folder / "contexts.jsonl")
+    except (OSError, KeyError) as error:
+        raise RunError(f"{folder} is no run of conditional with an evaluation: {error}.") from error
+
+
+def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean satisfaction before and after of the prompts where it was lowest, middling and highest before."""
+    first, last = ({r["prompt"]: r["satisfaction"] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
+    order = np.array_split(sorted(first, key=lambda prompt: first[prompt]), 3)
+    return tuple(np.array([np.mean([part[p] for p in prompts]) for prompts in order]) for part in (first, last))
+
+
+def main(config: Config) -> int:
+    """Draws, and prints the means."""
+    found = [read(folder) for folder in config.runs]
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, len(found) + 1, figsize=(4.2 * (len(found) + 1), 4.2))
+        for i, (name, records) in enumerate(found):
+            per_context(axes[i], records, "satisfaction", label="an unseen prompt", color=f"C{i}")
+            axes[i].set(
+                title=f"{name} Z", xlabel="satisfaction of the base model", ylabel="of the aligned model", ylim=(-0.03, 1.05)
+            )
+        width = 0.8 / (len(found) + 1)
+        before, _ = by_thirds(found[0][1])
+        axes[-1].bar(np.arange(3) - 0.4 + width / 2, before, width, color="grey", label="base model")
+        for i, (name, records) in enumerate(found):
+            _, after = by_thirds(records)
+            axes[-1].bar(np.arange(3) - 0.4 + width * (i + 1.5), after, width, color=f"C{i}", label=f"{name} Z")
+            print(f"{name} Z: {', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}")
+        axes[-1].set_xticks(range(3), PARTS)
+        axes[-1].set(title="by how easy the predicate was before", ylabel="mean satisfaction")
+        axes[-1].legend(frameon=False)
+        figure.savefig(config.output)
+        plt.close(figure)
+    print(f"The picture is {config.output}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(Config, main, module="experiments.conditional.plot"))
