@@ -17,7 +17,7 @@ from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
 from . import _display, _evaluate, _plots, _report
 from ._loggers import check_loggers, open_loggers
 from ._programs import Batch, Contexts, Programs, export, load_model, make_programs
-from ._run_folder import RunError, check_space, open_run
+from ._run_folder import RunError, check_space, describe_run, open_run
 from ._settings import Settings, as_json, reported_divergences
 from ._steps import Progress, Stepper, online
 
@@ -106,9 +106,11 @@ def align(
     check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
     rng_key = jax.random.key(settings.seed)
     prepared = Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display)
+    target = make_target(prepared)
+    stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
+    if not settings.resume:
+        describe_run(folder, as_json(config), experiment=experiment)
     with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
-        target = make_target(prepared)
-        stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
         progress, seconds = _begin(settings, stepper, programs.tuner.init(model.params), checkpoints)
         step = int(progress.state.step)
         with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:

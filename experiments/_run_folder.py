@@ -22,7 +22,7 @@ class RunError(Exception):
 
 
 def open_run(config: dict, *, experiment: str, title: str) -> Path:
-    """The run's folder, ready to be written to.
+    """The run's folder, ready to be written to; `describe_run` begins it, once nothing more can be wrong.
 
     Raises:
         RunError: if it holds another run, there is nothing to resume, or it cannot be written.
@@ -34,13 +34,16 @@ def open_run(config: dict, *, experiment: str, title: str) -> Path:
     elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder.")
     _check_writable(folder)
-    if not config["resume"]:
-        versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
-        devices = [device.device_kind for device in jax.devices()]
-        command = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
-        written = config | {"versions": versions, "devices": devices, "command": command}
-        write_text(saved, json.dumps(written, indent=2))
     return folder
+
+
+def describe_run(folder: Path, config: dict, *, experiment: str) -> None:
+    """config.json of a new run: what was chosen, by which command, and what it ran on."""
+    versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
+    devices = [device.device_kind for device in jax.devices()]
+    command = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
+    written = config | {"versions": versions, "devices": devices, "command": command}
+    write_text(folder / "config.json", json.dumps(written, indent=2))
 
 
 def write_text(path: Path, text: str) -> None:

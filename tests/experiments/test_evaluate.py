@@ -1,5 +1,6 @@
 """Any saved model against any target; and the figures that a run writes, to whatever logger is asked for."""
 
+import dataclasses
 import json
 
 import pytest
@@ -36,7 +37,7 @@ def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path, *LEXICAL) == 2
     assert "Cannot load" in capsys.readouterr().err
     model = fjax.from_pretrained(TINY)
-    other = fjax.models.GPT2Config(**{**vars(model.config), "n_layer": 1})
+    other = dataclasses.replace(model.config, n_layer=1)
     params = {name: leaf for name, leaf in model.params.items() if name != "h_1"}
     fjax.save_pretrained(tmp_path / "other", params, other, model.tokenizer)
     assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path / "other", *LEXICAL) == 2

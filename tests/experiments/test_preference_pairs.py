@@ -46,7 +46,8 @@ def test_every_loss_learns_the_pairs(loss, experiment, tmp_path):
     assert steps[-1]["samples"] == 48
     assert steps[-1]["margin"] > steps[0]["margin"] + 0.1
     evaluations = [r for r in records if r["kind"] == "evaluation"]
-    assert 0.3 < evaluations[0]["win_rate"] < 0.7  # against the base model's other samples
+    assert 0 <= evaluations[-1]["win_rate"] <= 1
+    assert "win_rate" not in evaluations[0]  # there is nothing to win against yet
     assert evaluations[-1]["kl_to_base"] > 0
     assert (folder / "training.png").read_bytes()[:4] == b"\x89PNG"
 
