@@ -1,0 +1,163 @@
+"""What is to be run: every objective with every seed, checked against the task and against what is there already."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from experiments._run_folder import MAY_CHANGE, RunError, open_run
+from experiments._settings import as_json
+from fjax.training import read_jsonl
+
+from .config import Config, Task
+from .objectives import Objective, parse_objectives
+
+
+class Place(NamedTuple):
+    """A run by what it is called, and where it is."""
+
+    label: str
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """Of objective and seed."""
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What the run prints."""
+        return self.folder.with_name(self.folder.name + ".log")
+
+
+class Plan(NamedTuple):
+    """A run to be made: its command without --resume, and the configuration that the task makes of it."""
+
+    place: Place
+    command: list[str]
+    config: dict
+
+    @property
+    def steps(self) -> int:
+        """How many it takes, unless it stops early."""
+        return self.config["steps"]
+
+
+def places(folder: Path, objectives: Sequence[Objective], seeds: Sequence[int]) -> list[Place]:
+    """Of a whole comparison: all objectives with the first seed, then with the next."""
+    return [Place(o.label, seed, folder / f"{o.file_name}-seed{seed}") for seed in seeds for o in objectives]
+
+
+def make_plans(config: Config, folder: Path) -> list[Plan]:
+    """All runs of a comparison.
+
+    Raises:
+        RunError: if the task does not take the flags, or a folder has something else in it.
+    """
+    objectives = {objective.label: objective for objective in parse_objectives(config.objectives)}
+    parsed = {label: parse(config.task, (*config.arguments, *o.flags), label) for label, o in objectives.items()}
+    plans = []
+    for place in places(folder, list(objectives.values()), config.seeds):
+        command = [sys.executable, "-m", f"experiments.{config.task}", *config.arguments, *objectives[place.label].flags]
+        command += ["--seed", str(place.seed), "--run-folder", str(place.folder)]
+        plans.append(Plan(place, command, parsed[place.label] | {"seed": place.seed, "run_folder": str(place.folder)}))
+    for plan in plans:
+        _check_folder(plan)
+    return plans
+
+
+def parse(task: Task, arguments: Sequence[str], label: str) -> dict:
+    """What the task would make of its command line, found out in this process, before minutes are lost.
+
+    Raises:
+        RunError: if it would refuse it.
+    """
+    task_config = importlib.import_module(f"experiments.{task}.config").Config
+    try:
+        return as_json(tyro.cli(task_config, args=list(arguments), prog=f"python -m experiments.{task}"))
+    except ValueError as error:
+        raise RunError(f"{task} refuses the objective {label!r}: {error}") from error
+    except SystemExit as exit:
+        if not exit.code:  # --help
+            raise
+        raise RunError(f"{task} refuses the objective {label!r} for the reason above.") from None
+
+
+def _check_folder(plan: Plan) -> None:
+    folder = plan.place.folder
+    if (folder / "config.json").is_file():
+        try:
+            open_run(plan.config | {"resume": True}, experiment="", title="")
+        except RunError as error:
+            raise RunError(f"{error} In a comparison, that is another --folder or another label.") from error
+        if current_step(folder) > plan.steps:
+            raise RunError(
+                f"{folder} has taken more than --steps {plan.steps} already. Ask for more, or give another --folder."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} holds something else than a run. Give another --folder.")
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is something to resume."""
+    return (folder / "config.json").is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: the aligned model is the last thing that it writes but its pictures."""
+    return is_begun(folder) and (folder / "model").is_dir()
+
+
+def is_complete(plan: Plan) -> bool:
+    """Whether nothing is left to do: all steps are taken, or it stopped early by the very rules that are asked for."""
+    folder = plan.place.folder
+    if not is_finished(folder):
+        return False
+    saved = json.loads((folder / "config.json").read_text())
+    rules = MAY_CHANGE - {"resume", "run_folder"}
+    evaluated = [record["step"] for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+    last = max(evaluated, default=0)
+    return last >= plan.steps or all(saved.get(name) == plan.config[name] for name in rules)
+
+
+def current_step(folder: Path) -> int:
+    """The step of the last record of metrics.jsonl, which may be long: its end is enough."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**15))
+        found = re.findall(rb'"step": (\d+),', file.read())
+    return int(found[-1]) if found else 0
+
+
+def default_folder(config: Config) -> Path:
+    """The newest comparison of this task with the same arguments, or for --only-report the newest; else a new one.
+
+    Raises:
+        RunError: if there is none to report on.
+    """
+    base = Path("runs") / "compare"
+    numbers = [path.name.removeprefix(f"{config.task}-") for path in base.glob(f"{config.task}-*")]
+    taken = sorted(int(number) for number in numbers if number.isdecimal())
+    for number in reversed(taken):
+        folder = base / f"{config.task}-{number}"
+        # Without objectives it is about runs made elsewhere, and no comparison's table is to be lost for theirs.
+        same = config.objectives and read_notes(folder).get("arguments") == list(config.arguments)
+        if config.only_report or same:
+            return folder
+    if config.only_report:
+        raise RunError(f"There is no comparison {base / config.task}-* to report on. Name one with --folder.")
+    return base / f"{config.task}-{taken[-1] + 1 if taken else 0}"
+
+
+def read_notes(folder: Path) -> dict:
+    """What a comparison wrote down about itself: task, arguments, command, and the label of each file name."""
+    path = folder / "compare.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,161 @@
+"""What finished runs wrote, read back; and the mean and spread of it over seeds."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments._run_folder import MAY_CHANGE, RunError
+from fjax.training import read_jsonl
+
+from .plan import Place
+
+COMPARED = {"divergence", "alpha", "algorithm", "seed"}
+"""Settings that are expected to differ."""
+NOTES = {"versions", "devices", "command", "tensorboard", "wandb_project", "wandb_mode"}
+"""What config.json has that no step depends on, beside what --resume may change."""
+
+
+class Result(NamedTuple):
+    """A finished run: its configuration, and its records in order of samples."""
+
+    place: Place
+    config: dict
+    evaluations: list[dict]
+    steps: list[dict]
+
+    @property
+    def last(self) -> dict:
+        """The evaluation at its end."""
+        return self.evaluations[-1]
+
+
+class Spread(NamedTuple):
+    """Mean over seeds and standard deviation between them; of one seed its value, and NaN."""
+
+    mean: float
+    deviation: float
+
+
+class Curve(NamedTuple):
+    """A figure against samples drawn: mean over seeds and standard deviation between them (NaN where there is one)."""
+
+    samples: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def read_result(place: Place) -> Result:
+    """A run's folder.
+
+    Raises:
+        RunError: if it has no metrics, or no evaluation.
+    """
+    try:
+        config = json.loads((place.folder / "config.json").read_text())
+        records = read_jsonl(place.folder / "metrics.jsonl")
+    except OSError as error:
+        raise RunError(f"{place.folder} is no run folder: {error.strerror}: {error.filename}.") from error
+    # A resumed run may have repeated a step; the later record is the one that went on.
+    kinds = {kind: {r["step"]: r for r in records if r["kind"] == kind} for kind in ("evaluation", "step")}
+    if not kinds["evaluation"]:
+        raise RunError(f"{place.folder} has no evaluation yet.")
+    evaluations, steps = ([of_kind[step] for step in sorted(of_kind)] for of_kind in kinds.values())
+    return Result(place, config, evaluations, steps)
+
+
+def place_of(folder: Path, labels: dict[str, str]) -> Place:
+    """What a run is called: by its folder's name if that is like LABEL-seed0, else by what it minimised.
+
+    Args:
+        folder: of the run.
+        labels: what file names stand for, as in compare.json.
+
+    Raises:
+        RunError: if it is no run folder.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
+    named = re.fullmatch(r"(.+)-seed(-?\d+)", folder.name)
+    label = labels.get(named[1], named[1]) if named else label_of(config)
+    return Place(label, config["seed"], folder)
+
+
+def label_of(config: dict) -> str:
+    """An objective in a word, from a run's configuration."""
+    if config.get("algorithm", "fdpg") != "fdpg":
+        return config["algorithm"]
+    label = f"alpha={config['alpha']:g}" if config["divergence"] == "alpha" else config["divergence"]
+    clip = f", f' clipped to {config['clip']}" if config.get("clip") else ""
+    return label + clip + (", adaptive proposal" if config.get("proposal") == "adaptive" else "")
+
+
+def check_distinct(places: Sequence[Place]) -> None:
+    """Each label has each seed once.
+
+    Raises:
+        RunError: if not.
+    """
+    seen: dict[tuple[str, int], Path] = {}
+    for place in places:
+        other = seen.setdefault((place.label, place.seed), place.folder)
+        if other != place.folder:
+            raise RunError(
+                f"{other} and {place.folder} are both {place.title}. Rename one folder to LABEL-seed{place.seed}, "
+                "with a label of its own."
+            )
+
+
+def by_label(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each objective, in the order in which they were named."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result.place.label].append(result)
+    return dict(groups)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one figure over seeds. One that is infinite makes the mean so, one that is unknown makes it unknown."""
+    values = [float(value) for value in values]
+    if not np.isfinite(values).all():
+        return Spread(math.nan if np.isnan(values).any() else float(np.sum(values)), math.nan)
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
+
+
+def curve(runs: Sequence[Sequence[dict]], name: str) -> Curve:
+    """Of one figure, from the records of each seed; where it is infinite or unknown for one of them, NaN."""
+    at = by_samples(runs, name)
+    spreads = [spread(values) for values in at.values()]
+    mean = np.array([s.mean if math.isfinite(s.mean) else math.nan for s in spreads])
+    return Curve(np.array(list(at)), mean, np.array([s.deviation for s in spreads]))
+
+
+def by_samples(runs: Sequence[Sequence[dict]], name: str) -> dict[int, list[float]]:
+    """Samples drawn, in order -> the figure then, a value for each run that has a record there."""
+    at = defaultdict(list)
+    for records in runs:
+        for record in records:
+            at[record["samples"]].append(float(record.get(name, math.nan)))
+    return dict(sorted(at.items()))
+
+
+def differing_settings(results: Sequence[Result]) -> dict[str, dict[str, list[str]]]:
+    """Setting -> value -> labels with it, of those that the runs do not share although they are not what is compared."""
+    shared = set.intersection(*(set(result.config) for result in results)) - COMPARED - NOTES - MAY_CHANGE
+    differing = {}
+    for name in sorted(shared):
+        values = defaultdict(list)
+        for result in results:
+            labels = values[json.dumps(result.config[name])]
+            if result.place.label not in labels:
+                labels.append(result.place.label)
+        if len(values) > 1:
+            differing[name] = dict(values)
+    return differing
