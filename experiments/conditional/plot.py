@@ -55,7 +55,11 @@ def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Mean satisfaction before and after of the prompts where it was lowest, middling and highest before."""
     first, last = ({r["prompt"]: r["satisfaction"] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
     order = np.array_split(sorted(first, key=lambda prompt: first[prompt]), 3)
-    return tuple(np.array([np.mean([part[p] for p in prompts]) for prompts in order]) for part in (first, last))
+
+    def means(part):
+        return np.array([np.mean([part[prompt] for prompt in prompts]) for prompts in order])
+
+    return means(first), means(last)
 
 
 def main(config: Config) -> int:

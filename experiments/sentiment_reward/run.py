@@ -25,9 +25,9 @@ def make_reward(config: Config) -> Rewards:
         RunError: if it cannot be loaded.
     """
     if ":" in config.reward:
-        rewards = checked(load_function(config.reward, "--reward"), config.reward)
-        rewards(["a film .", "another film ."])  # whatever is wrong with it is said before minutes are spent
-        return rewards
+        users = checked(load_function(config.reward, "--reward"), config.reward)
+        users(["a film .", "another film ."])  # whatever is wrong with it is said before minutes are spent
+        return users
     folder = config.reward_folder if config.reward == "sentiment" else Path(config.reward)
     if config.reward == "sentiment" and not (folder / "config.json").is_file():
         print(f"There is no reward model in {folder} yet; training it (once).")
