@@ -13,7 +13,11 @@ import jax
 
 import fjax
 
-MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every", "stop_below", "patience"}
+MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every", "stop_below", "patience"} | {
+    "tensorboard",
+    "wandb_project",
+    "wandb_mode",
+}
 """What --resume may give differently: none of it changes a step that was taken."""
 
 

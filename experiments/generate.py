@@ -145,16 +145,17 @@ def main(config: Config) -> int:
     estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta, log_z=log_z)
     _show(console, config, accepted, estimate, len(log_q))
     if len(seen) > 1:
-        middle = len(seen) // 2
-        halves = (
-            Half(*(np.concatenate([getattr(p, n) for p in half]) for n in Half._fields))
-            for half in (seen[:middle], seen[middle:])
-        )
-        found = costs(*halves, log_beta=log_beta, rng_key=jax.random.key(config.seed + 2))
+        found = costs(*_halves(seen), log_beta=log_beta, rng_key=jax.random.key(config.seed + 2))
         _show_costs(console, found)
         if config.plot is not None:
             plot(config.plot, found)
     return 0
+
+
+def _halves(seen: list[Proposals]) -> list[Half]:
+    middle = len(seen) // 2
+    parts = seen[:middle], seen[middle:]
+    return [Half(*(np.concatenate([getattr(p, name) for p in part]) for name in Half._fields)) for part in parts]
 
 
 def _show_costs(console: Console, found: list[Cost]) -> None:
