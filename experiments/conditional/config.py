@@ -24,9 +24,9 @@ class Config:
         python -m experiments.conditional --prompts my_prompts.txt --predicate my_module:my_predicate
     """
 
-    predicate: str = "repeats"
-    """b(x, c): repeats (the continuation uses a word of the prompt again, of three letters or more), or module:function, a
-    Python function of (prompt, continuation) to True or False."""
+    predicate: str = "turns"
+    """b(x, c): turns (the continuation has a "but" or its like that the prompt has not), repeats (it uses a word of the prompt
+    again, of three letters or more), or module:function, a Python function of (prompt, continuation) to True or False."""
     prompts: Path | None = None
     """A text file of prompts to align on, one a line. Built in: the first words of film-review sentences that the model has not
     seen."""
@@ -52,5 +52,5 @@ class Config:
             raise ValueError("--prompts-per-step must be at least 2; for a single prompt there is lexical_constraint.")
         if self.unseen_prompts is not None and self.prompts is None:
             raise ValueError("--unseen-prompts go with --prompts; the built-in prompts have unseen ones of their own.")
-        if self.predicate != "repeats" and ":" not in self.predicate:
-            raise ValueError(f"--predicate is repeats or module:function, got {self.predicate!r}.")
+        if self.predicate not in ("turns", "repeats") and ":" not in self.predicate:
+            raise ValueError(f"--predicate is turns, repeats or module:function, got {self.predicate!r}.")

@@ -50,9 +50,10 @@ def _some(prompts: Prompts, rows: np.ndarray) -> Prompts:
 
 
 def load_predicate(config: Config) -> Predicate:
-    """The built-in predicate, or the user's."""
-    if config.predicate == "repeats":
-        return predicates.repeats
+    """A built-in predicate, or the user's."""
+    built_in = {"turns": predicates.turns, "repeats": predicates.repeats}
+    if config.predicate in built_in:
+        return built_in[config.predicate]
     return checked(load_function(config.predicate, "--predicate"), config.predicate)
 
 

@@ -8,7 +8,7 @@ from experiments._programs import Contexts, load_model, make_programs
 from experiments._prompts import encode
 from experiments._settings import Settings
 from experiments.conditional.config import Config
-from experiments.conditional.predicates import repeats
+from experiments.conditional.predicates import repeats, turns
 from experiments.conditional.run import main
 from fjax.training import read_jsonl
 
@@ -44,6 +44,13 @@ def test_a_word_of_the_prompt_used_again():
     assert not repeats("the big film", " is a tale ; films")
     assert not repeats("it is a", " it is a")  # short words do not count
     assert not repeats(". . .", " . .")
+
+
+def test_a_turn_against_the_opening():
+    assert turns("a fine film", " , But not a great one")
+    assert not turns("it is funny but", " long , but short")
+    assert turns("it is funny but", " long , though short")
+    assert not turns("a fine film", " , butter included")
 
 
 @pytest.mark.parametrize("normalizer", ["per-context", "global"])
@@ -92,7 +99,7 @@ def test_a_batch_has_the_samples_of_each_prompt_together():
         ((), "nowhere", "cannot be imported, AttributeError"),
         ((), "WORDS", "is tuple, not a function"),
         ((), "broken", "failed on the prompt 'a prompt' and the continuation ' and a continuation', ZeroDivisionError"),
-        (("--predicate", "nonsense"), "same_word", "--predicate is repeats or module:function"),
+        (("--predicate", "nonsense"), "same_word", "--predicate is turns, repeats or module:function"),
         (("--prompts-per-step", 1), "same_word", "--prompts-per-step must be at least 2"),
         (("--prompts", "/nowhere.txt"), "same_word", "Cannot read the prompts /nowhere.txt"),
     ],
