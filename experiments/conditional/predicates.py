@@ -2,7 +2,6 @@
 
 import re
 
-
 TURNS = {"but", "yet", "though", "although", "however", "despite"}
 
 
