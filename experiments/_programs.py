@@ -280,8 +280,8 @@ def _to_rollout(batch: Batch, log_score: np.ndarray, *, contexts: Contexts | Non
     c, n = contexts.per_step, batch.from_policy
     rows = np.concatenate([np.arange(n).reshape(c, -1), np.arange(n, len(batch.tokens)).reshape(c, -1)], axis=1)
     ids = None if contexts.global_z else batch.contexts[rows[:, 0]]
-    tokens, where, log_q, log_score = (jnp.asarray(x)[rows] for x in arrays)
-    return fjax.Rollout(tokens, where, log_q, log_score, ids)
+    by_prompt = [jnp.asarray(x)[rows] for x in arrays]
+    return fjax.Rollout(by_prompt[0], by_prompt[1], by_prompt[2], by_prompt[3], ids)
 
 
 def decode(model: PretrainedModel, tokens: AnyArray, where: AnyArray) -> list[str]:
