@@ -58,7 +58,7 @@ def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: 
     for n in (1, 2, 3):
         axes[1, 2].plot(*_xy(evaluations, f"distinct_{n}"), marker=".", label=f"distinct-{n}")
     axes[1, 2].set(title="distinct n-grams / all", ylim=(0, None))
-    _finish(figure, axes, path)
+    _finish(figure, axes, path, xlabel="pairs seen" if "margin" in (steps or [{}])[0] else "samples drawn")
 
 
 def _training(path: Path, steps: list[dict]) -> None:

@@ -208,24 +208,34 @@ def _mix(log_pi, log_a, base_fraction):
     return log_mixture(log_pi, log_a, base_fraction=base_fraction)
 
 
-def _make_draw_rows(settings: Settings, model: PretrainedModel) -> Callable:
-    eos_id = model.eos_id
+def make_sampler(model: PretrainedModel, *, max_new_tokens: int) -> Callable[..., fjax.Samples]:
+    """(params, key, prompts, where of them, row_ids, each=) -> ``each`` continuations of every prompt; compiled."""
 
-    @partial(jax.jit, static_argnames=("each", "first"))
-    def draw_rows(params, rng_key, tokens, where, each, first):
+    @partial(jax.jit, static_argnames="each")
+    def draw(params, rng_key, tokens, where, row_ids, each):
         rows, columns = tokens.shape
-        samples = fjax.sample(
+        return fjax.sample(
             model.decode_fn,
             params,
             rng_key,
             tokens,
-            model.init_cache(rows, columns + settings.max_new_tokens),
-            max_new_tokens=settings.max_new_tokens,
-            eos_id=eos_id,
+            model.init_cache(rows, columns + max_new_tokens),
+            max_new_tokens=max_new_tokens,
+            eos_id=model.eos_id,
             samples_per_prompt=each,
-            row_ids=first + jnp.arange(rows),
+            row_ids=row_ids,
             where=where,
         )
+
+    return draw
+
+
+def _make_draw_rows(settings: Settings, model: PretrainedModel) -> Callable:
+    sampler = make_sampler(model, max_new_tokens=settings.max_new_tokens)
+
+    @partial(jax.jit, static_argnames=("each", "first"))
+    def draw_rows(params, rng_key, tokens, where, each, first):
+        samples = sampler(params, rng_key, tokens, where, first + jnp.arange(len(tokens)), each=each)
         prompt, prompt_where = (jnp.repeat(x, each, axis=0) for x in (tokens, where))
         return samples, *fjax.log_probs.pack(prompt, samples.tokens, prompt_where=prompt_where, where=samples.where)
 

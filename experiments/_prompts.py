@@ -10,8 +10,7 @@ import numpy as np
 
 from ._run_folder import RunError
 from ._settings import BUILT_IN
-from .pretrain.data import held_out
-from .sentiment_reward.reward_model import read_labels
+from .pretrain.data import held_out, read_labels
 
 SHOWN = 8
 """Line numbers that a report names; there may be thousands."""

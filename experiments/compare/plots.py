@@ -10,7 +10,7 @@ import numpy as np
 from experiments._evaluate import NAMES
 from experiments._plots import STYLE
 
-from .results import Curve, Result, by_label, by_samples, curve, spread
+from .results import Curve, Result, by_label, by_samples, counted, curve, spread
 
 PANELS = (
     "forward_kl",
@@ -28,15 +28,17 @@ NATS = {"forward_kl", "reverse_kl", "jensen_shannon", "kl_to_base", "entropy"}
 MARKERS = "osD^vPX<>ph"
 
 
-def write(folder: Path, results: Sequence[Result], headlines: Sequence[str]) -> None:
-    """curves.png, frontier.png and, where runs have a pseudo-reward, spread.png."""
-    groups = by_label(results)
+def write(folder: Path, results: Sequence[Result], headlines: Sequence[str]) -> list[str]:
+    """frontier.png, curves.png and, where runs have a pseudo-reward, spread.png; returns their names."""
+    groups, xlabel, names = by_label(results), counted(results), ["frontier.png", "curves.png"]
     looks = {label: look(i, len(groups)) for i, label in enumerate(groups)}
     with plt.style.context(STYLE):
-        _curves(folder / "curves.png", groups, looks, headlines)
-        _frontier(folder / "frontier.png", groups, looks, headlines)
+        _frontier(folder / names[0], groups, looks, headlines)
+        _curves(folder / names[1], groups, looks, headlines, xlabel)
         if any("reward_std" in record for result in results for record in result.steps):
-            _spread(folder / "spread.png", groups, looks)
+            names.append("spread.png")
+            _spread(folder / names[2], groups, looks)
+    return names
 
 
 def look(i: int, count: int) -> dict:
@@ -45,7 +47,7 @@ def look(i: int, count: int) -> dict:
     return {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _curves(path: Path, groups, looks, headlines: Sequence[str]) -> None:
+def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) -> None:
     last = [result.last for group in groups.values() for result in group]
     names = [name for name in (*headlines, *PANELS) if any(name in record for record in last)]
     columns = 3 if len(names) % 3 == 0 else 4
@@ -63,7 +65,7 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str]) -> None:
         if i >= len(names):
             ax.set_axis_off()
         elif i + columns >= len(names):  # nothing below it
-            ax.set_xlabel("samples drawn")
+            ax.set_xlabel(xlabel)
     _finish(figure, path)
 
 
@@ -88,7 +90,7 @@ def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
             base = [spread([record.get(name, math.nan) for record in first]).mean for name in (cost, headline)]
             ax.plot(*base, marker="*", ms=13, ls="", color="black", label="base model", zorder=3)
             ax.set_xlabel(titled(cost))
-        row[0].set_ylabel(f"{titled(headline)}, mean under π")
+        row[0].set_ylabel(titled(headline))
     _finish(figure, path)
 
 

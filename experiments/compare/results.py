@@ -43,11 +43,17 @@ class Spread(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A figure against samples drawn: mean over seeds and standard deviation between them (NaN where there is one)."""
+    """A figure against samples: mean over seeds and standard deviation between them (NaN where there is one)."""
 
     samples: np.ndarray
     mean: np.ndarray
     deviation: np.ndarray
+
+
+def counted(results: Sequence[Result]) -> str:
+    """What `samples` of their records are."""
+    offline = any("margin" in record for result in results for record in result.steps)
+    return "pairs seen" if offline else "samples drawn"
 
 
 def read_result(place: Place) -> Result:

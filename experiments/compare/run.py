@@ -84,12 +84,11 @@ def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequenc
             f"No run has the figures {', '.join(unknown)}; they are left out. There are {', '.join(_names(results[0].last))}."
         )
     command = read_notes(folder).get("command", shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]))
-    text = table.page(config.task, command, results, missing, figures)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "table.md", text)
-    plots.write(folder, results, headlines)
+    pictures = plots.write(folder, results, headlines)
+    write_text(folder / "table.md", table.page(config.task, command, results, missing, figures, pictures))
     print("\n".join([*table.rows(results, missing, figures), "", *table.notes(results, missing), ""]))
-    print(f"Written to {folder}: table.md, {', '.join(sorted(path.name for path in folder.glob('*.png')))}.")
+    print(f"Written to {folder}: table.md, {', '.join(pictures)}.")
     return 1 if missing else 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from experiments._evaluate import NAMES
 
 from .plan import Place
-from .results import Result, Spread, by_label, differing_settings, spread
+from .results import Result, Spread, by_label, counted, differing_settings, spread
 
 REPORTED = (
     "kl_to_base",
@@ -23,18 +23,25 @@ REPORTED = (
 """Columns after the task's headline."""
 
 
-def page(title: str, command: str, results: Sequence[Result], missing: Sequence[Place], figures: Sequence[str]) -> str:
+def page(
+    title: str,
+    command: str,
+    results: Sequence[Result],
+    missing: Sequence[Place],
+    figures: Sequence[str],
+    pictures: Sequence[str],
+) -> str:
     """The whole table.md: command, table, what its numbers are, what is missing, and the pictures."""
     lines = [f"# {title}", "", f"    {command}", "", *rows(results, missing, figures), ""]
     lines += [*notes(results, missing), ""]
-    lines += [f"![{name}]({name}.png)" for name in ("frontier", "curves", "spread")]
+    lines += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     return "\n".join(lines) + "\n"
 
 
 def rows(results: Sequence[Result], missing: Sequence[Place], figures: Sequence[str]) -> list[str]:
     """Header, base model, and a row an objective; columns that no run has are left out."""
     known = [name for name in figures if any(name in result.last for result in results)]
-    header = ["", *(NAMES.get(name, name) for name in known), "samples drawn", "seconds"]
+    header = ["", *(NAMES.get(name, name) for name in known), counted(results), "seconds"]
     groups = by_label(results)
     wanted = {label: len(group) for label, group in groups.items()}
     for place in missing:

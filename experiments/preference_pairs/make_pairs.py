@@ -1,7 +1,7 @@
 """Preference pairs of the base model's own continuations: python -m experiments.preference_pairs.make_pairs --help."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import fjax
 from experiments._command import run
-from experiments._programs import check_positions, decode, load_model
+from experiments._programs import check_positions, decode, load_model, make_sampler
 from experiments._prompts import Prompts, openings, read_prompts
 from experiments._run_folder import RunError, write_text
 from experiments._settings import Settings
@@ -90,37 +90,17 @@ class Answer(NamedTuple):
 def draw_answers(config: Config, model: PretrainedModel, prompts: Prompts, reward: Rewards) -> Iterator[list[Answer]]:
     """The continuations of each prompt in turn, as many as its pairs need."""
     each, count = config.group * config.pairs_per_prompt, len(prompts.texts)
-    draw, at_once = _make_draw(config, model, each), max(1, ROWS // each)
+    draw, at_once = make_sampler(model, max_new_tokens=config.max_new_tokens), max(1, ROWS // each)
+    rng_key = jax.random.key(config.seed)
     for first in range(0, count, at_once):
         ids = np.arange(first, first + at_once) % count  # the last batch is filled up, so that all have one shape
-        drawn = draw(model.params, *(jnp.asarray(x[ids]) for x in (prompts.tokens, prompts.where)), jnp.asarray(ids))
+        tokens, where, row_ids = (jnp.asarray(x) for x in (prompts.tokens[ids], prompts.where[ids], ids))
+        drawn = draw(model.params, rng_key, tokens, where, row_ids, each=each)
         samples = fjax.Samples(*(x[: each * (count - first)] for x in jax.device_get(drawn)))
         texts = decode(model, samples.tokens, samples.where)
         rewards = reward([prompts.texts[ids[i // each]] + text for i, text in enumerate(texts)])
         answers = [Answer(*row) for row in zip(texts, samples.finished.tolist(), rewards.tolist(), strict=True)]
         yield from (answers[i : i + each] for i in range(0, len(answers), each))
-
-
-def _make_draw(config: Config, model: PretrainedModel, each: int) -> Callable:
-    rng_key = jax.random.key(config.seed)
-
-    @jax.jit
-    def draw(params, tokens, where, row_ids) -> fjax.Samples:
-        rows, columns = tokens.shape
-        return fjax.sample(
-            model.decode_fn,
-            params,
-            rng_key,
-            tokens,
-            model.init_cache(rows, columns + config.max_new_tokens),
-            max_new_tokens=config.max_new_tokens,
-            eos_id=model.eos_id,
-            samples_per_prompt=each,
-            row_ids=row_ids,
-            where=where,
-        )
-
-    return draw
 
 
 def label(config: Config, answers: Sequence[Answer], rng: np.random.Generator) -> tuple[Answer, Answer] | None:

@@ -39,6 +39,20 @@ def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> 
     return Split(sorted(train), sorted(apart))
 
 
+def read_labels(folder: Path) -> dict[str, int]:
+    """The distinct sentences of the archive, in one spelling of spaces -> 1 if positive, else 0."""
+    path = folder / "sentence_polarity.zip"
+    if not path.is_file():
+        raise RunError(f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder with --corpora.")
+    texts = {}
+    with zipfile.ZipFile(path) as archive:
+        for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
+            for line in archive.read(f"sentence_polarity/{name}").decode("latin-1").splitlines():
+                texts[" ".join(line.split())] = label
+    texts.pop("", None)
+    return texts
+
+
 def held_out(sentence: str) -> bool:
     """Whether a sentence is among the twentieth that no model is trained on."""
     return hashlib.sha256(sentence.encode()).digest()[0] % 20 == 0

@@ -1,7 +1,6 @@
 """The built-in reward: a classifier's log-odds that a snippet of a film review is positive, trained from human labels."""
 
 import functools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fjax
 from experiments._run_folder import RunError
 from experiments._settings import BUILT_IN
-from experiments.pretrain.data import batches, held_out, pad
+from experiments.pretrain.data import batches, held_out, pad, read_labels
 from fjax.models import RewardModel, gpt2, load_reward_model, save_reward_model
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 64, 3e-4
@@ -26,20 +25,6 @@ class Snippets(NamedTuple):
 
     rows: list[np.ndarray]
     labels: np.ndarray
-
-
-def read_labels(folder: Path) -> dict[str, int]:
-    """The distinct sentences of the archive, in one spelling of spaces -> 1 if positive, else 0."""
-    path = folder / "sentence_polarity.zip"
-    if not path.is_file():
-        raise RunError(f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder with --corpora.")
-    texts = {}
-    with zipfile.ZipFile(path) as archive:
-        for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
-            for line in archive.read(f"sentence_polarity/{name}").decode("latin-1").splitlines():
-                texts[" ".join(line.split())] = label
-    texts.pop("", None)
-    return texts
 
 
 def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,7 +38,9 @@ def error_of(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def write_run(folder: Path, config: dict, *, last: dict, steps: int = 2, finished: bool = True) -> None:
+def write_run(
+    folder: Path, config: dict, *, last: dict, steps: int = 2, finished: bool = True, of_steps: str = "reward_std"
+) -> None:
     """What a run leaves behind, as far as a comparison looks at it."""
     (folder / "model").mkdir(parents=True) if finished else folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -48,7 +51,7 @@ def write_run(folder: Path, config: dict, *, last: dict, steps: int = 2, finishe
             errors = {f"{name}_std_error": 0.01 for name in figures}
             logger.log({"kind": "evaluation", "step": step, "samples": 16 * step, "seconds": 5.0 * step} | figures | errors)
             for taken in range(step + 1, min(step + 2, steps) + 1):
-                logger.log({"kind": "step", "step": taken, "samples": 16 * taken, "reward_std": 1.0 + taken})
+                logger.log({"kind": "step", "step": taken, "samples": 16 * taken, of_steps: 1.0 + taken})
 
 
 def planned(folder: Path, *objectives: str, seeds: tuple[int, ...] = (0, 1), more: tuple[str, ...] = ()) -> list[Plan]:
@@ -401,13 +404,18 @@ def test_labels_of_configurations(algorithm, divergence, label):
 @pytest.mark.parametrize("task", HEADLINES)
 def test_every_task_has_its_pictures(task, tmp_path, capsys):
     figures = dict.fromkeys(HEADLINES[task], 0.4) | dict.fromkeys(plots.PANELS, 1.0)
-    places = []
+    offline = task == "preference_pairs"  # steps on pairs have a margin, and no pseudo-reward
+    places, options = [], {"steps": 4, "of_steps": "margin" if offline else "reward_std"}
     for label in ("a", "b"):
         for seed in (0, 1):
             places.append(Place(label, seed, tmp_path / f"{label}-seed{seed}"))
-            write_run(places[-1].folder, {"seed": seed}, last=figures | {"reverse_kl": float("inf")}, steps=4)
+            write_run(places[-1].folder, {"seed": seed}, last=figures | {"reverse_kl": float("inf")}, **options)
     assert write_report(Config(task, only_report=True), tmp_path / "out", places, []) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", "curves.png", "frontier.png", "spread.png"}
+    pictures = {"curves.png", "frontier.png"} | (set() if offline else {"spread.png"})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *pictures}
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert set(re.findall(r"\((.*png)\)", text)) == pictures
+    assert ("| pairs seen |" in text) == offline
     for path in (tmp_path / "out").glob("*.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
     assert "| a | 0.400 ± 0.000 |" in capsys.readouterr().out

@@ -7,8 +7,7 @@ import fjax
 from experiments._prompts import encode, openings, read_prompts
 from experiments._run_folder import RunError
 from experiments._settings import BUILT_IN
-from experiments.pretrain.data import held_out
-from experiments.sentiment_reward.reward_model import read_labels
+from experiments.pretrain.data import held_out, read_labels
 
 from .commands import TINY
 
