@@ -66,15 +66,16 @@ def plot(path: Path, found: list[Cost]) -> None:
     x = [cost.log_beta for cost in found]
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-        panels = (("acceptance rate", "rate"), ("bound on TV from the target", "bound"))
-        for ax, (title, name) in zip(axes, panels, strict=True):
+        panels = (("acceptance rate", "rate", "upper right"), ("bound on TV from the target", "bound", "lower left"))
+        for ax, (title, name, corner) in zip(axes, panels, strict=True):
             for kind, marker, shift in (("predicted", "o", -0.08), ("found", "x", 0.08)):
                 figures = [getattr(cost, f"{kind}_{name}") for cost in found]
                 y, error = ([getattr(f, part) for f in figures] for part in ("value", "std_error"))
                 label = "predicted by the first half" if kind == "predicted" else "found in the second"
                 ax.errorbar([v + shift for v in x], y, 2 * np.array(error), marker=marker, ms=5, lw=0.8, label=label)
             ax.set(title=title, xlabel="log β")
-            ax.legend(frameon=False)
+            ax.legend(frameon=False, loc=corner)
         axes[0].set_yscale("log")
+        axes[1].set_ylim(0, 1.02)
         figure.savefig(path)
         plt.close(figure)
