@@ -27,11 +27,10 @@ def figures(folder, kind="step"):
     "flags",
     [
         ("--proposal", "adaptive", "--proposal-every", 2, "--divergence", "forward_kl"),
-        ("--overlap",),
+        ("--overlap", "--divergence", "alpha", "--alpha", 0.3, "--optimizer", "sgd", "--decay"),
         ("--algorithm", "ppo", "--divergence", "reverse_kl", "--smoothing", 0.1, "--learning-rate", 1e-4),
-        ("--divergence", "alpha", "--alpha", 0.3, "--optimizer", "sgd", "--decay"),
     ],
-    ids=lambda flags: flags[1] if len(flags) > 1 else flags[0],
+    ids=("adaptive", "overlap", "ppo"),
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(flags, monkeypatch, tmp_path):
     """Stopped in the middle between two checks of the proposal."""
