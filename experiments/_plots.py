@@ -1,5 +1,6 @@
 """A run at a glance, as pictures drawn from metrics.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from fjax.training import read_jsonl
 
 from ._evaluate import NAMES, Target
 
+DRAWN = "samples drawn"
 STYLE = {
     "figure.figsize": (10, 6),
     "figure.constrained_layout.use": True,
@@ -25,6 +27,11 @@ STYLE = {
 }
 
 
+def counted(steps: Sequence[dict]) -> str:
+    """What `samples` in the records of a run are; only steps on preference pairs have a margin."""
+    return "pairs seen" if any("margin" in record for record in steps) else DRAWN
+
+
 def write(folder: Path, records: list[dict], target: Target) -> None:
     """evaluation.png (what was reached) and training.png (how it went)."""
     evaluations = list({r["step"]: r for r in records if r["kind"] == "evaluation"}.values())
@@ -32,7 +39,7 @@ def write(folder: Path, records: list[dict], target: Target) -> None:
     with plt.style.context(STYLE):
         _evaluation(folder / "evaluation.png", evaluations, steps, target)
         if steps:
-            draw = _offline_training if "margin" in steps[0] else _training
+            draw = _training if counted(steps) == DRAWN else _offline_training
             draw(folder / "training.png", steps)
         if (folder / "contexts.jsonl").exists():
             _contexts(folder / "contexts.png", read_jsonl(folder / "contexts.jsonl"), target.headline)
@@ -58,7 +65,7 @@ def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: 
     for n in (1, 2, 3):
         axes[1, 2].plot(*_xy(evaluations, f"distinct_{n}"), marker=".", label=f"distinct-{n}")
     axes[1, 2].set(title="distinct n-grams / all", ylim=(0, None))
-    _finish(figure, axes, path, xlabel="pairs seen" if "margin" in (steps or [{}])[0] else "samples drawn")
+    _finish(figure, axes, path, xlabel=counted(steps))
 
 
 def _training(path: Path, steps: list[dict]) -> None:
@@ -98,7 +105,7 @@ def _offline_training(path: Path, steps: list[dict]) -> None:
     for name, label in (("chosen_log_ratio", "of the chosen"), ("rejected_log_ratio", "of the rejected")):
         axes[1, 1].plot(*_xy(steps, name), lw=0.8, label=label)
     axes[1, 1].set_title("mean log π/a")
-    _finish(figure, axes, path, xlabel="pairs seen")
+    _finish(figure, axes, path, xlabel=counted(steps))
 
 
 def _contexts(path: Path, records: list[dict], headline: str) -> None:
@@ -135,7 +142,7 @@ def _with_error(ax, records: list[dict], name: str, label: str | None = None, ma
     ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
 
 
-def _finish(figure, axes, path: Path, *, xlabel: str = "samples drawn") -> None:
+def _finish(figure, axes, path: Path, *, xlabel: str = DRAWN) -> None:
     for ax in axes.flat:
         if not ax.has_data():
             ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments._evaluate import NAMES
-from experiments._plots import STYLE
+from experiments._plots import STYLE, counted
 
-from .results import Curve, Result, by_label, by_samples, counted, curve, spread
+from .results import Curve, Result, by_label, by_samples, curve, spread
 
 PANELS = (
     "forward_kl",
@@ -30,7 +30,8 @@ MARKERS = "osD^vPX<>ph"
 
 def write(folder: Path, results: Sequence[Result], headlines: Sequence[str]) -> list[str]:
     """frontier.png, curves.png and, where runs have a pseudo-reward, spread.png; returns their names."""
-    groups, xlabel, names = by_label(results), counted(results), ["frontier.png", "curves.png"]
+    groups, names = by_label(results), ["frontier.png", "curves.png"]
+    xlabel = counted([record for result in results for record in result.steps])
     looks = {label: look(i, len(groups)) for i, label in enumerate(groups)}
     with plt.style.context(STYLE):
         _frontier(folder / names[0], groups, looks, headlines)

@@ -50,12 +50,6 @@ class Curve(NamedTuple):
     deviation: np.ndarray
 
 
-def counted(results: Sequence[Result]) -> str:
-    """What `samples` of their records are."""
-    offline = any("margin" in record for result in results for record in result.steps)
-    return "pairs seen" if offline else "samples drawn"
-
-
 def read_result(place: Place) -> Result:
     """A run's folder.
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 from experiments._evaluate import NAMES
+from experiments._plots import counted
 
 from .plan import Place
-from .results import Result, Spread, by_label, counted, differing_settings, spread
+from .results import Result, Spread, by_label, differing_settings, spread
 
 REPORTED = (
     "kl_to_base",
@@ -41,7 +42,8 @@ def page(
 def rows(results: Sequence[Result], missing: Sequence[Place], figures: Sequence[str]) -> list[str]:
     """Header, base model, and a row an objective; columns that no run has are left out."""
     known = [name for name in figures if any(name in result.last for result in results)]
-    header = ["", *(NAMES.get(name, name) for name in known), counted(results), "seconds"]
+    samples = counted([record for result in results for record in result.steps])
+    header = ["", *(NAMES.get(name, name) for name in known), samples, "seconds"]
     groups = by_label(results)
     wanted = {label: len(group) for label, group in groups.items()}
     for place in missing:
