@@ -16,13 +16,16 @@ from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
 
 from . import _display, _evaluate, _plots, _report
 from ._loggers import check_loggers, open_loggers
-from ._programs import Batch, Contexts, Programs, export, load_model, make_programs
+from ._programs import Batch, Contexts, Programs, export, load_aligned, load_model, make_programs
 from ._run_folder import RunError, check_space, describe_run, open_run
 from ._settings import Settings, as_json, reported_divergences
 from ._steps import Progress, Stepper, online
 
 EVALUATION_KEY, TARGET_KEY = 2**31 - 1, 2**31 - 2
 """Folded into the run's key for evaluations and for fitting a target, where no step's key is."""
+
+NO_STEP = 2**31 - 1
+"""In place of its number, for samples of the base model that no step's evaluation shares."""
 
 
 class Prepared(NamedTuple):
@@ -100,6 +103,7 @@ def align(
     display = _display.Display()
     display.say("Loading the model.")
     model = load_model(settings)
+    begin_at = model if settings.start is None else load_aligned(settings, model, settings.start)
     contexts = None if make_contexts is None else make_contexts(model)
     programs = make_programs(settings, model, contexts)
     folder = open_run(as_json(config), experiment=experiment, title=title)
@@ -111,12 +115,14 @@ def align(
     if not settings.resume:
         describe_run(folder, as_json(config), experiment=experiment)
     with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
-        progress, seconds = _begin(settings, stepper, programs.tuner.init(model.params), checkpoints)
+        progress, seconds = _begin(settings, stepper, programs.tuner.init(begin_at.params), checkpoints)
         step = int(progress.state.step)
         with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
             run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [])
             display.start(title, folder, settings, model, resumed_at=step)
-            if step:
+            if settings.start:
+                run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
+            elif step:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
             return _train(run, progress, seconds, stop)
 
@@ -178,7 +184,7 @@ def draw_fresh(run: Run | Prepared, params: Params, rng_key: jax.Array, samples:
 
 
 def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
-    """The fresh batches of a step's evaluation; those of step 0 are the base model's, and drawn again on resume."""
+    """The fresh batches of a step's evaluation; the base model's are drawn as those of step 0, where a run begins with it."""
     rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
     return draw_fresh(run, params, rng_key, run.settings.eval_samples, what="evaluate")
 
@@ -187,14 +193,14 @@ def _evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> _eva
     """Evaluates, and puts the figures and samples wherever they are kept and shown."""
     settings = run.settings
     evaluation, drawn = _measure(run, progress, step)
-    if step == 0:
+    if not run.base_drawn:
         run.base_drawn.extend(drawn)
     record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * run.stepper.samples)
     run.logger.log(record)
     _keep_samples(run.folder, evaluation, step)
     if step < settings.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.target)
-    if run.target.bound and step == 0 and evaluation.figures[run.target.bound].value == 0:
+    if run.target.bound and step == 0 and run.settings.start is None and evaluation.figures[run.target.bound].value == 0:
         _absent(run, evaluation.samples)
     return evaluation
 

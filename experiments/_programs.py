@@ -1,5 +1,6 @@
 """The compiled programs of a run: draw, score under the base, update. Each is compiled once."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
@@ -96,6 +97,21 @@ def load_model(settings: Settings, *, prompt_tokens: int = 1) -> PretrainedModel
     return model
 
 
+def load_aligned(settings: Settings, base: PretrainedModel, name: str) -> PretrainedModel:
+    """A model whose probabilities can be compared with the base model's.
+
+    Raises:
+        RunError: if it cannot be had, or has another shape or tokenizer.
+    """
+    aligned = load_model(dataclasses.replace(settings, model=name))
+    if base.config != aligned.config or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab():
+        raise RunError(
+            f"{name} and the base model {settings.model} differ in shape or tokenizer, so that their probabilities cannot be "
+            "compared. Give the base model that it was aligned from."
+        )
+    return aligned
+
+
 def check_positions(settings: Settings, model: PretrainedModel, prompt_tokens: int) -> None:
     """Whether prompts of so many tokens, the start token included, and what follows them have room in the model."""
     needed, there = prompt_tokens + settings.max_new_tokens, model.config.n_positions
@@ -151,7 +167,7 @@ def check_contexts(settings: Settings, contexts: Contexts | None) -> None:
 
 def make_tuner(settings: Settings, model: PretrainedModel, start: int, num_contexts: int | None) -> fjax.Tuner:
     """What ``--algorithm`` stands for."""
-    optimizer, log_prob_fn = make_optimizer(settings), fjax.make_log_prob_fn(model.logits_fn, start=start)
+    optimizer, log_prob_fn = make_optimizer(settings, model.params), fjax.make_log_prob_fn(model.logits_fn, start=start)
     if settings.algorithm == "rloo":
         return rloo(log_prob_fn, optimizer, microbatch_size=settings.microbatch_size, num_contexts=num_contexts)
     if settings.algorithm == "ppo":

@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
+import jax
 import optax
 
 import fjax
+from fjax._typing import Params
+
+from ._run_folder import RunError
 
 BUILT_IN = Path(__file__).parent / "assets" / "reviews-gpt2"
 
@@ -35,6 +40,9 @@ class Settings:
     model: str = "built-in"
     """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a name on the Hugging
     Face hub such as gpt2, distilgpt2, gpt2-xl."""
+    start: str | None = None
+    """Where the policy begins, if not as the base model: a model aligned from it, such as the folder that a run exported. What
+    is near another target of the same kind already takes fewer steps to this one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation. Parameters and reductions are float32 either way; bfloat16 is for GPUs and TPUs."""
     divergence: Divergence = "jensen_shannon"
@@ -76,6 +84,9 @@ class Settings:
     constant, and --resume may ask for more steps."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer."""
+    trainable: str | None = None
+    """Only the parameters whose path has this regular expression in it move: "wte" the token embeddings, "h_3|ln_f" the last
+    block of the built-in model, "bias" all biases. Without it all do. Fewer directions take up less noise."""
     microbatch_size: int | None = None
     """Samples that go through the policy at once in the update. Smaller needs less memory; the result is the same."""
     seed: int = 0
@@ -117,6 +128,10 @@ class Settings:
             raise ValueError("--samples must be at least 2: the leave-one-out baseline compares samples with others.")
         if not 0 <= self.base_fraction <= 0.9:
             raise ValueError(f"--base-fraction must be in [0, 0.9], got {self.base_fraction}.")
+        try:
+            re.compile(self.trainable or "")
+        except re.error as error:
+            raise ValueError(f"--trainable must be a regular expression, got {self.trainable!r}: {error}.") from error
         self._check_algorithm()
 
     def _check_algorithm(self):
@@ -167,8 +182,12 @@ def _reported(alpha: float | None) -> tuple[tuple[str, fjax.FDivergence], ...]:
     return (*((name, make()) for name, make in DIVERGENCES.items()), *more)
 
 
-def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Adam or SGD after a warm-up, on the clipped gradient."""
+def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransformation:
+    """Adam or SGD after a warm-up, on the clipped gradient of what is trainable.
+
+    Raises:
+        RunError: if nothing is.
+    """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     schedule = optax.linear_schedule(0.0, peak, warmup)
     if settings.decay:
@@ -177,7 +196,23 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
         schedule = optax.join_schedules([schedule, fall], [warmup])
     # The first step is taken at a rate above zero.
     optimizer = optax.sgd if settings.optimizer == "sgd" else partial(optax.adam, b2=0.98)
-    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer(lambda count: schedule(count + 1)))
+    descend = optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), optimizer(lambda count: schedule(count + 1)))
+    if settings.trainable is None:
+        return descend
+    return optax.partition({"moves": descend, "stays": optax.set_to_zero()}, _labels(settings.trainable, params))
+
+
+def _labels(pattern: str, params: Params) -> Params:
+    """Whether each parameter moves or stays: does its path have the pattern in it."""
+
+    def path_of(keys) -> str:
+        return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+    labels = jax.tree_util.tree_map_with_path(lambda keys, _: "moves" if re.search(pattern, path_of(keys)) else "stays", params)
+    if "moves" not in jax.tree.leaves(labels):
+        paths = {re.sub(r"^h_\d+", "h_N", path_of(keys)) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+        raise RunError(f"--trainable {pattern!r} is in no parameter's path. There are {', '.join(sorted(paths))}.")
+    return labels
 
 
 def as_json(config) -> dict:

@@ -1,6 +1,5 @@
 """How near any saved model is to any target: python -m experiments.evaluate --help."""
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import tyro
 from . import _display, _evaluate
 from ._command import run
 from ._loop import EVALUATION_KEY, TARGET_KEY, Prepared, draw_fresh
-from ._programs import Contexts, load_model, make_programs
-from ._run_folder import RunError, write_text
+from ._programs import Contexts, load_aligned, load_model, make_programs
+from ._run_folder import write_text
 from ._settings import Settings, reported_divergences
 from .conditional import config as conditional_config
 from .conditional import run as conditional
@@ -75,12 +74,8 @@ def main(config: Config) -> int:
     """Draws from both models, estimates, and prints the one beside the other."""
     settings: Settings = config.task.settings
     display = _display.Display()
-    base, aligned = load_model(settings), load_model(dataclasses.replace(settings, model=config.aligned))
-    if base.config != aligned.config or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab():
-        raise RunError(
-            f"{config.aligned} and the base model {settings.model} differ in shape or tokenizer, so that their probabilities "
-            "cannot be compared. Give --model the one that it was aligned from."
-        )
+    base = load_model(settings)
+    aligned = load_aligned(settings, base, config.aligned)
     programs = make_programs(settings, base, make_contexts(config.task, base))
     key = jax.random.key(settings.seed)
     prepared = Prepared(settings, Path(), base, programs, jax.random.fold_in(key, TARGET_KEY), display)

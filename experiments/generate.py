@@ -19,7 +19,7 @@ from fjax.sampling import RejectionEstimate, accept, estimate_rejection, log_acc
 from fjax.training import JsonlLogger
 
 from ._command import run
-from ._programs import Programs, load_model, make_programs
+from ._programs import Programs, load_aligned, load_model, make_programs
 from ._rejection_costs import Cost, Half, costs, plot
 from ._run_folder import RunError
 from ._settings import Settings
@@ -87,11 +87,10 @@ class Proposals(NamedTuple):
 def propose(config: Config) -> Iterator[Proposals]:
     """Batches of proposals, without end."""
     sizes = {"samples": max(config.batch_size, 2), "base_fraction": BASE_FRACTION, "max_new_tokens": config.max_new_tokens}
-    base = load_model(Settings(model=config.base, **sizes))
-    aligned = load_model(Settings(model=config.model, **sizes))
-    if base.config != aligned.config:
-        raise RunError(f"{config.model} and --base {config.base} have different shapes; give the one it was aligned from.")
-    programs: Programs = make_programs(Settings(model=config.base, **sizes), base)
+    settings = Settings(model=config.base, **sizes)
+    base = load_model(settings)
+    aligned = load_aligned(settings, base, config.model)
+    programs: Programs = make_programs(settings, base)
     step = 0
     while True:
         batch = programs.draw(aligned.params, jax.random.fold_in(jax.random.key(config.seed), step))

@@ -58,7 +58,7 @@ def make_stepper(config: Config, prepared: Prepared) -> Stepper:
     batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)  # too few pairs are said at once
     log_prob_fn = fjax.make_log_prob_fn(model.logits_fn)
     tuner = preference_tuner(
-        log_prob_fn, make_optimizer(settings), loss=make_loss(config), microbatch_size=settings.microbatch_size
+        log_prob_fn, make_optimizer(settings, model.params), loss=make_loss(config), microbatch_size=settings.microbatch_size
     )
     update = jax.jit(tuner.update, donate_argnums=0)
 

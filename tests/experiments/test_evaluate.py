@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
 
 import fjax
@@ -11,6 +13,7 @@ from experiments._run_folder import RunError
 from experiments._settings import Settings
 from experiments.lexical_constraint.config import Config
 from experiments.lexical_constraint.run import main
+from fjax.training import read_jsonl
 
 from .commands import SMALL, TINY, run
 
@@ -42,6 +45,24 @@ def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):
     fjax.save_pretrained(tmp_path / "other", params, other, model.tokenizer)
     assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path / "other", *LEXICAL) == 2
     assert "differ in shape or tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_can_begin_at_another_model(monkeypatch, tmp_path, capsys):
+    """Its step 0 is that model, and what it is measured against the base model."""
+    model, rng = fjax.from_pretrained(TINY), np.random.default_rng(0)
+    shaken = jax.tree.map(lambda leaf: leaf + 0.3 * leaf.std() * rng.normal(size=leaf.shape).astype(leaf.dtype), model.params)
+    fjax.save_pretrained(tmp_path / "shaken", shaken, model.config, model.tokenizer)
+    word = ("--word", "w9", *SMALL, "--steps", 1, "--eval-samples", 512)
+    assert run(monkeypatch, Config, main, *word, "--run-folder", tmp_path / "base") == 0
+    assert run(monkeypatch, Config, main, *word, "--start", tmp_path / "shaken", "--run-folder", tmp_path / "run") == 0
+    assert f"from {tmp_path / 'shaken'}" in "".join(capsys.readouterr().out.split("\n"))
+    base, begun = (read_jsonl(tmp_path / name / "metrics.jsonl")[0] for name in ("base", "run"))
+    assert base["step"] == begun["step"] == 0
+    assert begun["kl_to_base"] > 20 * begun["kl_to_base_std_error"]
+    error = np.hypot(base["log_z_std_error"], begun["log_z_std_error"])
+    assert begun["log_z"] == pytest.approx(base["log_z"], abs=4 * error)
+    assert run(monkeypatch, Config, main, *word, "--start", tmp_path) == 2
+    assert "Cannot load" in capsys.readouterr().err
 
 
 def test_a_run_can_be_followed_in_tensorboard_and_wandb(monkeypatch, tmp_path):

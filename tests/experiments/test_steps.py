@@ -27,7 +27,7 @@ def figures(folder, kind="step"):
     "flags",
     [
         ("--proposal", "adaptive", "--proposal-every", 2, "--divergence", "forward_kl"),
-        ("--overlap", "--divergence", "alpha", "--alpha", 0.3, "--optimizer", "sgd", "--decay"),
+        ("--overlap", "--divergence", "alpha", "--alpha", 0.3, "--optimizer", "sgd", "--decay", "--trainable", "wte|bias"),
         ("--algorithm", "ppo", "--divergence", "reverse_kl", "--smoothing", 0.1, "--learning-rate", 1e-4),
     ],
     ids=("adaptive", "overlap", "ppo"),
