@@ -40,7 +40,7 @@ class Display:
 
     def start(self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int) -> None:
         """Says what is about to happen, and where it will be."""
-        begin = f"from {escape(settings.start)}" if settings.start else "from the start"
+        begin = "from the start" if settings.start is None else f"from {escape(settings.start)}"
         at = f"going on at step {resumed_at}" if resumed_at else begin
         self.say(
             f"[bold]{escape(title)}[/]: {escape(settings.model)} ({_size(model)} parameters), "

@@ -120,7 +120,7 @@ def align(
         with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
             run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [])
             display.start(title, folder, settings, model, resumed_at=step)
-            if settings.start:
+            if settings.start is not None:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
             elif step:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))

@@ -48,7 +48,7 @@ def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_can_begin_at_another_model(monkeypatch, tmp_path, capsys):
-    """Its step 0 is that model, and what it is measured against the base model."""
+    """Its step 0 is that model, and what that is measured against is the base model."""
     model, rng = fjax.from_pretrained(TINY), np.random.default_rng(0)
     shaken = jax.tree.map(lambda leaf: leaf + 0.3 * leaf.std() * rng.normal(size=leaf.shape).astype(leaf.dtype), model.params)
     fjax.save_pretrained(tmp_path / "shaken", shaken, model.config, model.tokenizer)
