@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import EngFormatter
 
 from fjax.training import read_jsonl
 
@@ -82,12 +83,12 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[1, 0].set_title("norm of the gradient")
     axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8)
     axes[1, 1].set_title("effective samples of the divergence")
-    axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples of π/q")
+    axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples")
     if any(record["clipped_fraction"] for record in steps):
         samples = steps[-1]["samples"] / steps[-1]["step"]
         x, y = _xy(steps, "clipped_fraction")
         axes[1, 2].plot(x, y * samples, lw=0.8, label="samples with clipped f'")
-    axes[1, 2].set(title="samples of the policy, and clipped ones", ylim=(0, None))
+    axes[1, 2].set(title="effective samples of π/q", ylim=(0, None))
     _finish(figure, axes, path)
 
 
@@ -142,8 +143,14 @@ def _with_error(ax, records: list[dict], name: str, label: str | None = None, ma
     ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
 
 
+def label_counts(ax) -> None:
+    """150k for 150000 along the x-axis, so that labels do not run into one another."""
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
 def _finish(figure, axes, path: Path, *, xlabel: str = DRAWN) -> None:
     for ax in axes.flat:
+        label_counts(ax)
         if not ax.has_data():
             ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")
         elif len(ax.get_lines()) > 1:

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments._evaluate import NAMES
-from experiments._plots import STYLE, counted
+from experiments._plots import STYLE, counted, label_counts
 
 from .results import Curve, Result, by_label, by_samples, curve, spread
 
@@ -58,6 +58,7 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) ->
         for label, group in groups.items():
             _band(ax, curve([result.evaluations for result in group], name), label=label, ms=4, **looks[label])
         ax.set_title(titled(name))
+        label_counts(ax)
         ax.tick_params(labelbottom=True)  # a shared axis has them on its lowest panel alone
         if not ax.has_data():
             ax.set_yticks([])
@@ -118,6 +119,7 @@ def _spread(path: Path, groups, looks) -> None:
     if seen and max(seen) > 10 * min(seen):
         ax.set_yscale("log")
         ax.set_ylim(bottom=min(seen) / 2)
+    label_counts(ax)
     ax.set(title="spread of the pseudo-reward -f'(π/p)", xlabel="samples drawn", ylabel="standard deviation over a batch")
     _finish(figure, path)
 
