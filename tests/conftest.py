@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # Eight devices let `pmap` and `shard_map` be tested on any machine; processes which tests start have one, as a user's.
@@ -22,6 +23,31 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fjax")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--bare", action="store_true", help="run as a user does: without the two nets below")
+
+
+def pytest_configure(config):
+    if config.getoption("--bare"):
+        _remove_nets()
+
+
+def _remove_nets():
+    """A user has neither beartype at every call nor an error where ranks are broadcast."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+@pytest.fixture
+def bare():
+    """One test as a user would run it; for all that the two nets would see first, wrong shapes above all."""
+    before = jaxtyping.config.jaxtyping_disable, jax.config.jax_numpy_rank_promotion
+    _remove_nets()
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before[0])
+    jax.config.update("jax_numpy_rank_promotion", before[1])
 
 
 @pytest.fixture

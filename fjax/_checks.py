@@ -1,0 +1,108 @@
+"""The door of every public function that takes arrays: shapes are checked here, and the dtype of the computation chosen.
+
+Broadcasting would turn ``[C, N]``, or ``[N]`` beside ``[N, 1]``, into wrong numbers without a word. Shapes are static, so
+the checks cost nothing once compiled, and hold under `jit`, `vmap` and `shard_map`, each of which shows a function the
+shape that it really works on.
+"""
+
+import jax.numpy as jnp
+
+from fjax._typing import Array
+
+
+def one_axis(**arrays: Array | None) -> tuple:
+    """The arrays as one number a sample, each ``[N]``, in a common dtype of at least float32; None stays None.
+
+    Args:
+        arrays: by the names that the caller's users know them by.
+
+    Raises:
+        ValueError: if one has another number of axes, or they differ in length.
+
+    >>> [x.dtype.name for x in one_axis(log_pi=jnp.zeros(2, jnp.bfloat16), log_p=jnp.zeros(2))]
+    ['float32', 'float32']
+    """
+    given = _given(arrays)
+    if any(jnp.ndim(x) != 1 for x in given.values()):
+        raise ValueError(
+            f"{_listed(given)} must be one number a sample, of shape [N]; got {_shapes(given)}. For several contexts or "
+            "groups, map the function over them with jax.vmap."
+        )
+    return same_shape(**arrays)
+
+
+def same_shape(**arrays: Array | None) -> tuple:
+    """The arrays of an elementwise function, all of one shape, in a common dtype of at least float32; None stays None.
+
+    Args:
+        arrays: by the names that the caller's users know them by.
+
+    Raises:
+        ValueError: if their shapes differ; they are not broadcast.
+
+    >>> same_shape(chosen_log_pi=jnp.zeros(3), rejected_log_pi=jnp.zeros((3, 1)))
+    Traceback (most recent call last):
+    ValueError: chosen_log_pi and rejected_log_pi must have one shape; got [3] and [3, 1]. ...
+    """
+    given = _given(arrays)
+    if len({jnp.shape(x) for x in given.values()}) > 1:
+        raise ValueError(
+            f"{_listed(given)} must have one shape; got {_shapes(given)}. They are not broadcast: for several contexts or "
+            "groups, map the function over them with jax.vmap."
+        )
+    dtype = float_dtype(*given.values())
+    return tuple(None if x is None else jnp.asarray(x, dtype) for x in arrays.values())
+
+
+def float_dtype(*arrays: Array):
+    """What these are computed in: the widest of their dtypes, and float32 where that is narrower or not a float.
+
+    >>> float_dtype(jnp.zeros(1, jnp.int8)).name, float_dtype(jnp.zeros(1, bool), jnp.zeros(1, jnp.float16)).name
+    ('float32', 'float32')
+    """
+    return jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in arrays))
+
+
+def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array | None:
+    """``where`` as booleans of the shape of ``like``; integers count where they are not 0. None stays None.
+
+    Args:
+        where: True = counted.
+        like: what it is a mask of.
+        name: what the caller's users know it by.
+
+    Raises:
+        ValueError: if it has another shape, or holds floats.
+
+    >>> as_mask(jnp.array([1, 0]), jnp.zeros(2)).tolist()
+    [True, False]
+    """
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.shape != jnp.shape(like):
+        raise ValueError(
+            f"{name} must have the shape of what it masks, {_shape(like)}; got {_shape(where)}. For several contexts or "
+            "groups, map the function over them with jax.vmap."
+        )
+    if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
+        raise ValueError(f"{name} must be booleans, True = counted; got {where.dtype.name}. Compare first, as in w > 0.")
+    return where.astype(bool)
+
+
+def _given(arrays):
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+def _listed(given) -> str:
+    *names, last = given
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def _shapes(given) -> str:
+    *shapes, last = map(_shape, given.values())
+    return f"{', '.join(shapes)} and {last}" if shapes else last
+
+
+def _shape(x) -> str:
+    return str(list(jnp.shape(x)))
