@@ -45,7 +45,7 @@ def test_the_shape_that_a_function_really_works_on_is_what_counts(transform):
 
 def test_masks_of_integers_count_and_others_are_refused():
     assert _checks.as_mask(jnp.array([2, 0, 1]), jnp.zeros(3)).tolist() == [True, False, True]
-    with pytest.raises(ValueError, match="must be booleans.*got float32"):
+    with pytest.raises(ValueError, match=r"must be booleans.*got float32"):
         _checks.as_mask(jnp.ones(3), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"must have the shape of what it masks, \[3\]; got \[3, 1\]"):
         _checks.as_mask(jnp.ones((3, 1), bool), jnp.zeros(3))
