@@ -14,6 +14,8 @@ class Rollout(NamedTuple):
         log_q: log-probability of each completion under the distribution it was really drawn from, in nats.
         log_score: log P(x) under the unnormalised target; -inf where it is ruled out.
         contexts: which contexts the C rows of samples are of, each at most once; needed for one Z a context.
+        strata: which part of the sampling distribution each sample was drawn from, where their numbers were fixed: 0 for the
+            policy (or its proposal), 1 for the base model. None: all of one distribution, log q, or of a mixture by chance.
     """
 
     tokens: Int[Array, "*c N T"]
@@ -21,3 +23,4 @@ class Rollout(NamedTuple):
     log_q: Float[Array, "*c N"]
     log_score: Float[Array, "*c N"]
     contexts: Int[Array, "C"] | None = None
+    strata: Int[Array, "*c N"] | None = None
