@@ -5,7 +5,10 @@ the checks cost nothing once compiled, and hold under `jit`, `vmap` and `shard_m
 shape that it really works on.
 """
 
+import math
+
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from fjax._typing import Array
 
@@ -88,6 +91,50 @@ def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array |
     if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
         raise ValueError(f"{name} must be booleans, True = counted; got {where.dtype.name}. Compare first, as in w > 0.")
     return where.astype(bool)
+
+
+def is_concrete(value: object) -> bool:
+    """Whether the number can be looked at: not while a transformation traces it, as an annealed β under `jax.jit` is."""
+    return not isinstance(value, Tracer)
+
+
+def positive(**values: float | Array) -> None:
+    """Options such as β: one number each, above 0 and finite. Of one that is traced only the shape can be checked.
+
+    Args:
+        values: by the names that the caller's users know them by.
+
+    Raises:
+        ValueError: for an array of several numbers, or another number.
+
+    >>> positive(beta=0.0)
+    Traceback (most recent call last):
+    ValueError: beta must be positive, got 0.0.
+    """
+    for name, value in values.items():
+        one_number(**{name: value})
+        if is_concrete(value) and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive{' and finite' * bool(value > 0)}, got {value}.")
+
+
+def one_number(**values: float | Array) -> None:
+    """Options that are one number each, traced or not; an array of them would be broadcast against the samples.
+
+    Args:
+        values: by the names that the caller's users know them by.
+
+    Raises:
+        ValueError: for an array of several.
+
+    >>> one_number(log_beta=jnp.zeros(3))
+    Traceback (most recent call last):
+    ValueError: log_beta must be one number, got shape [3]. For several, map the function over them with jax.vmap.
+    """
+    for name, value in values.items():
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"{name} must be one number, got shape {_shape(value)}. For several, map the function over them with jax.vmap."
+            )
 
 
 def _given(arrays):

@@ -49,3 +49,20 @@ def test_masks_of_integers_count_and_others_are_refused():
         _checks.as_mask(jnp.ones(3), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"must have the shape of what it masks, \[3\]; got \[3, 1\]"):
         _checks.as_mask(jnp.ones((3, 1), bool), jnp.zeros(3))
+
+
+@pytest.mark.parametrize("value", [0.0, -1, float("nan"), float("inf"), jnp.zeros(())])
+def test_an_option_is_positive_and_finite_or_an_error(value):
+    with pytest.raises(ValueError, match="beta must be positive"):
+        _checks.positive(beta=value)
+
+
+def test_of_a_traced_option_only_the_shape_is_checked():
+    def scaled(beta):
+        _checks.positive(beta=beta)
+        return 2 * beta
+
+    assert float(jax.jit(scaled)(0.5)) == 1
+    assert float(jax.grad(scaled)(0.5)) == 2
+    with pytest.raises(ValueError, match=r"beta must be one number, got shape \[3\].*jax\.vmap"):
+        jax.jit(scaled)(jnp.ones(3))
