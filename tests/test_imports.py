@@ -1,7 +1,9 @@
 """`import fjax` is cheap and complete: it loads no heavy library, and every name it promises is there."""
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -44,3 +46,13 @@ def test_type_checkers_see_the_lazy_names():
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'forward_lk'"):
         fjax.forward_lk  # noqa: B018
+
+
+def test_no_module_has_the_name_of_a_function_beside_it():
+    """To mypy, `from fjax.training import fdpg` would be the module of that name, and not callable."""
+    packages = [importlib.import_module(f"fjax.{m.name}") for m in pkgutil.iter_modules(fjax.__path__) if m.ispkg]
+    assert len(packages) >= 4
+    for package in (fjax, *packages):
+        for module in pkgutil.iter_modules(package.__path__):
+            found = getattr(package, module.name, None)
+            assert found is None or inspect.ismodule(found), f"{package.__name__}.{module.name}"

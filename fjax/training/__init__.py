@@ -2,7 +2,7 @@
 
 from fjax.training._update import StepInfo, Tuner
 from fjax.training.checkpoint import Checkpoints
-from fjax.training.fdpg import fdpg
+from fjax.training.f_dpg import fdpg
 from fjax.training.logging import FanOut, JsonlLogger, Logger, TensorBoardLogger, WandbLogger, read_jsonl
 from fjax.training.policy_gradient import ppo, rloo
 from fjax.training.preference import PairBatch, PairInfo, PairTuner, preference_tuner
