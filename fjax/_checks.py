@@ -93,6 +93,33 @@ def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array |
     return where.astype(bool)
 
 
+def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
+    """The arrays ``[N, T]`` in a common dtype, 0 where ``where`` does not count, and ``where`` as booleans after them.
+
+    What is not counted may be anything, NaN included: replaced before a formula sees it, it reaches no gradient either.
+
+    Args:
+        where: tokens that count; None means all.
+        arrays: by the names that the caller's users know them by.
+
+    Raises:
+        ValueError: if the shapes differ, or are not of sequences by tokens.
+
+    >>> [x.tolist() for x in as_token_arrays(jnp.array([[1, 0]]), token_log_pi=jnp.array([[-1.0, jnp.nan]]))]
+    [[[-1.0, 0.0]], [[True, False]]]
+    """
+    kept = same_shape(**arrays)
+    if jnp.ndim(kept[0]) != 2:
+        raise ValueError(
+            f"{_listed(arrays)} must be one number a token, of shape [N, T]; got {_shapes(arrays)}. For several contexts or "
+            "groups, map the function over them with jax.vmap."
+        )
+    mask = as_mask(where, kept[0])
+    if mask is None:
+        mask = jnp.ones_like(kept[0], bool)
+    return *(jnp.where(mask, x, 0.0) for x in kept), mask
+
+
 def is_concrete(value: object) -> bool:
     """Whether the number can be looked at: not while a transformation traces it, as an annealed β under `jax.jit` is."""
     return not isinstance(value, Tracer)

@@ -37,9 +37,31 @@ def count(x: Float[Array, "N"], where: Bool[Array, "N"] | None) -> Float[Array, 
     return jnp.asarray(x.shape[0], x.dtype) if where is None else where.sum(dtype=x.dtype)
 
 
-def keep(x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float) -> Float[Array, "N"]:
+def keep(x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float | Float[Array, ""]) -> Float[Array, "N"]:
     """The entries counted; ``otherwise`` elsewhere, whatever stood there, NaN included."""
     return x if where is None else jnp.where(where, x, otherwise)
+
+
+def deviations(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> tuple[Float[Array, ""], Float[Array, "N"]]:
+    """An entry c, and how far each one counted is from it: to be averaged in place of x, as mean = c + mean deviation.
+
+    So equal entries deviate by exactly 0, and so do all that differ by rounding only (four units in the last place), which
+    would come out at full size where something is divided by their spread. Not counted is 0. c is the smallest in absolute
+    value, lest the others lose their digits beside a large one.
+    """
+    size = keep(jnp.abs(x), where, jnp.inf)
+    finite = jnp.isfinite(size)
+    reference = jnp.where(finite.any(), x[jnp.argmin(jnp.where(finite, size, jnp.inf))], 0.0)
+    deviation = keep(x - reference, where, 0.0)
+    rounding = 4 * jnp.finfo(x.dtype).eps * keep(jnp.abs(x), where, 0.0).max(initial=0.0)
+    # NaN and inf are above it: they stay, for the caller to see.
+    return reference, jnp.where(jnp.abs(deviation).max(initial=0.0) < rounding, 0.0, deviation)
+
+
+def centred(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> Float[Array, "N"]:
+    """The entries minus the mean of those counted, exactly 0 where all are equal but for rounding; not counted is 0."""
+    _, deviation = deviations(x, where)
+    return keep(deviation - deviation.sum() / count(x, where), where, 0.0)
 
 
 def mean_and_error(x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
