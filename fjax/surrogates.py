@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fjax._numerics import count, gather, keep, weighted
-from fjax._typing import Array, Bool, Float
+from fjax._checks import as_mask, one_axis
+from fjax._numerics import deviations, gather, keep, weighted
+from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
 
 __all__ = [
@@ -138,38 +139,64 @@ def score_weights(
 
 
 def leave_one_out(
-    scores: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None, axis_name: str | None = None
+    scores: Float[Array, "N"],
+    *,
+    where: Bool[Array, "N"] | None = None,
+    strata: Int[Array, "N"] | Bool[Array, "N"] | None = None,
+    axis_name: str | None = None,
 ) -> Float[Array, "N"]:
     """For each sample the mean of the others' scores: a baseline that leaves the gradient unbiased.
 
-    B_i = (Σ_j s_j - s_i)/(n - 1). It does not depend on sample i, so E[B_i ∇log π(x_i)] = 0. The plain batch
-    mean does, and shrinks the gradient by (n - 1)/n.
+    B_i = (Σ_j s_j - s_i)/(n - 1). It does not depend on sample i, so E[B_i ∇log π(x_i)] = 0. The plain batch mean does, and
+    shrinks the gradient by (n - 1)/n.
+
+    Samples drawn in fixed numbers n_s from the components of a mixture q, say from the policy and from the base model, are
+    not alike: left out of all others, one of the policy leaves fewer of its kind behind than one of the base model does, and
+    the mean of B_i depends on where sample i came from, which biases the gradient. With ``strata``
+
+        B_i = Σ_s (n_s/N) · mean of the scores of stratum s without s_i
+
+    whose mean is the same for every i. A stratum of a single member adds 0 to all of them, its own and the others'.
 
     Args:
-        scores: one value a sample, here ``score_weights``. An infinite one leaves no finite baseline: clip it
-            before.
-        where: samples that count; as a baseline of some of them, ``functools.partial(leave_one_out,
-            where=where)``.
+        scores: one value a sample, here ``score_weights``. An infinite one leaves no finite baseline: clip it before.
+        where: samples that count; as a baseline of some of them, ``functools.partial(leave_one_out, where=where)``.
+        strata: which component each sample was drawn from, by any numbers from 0 to N - 1 (or as booleans, if there are
+            two); B of a sample with another number is NaN. None: all are from one distribution.
         axis_name: mapped axis over which the samples are spread; the others on all devices count.
 
     Returns:
-        One value a sample; 0 for a sample that has no others.
+        One value a sample; 0 for all if none has others. Where all scores are equal up to rounding, B_i is s_i exactly.
 
     Raises:
-        ValueError: if the array holds a single sample, which has no others.
+        ValueError: if the array holds a single sample, which has no others; or on differing shapes.
 
     >>> leave_one_out(jnp.array([1.0, 2.0, 6.0])).tolist()
     [4.0, 3.5, 1.5]
+    >>> leave_one_out(jnp.array([1.0, 2.0, 6.0, 8.0]), strata=jnp.array([0, 0, 1, 1])).tolist()
+    [4.5, 4.0, 4.75, 3.75]
 
-    Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO, arXiv 2402.14740).
+    Source: Kool et al. 2019; Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); strata: Owen 2013, sections 8.4 and 9.11.
     """
-    if scores.shape[0] < 2 and axis_name is None:
+    (own,) = one_axis(scores=jax.lax.stop_gradient(scores))
+    where, strata = as_mask(where, own), _as_strata(strata, own)
+    if own.shape[0] < 2 and axis_name is None:
         raise ValueError(
-            f"A leave-one-out baseline needs at least 2 samples, got {scores.shape[0]}: draw more, or use baseline=0.0."
+            f"A leave-one-out baseline needs at least 2 samples, got {own.shape[0]}: draw more, or use baseline=0.0."
         )
-    own = keep(jax.lax.stop_gradient(scores), where, 0.0)
-    everyone, counted = gather(own, axis_name), gather(where, axis_name)
-    return (everyone.sum() - own) / jnp.maximum(count(everyone, counted) - 1, 1)
+    everyone, counted, all_strata = gather(own, axis_name), gather(where, axis_name), gather(strata, axis_name)
+    # Averaged are deviations, so that equal scores leave exactly nothing.
+    reference, deviation = deviations(everyone, counted)
+    equal = ~(deviation != 0).any()
+    sizes, own_size = _by_stratum(keep(jnp.ones_like(everyone), counted, 0.0), all_strata, strata)
+    sums, own_sum = _by_stratum(deviation, all_strata, strata)
+    n, several = jnp.maximum(sizes.sum(), 1), sizes > 1
+    share = jnp.where(several, sizes, 0.0).sum() / n
+    # n_s times the mean of the others, less the sum that has the sample in it.
+    change = (own_sum - own_size * (own - reference)) / jnp.maximum(own_size - 1, 1)
+    change = keep(jnp.where(own_size == 1, 0.0, change), where, 0.0)
+    baseline = reference * share + (jnp.where(several, sums, 0.0).sum() + change) / n
+    return jnp.where(equal & (own_size > 0), keep(own, where, reference) * share, baseline)
 
 
 def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Baseline:
@@ -356,3 +383,24 @@ def _check(log_pi, log_p, log_q, clip):
         raise ValueError(f"log_pi, log_p and log_q describe the same samples, got shapes {shapes}.")
     if clip is not None and not clip[0] < clip[1]:
         raise ValueError(f"clip is a pair (lowest, highest) of values of f', got {clip}.")
+
+
+def _as_strata(strata, like):
+    if strata is None:
+        return None
+    strata = jnp.asarray(strata)
+    if strata.shape != like.shape or jnp.issubdtype(strata.dtype, jnp.inexact):
+        raise ValueError(
+            f"strata must be one integer a sample, of shape {list(like.shape)}; got {strata.dtype.name} of shape "
+            f"{list(strata.shape)}. For several contexts, map the function over them with jax.vmap."
+        )
+    return strata.astype(jnp.int32)
+
+
+def _by_stratum(x, strata, own_strata):
+    """The sum of each stratum, and for each own sample that of its own: NaN for one that there is not."""
+    if strata is None:
+        return x.sum()[None], x.sum()
+    known, own_known = (jnp.where((s >= 0) & (s < x.shape[0]), s, x.shape[0]) for s in (strata, own_strata))
+    sums = jax.ops.segment_sum(x, known, num_segments=x.shape[0])
+    return sums, sums.at[own_known].get(mode="fill", fill_value=jnp.nan)

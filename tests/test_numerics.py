@@ -44,3 +44,18 @@ def test_ess_does_not_depend_on_scale():
         assert float(_numerics.ess_of(log_weights + shift)) == pytest.approx(expected, rel=2e-3)
     assert float(_numerics.ess_of(jnp.full(3, -1e4))) == 3
     assert float(_numerics.ess_of(jnp.full(3, -INF))) == 0
+
+
+def test_what_differs_by_rounding_only_deviates_by_nothing():
+    """Regression: the mean of sixteen times 100.1 is another number in float32, and 0.13 was left after division by spread."""
+    equal = jnp.full(16, 100.1)
+    for x in (equal, jnp.nextafter(equal, INF).at[::2].set(100.1), -equal, equal * 1e36, equal * 0):
+        assert not _numerics.centred(x).any()
+    np.testing.assert_allclose(_numerics.centred(equal + jnp.arange(16) / 1024), (jnp.arange(16) - 7.5) / 1024, atol=8e-6)
+
+
+def test_centring_skips_what_is_not_counted_and_shows_what_is_not_finite():
+    x, where = jnp.array([1.0, 2.0, 6.0, jnp.nan, INF]), jnp.arange(5) < 3
+    assert _numerics.centred(x, where).tolist() == [-2, -1, 3, 0, 0]
+    assert not np.isfinite(_numerics.centred(x[:3].at[0].set(INF))).all()
+    assert np.isnan(_numerics.centred(x[:4])).all()

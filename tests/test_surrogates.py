@@ -1,13 +1,15 @@
 """Every surrogate's gradient, summed over a small space, is that of the divergence; the ends of float32."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
-from fjax import divergences, enumeration, surrogates
+from fjax import divergences, enumeration, estimators, surrogates
 from tests.cases import CASES, each, each_target, each_target_of_the_paper, name, refused, world
 
 
@@ -250,6 +252,105 @@ def test_leave_one_out_of_the_samples_that_count():
     baseline = surrogates.leave_one_out(scores, where=where)
     np.testing.assert_allclose(baseline[where], [5.5, 4.5, 2.0])
     assert surrogates.leave_one_out(scores, where=jnp.array([True, False, False, False]))[0] == 0
+
+
+@functools.cache
+def draws(n: int, m: int):
+    """Every draw of n sequences from the policy and m from the base model: rows, and the probability of each draw."""
+    small = world()
+    rows = np.indices((7,) * (n + m)).reshape(n + m, -1).T
+    return rows, np.exp(small.log_pi[rows[:, :n]].sum(axis=1) + small.log_q[rows[:, n:]].sum(axis=1))
+
+
+@functools.cache
+def leave_one_out_of(*strata: int | None):
+    named = None if strata[0] is None else jnp.array(strata)
+    return jax.jit(jax.vmap(functools.partial(surrogates.leave_one_out, strata=named)))
+
+
+def gradient_on_fixed_numbers(case, n, m, *, strata):
+    """E[∇ mean loss] over all draws of exactly n and m, with log q that of their mixture, as a batch of `draw` is."""
+    small = world()
+    log_mixture = estimators.log_mixture(small.log_pi, small.log_q, base_fraction=m / (n + m))
+    rows, probability = draws(n, m)
+    of_sequence = surrogates.score_weights(small.log_pi, small.log_p, log_mixture, divergence=case.divergence)
+    ratio = surrogates.importance_weights(small.log_pi, log_mixture)
+    baseline = leave_one_out_of(*([0] * n + [1] * m if strata else [None]))(of_sequence[rows])
+    weights = of_sequence[rows] - ratio[rows] * baseline
+    total = np.bincount(rows.ravel(), (probability[:, None] * weights).ravel(), minlength=7) / (n + m)
+    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
+    return np.einsum("s,spv->pv", total, scores)
+
+
+@each
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_leaving_one_out_of_its_stratum_is_unbiased_on_fixed_numbers(case, n, m, x64):
+    """n samples of the policy and m of the base model, never another split: what a batch with a defensive share is."""
+    gradient = exact(name(case), False)
+    error = abs(gradient_on_fixed_numbers(case, n, m, strata=True) - gradient).max()
+    assert error < 1e-10 * max(1, abs(gradient).max())
+
+
+@pytest.mark.parametrize(("n", "m", "least"), [(1, 1, 0.02), (4, 1, 0.004)])
+@pytest.mark.parametrize("of", ["reverse_kl", "total_variation", "jensen_shannon"])
+def test_leaving_one_out_of_all_is_biased_on_fixed_numbers(of, n, m, least, x64):
+    """Regression: a sample of the policy leaves fewer of its kind behind than one of the base model does."""
+    case, gradient = next(case for case in CASES if name(case) == of), exact(of, False)
+    error = abs(gradient_on_fixed_numbers(case, n, m, strata=False) - gradient).max() / abs(gradient).max()
+    assert least < error < 0.5
+
+
+def test_leave_one_out_by_strata_is_its_formula(x64):
+    """Written out: any number of strata, under any names, some of the samples masked; single members add nothing."""
+    rng = np.random.default_rng(3)
+    scores, strata, where = rng.normal(size=12), rng.choice([0, 3, 7, 11], 12), rng.uniform(size=12) < 0.8
+    strata[np.argmax(where)], scores[~where], strata[~where] = 5, np.nan, -1
+    expected = np.zeros(12)
+    for i, s in itertools.product(range(12), set(strata[where])):
+        members = where & (strata == s)
+        others = members & (np.arange(12) != i)
+        if members.sum() > 1:
+            expected[i] += members.sum() / where.sum() * scores[others].mean()
+    baseline = surrogates.leave_one_out(jnp.asarray(scores), where=jnp.asarray(where), strata=jnp.asarray(strata))
+    np.testing.assert_allclose(baseline, expected, rtol=1e-13)
+    spread = jax.shard_map(
+        lambda x, w, s: surrogates.leave_one_out(x, where=w, strata=s, axis_name="rows"),
+        mesh=Mesh(np.array(jax.devices()[:4]), ("rows",)), in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"),
+    )  # fmt: skip
+    baseline = jax.jit(spread)(jnp.asarray(scores), jnp.asarray(where), jnp.asarray(strata))
+    np.testing.assert_allclose(baseline, expected, rtol=1e-13)
+
+
+def test_a_stratum_that_there_is_not_is_seen():
+    baseline = surrogates.leave_one_out(jnp.array([1.0, 2.0, 4.0]), strata=jnp.array([0, 0, 3]))
+    assert np.isnan(baseline).tolist() == [False, False, True]
+    with refused(r"one integer a sample, of shape \[3\]; got float32"):
+        surrogates.leave_one_out(jnp.ones(3), strata=jnp.ones(3))
+
+
+@pytest.mark.parametrize("score", [100.1, 1e30])
+@pytest.mark.parametrize("options", [{}, {"where": jnp.arange(16) > 3}, {"strata": jnp.arange(16) % 3}], ids=", ".join)
+def test_equal_scores_leave_exactly_nothing(score, options):
+    """Regression: the mean of sixteen times 100.1 is another number, and what is left was noise of rounding."""
+    scores = jnp.full(16, score)
+    rounded = jnp.nextafter(scores, jnp.inf).at[::2].set(score)
+    counted = options.get("where", jnp.ones(16, bool))
+
+    def left(scores, options, axis_name=None):
+        return scores - surrogates.leave_one_out(scores, axis_name=axis_name, **options)
+
+    spread = jax.shard_map(
+        functools.partial(left, axis_name="rows"), mesh=Mesh(np.array(jax.devices()), ("rows",)),
+        in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"),
+    )  # fmt: skip
+    for of in (jax.jit(left), jax.jit(spread)):
+        assert not of(scores, options)[counted].any()
+        assert not of(rounded, options)[counted].any()
+
+
+def test_a_small_spread_is_no_rounding():
+    scores = 100 + jnp.arange(4) / 1024
+    np.testing.assert_allclose(scores - surrogates.leave_one_out(scores), (jnp.arange(4) - 1.5) / 768, atol=8e-6)
 
 
 def test_misuse_is_refused():
