@@ -1,9 +1,8 @@
 """The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when told to."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from fjax.models import PretrainedModel
 from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
 
 from . import _display, _evaluate, _plots, _report
+from ._endings import AskedToStop, Stop, graceful_stop
 from ._loggers import check_loggers, open_loggers
 from ._programs import Batch, Contexts, Programs, export, load_aligned, load_model, make_programs
 from ._run_folder import RunError, check_space, describe_run, open_run
@@ -53,29 +53,7 @@ class Run(NamedTuple):
     logger: Logger
     display: _display.Display
     base_drawn: list[Batch]
-
-
-class Stop:
-    """Set by Ctrl-C and SIGTERM, read between steps; a second Ctrl-C interrupts at once."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def graceful_stop() -> Iterator[Stop]:
-    """Within it, the first SIGINT or SIGTERM only asks to stop."""
-    stop = Stop()
-
-    def ask(number, _):
-        stop.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop: Stop
 
 
 def align(
@@ -118,13 +96,13 @@ def align(
         progress, seconds = _begin(settings, stepper, programs.tuner.init(begin_at.params), checkpoints)
         step = int(progress.state.step)
         with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
-            run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [])
+            run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [], stop)
             display.start(title, folder, settings, model, resumed_at=step)
             if settings.start is not None:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
             elif step:
                 run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
-            return _train(run, progress, seconds, stop)
+            return _train(run, progress, seconds)
 
 
 def _nearest_first(metrics: dict) -> float:
@@ -141,13 +119,14 @@ def _begin(settings, stepper, state, checkpoints) -> tuple[Progress, float]:
     return progress, float(restored["seconds"])
 
 
-def _train(run: Run, progress: Progress, seconds: float, stop: Stop) -> int:
+def _train(run: Run, progress: Progress, seconds: float) -> int:
     settings, begun = run.settings, time.monotonic() - seconds
     step = int(progress.state.step)
     if step < settings.steps and step not in evaluations(read_jsonl(run.folder / "metrics.jsonl")):
-        _evaluate_now(run, progress, step, begun)
+        with suppress(AskedToStop):
+            _evaluate_now(run, progress, step, begun)
     with run.display.progress("align", total=settings.steps, completed=step, headline=run.target.headline) as bar:
-        while step < settings.steps and not stop.signal:
+        while step < settings.steps and not run.stop.signal:
             progress, figures = run.stepper.step(progress, step)
             step += 1
             record = {"kind": "step", "step": step, "samples": step * run.stepper.samples, **figures}
@@ -158,19 +137,21 @@ def _train(run: Run, progress: Progress, seconds: float, stop: Stop) -> int:
                 _save(run, progress, begun)
                 raise RunError(_not_finite(run, step))
             if step % settings.eval_every == 0 and step < settings.steps:
-                _evaluate_now(run, progress, step, begun)
+                with suppress(AskedToStop):
+                    _evaluate_now(run, progress, step, begun)
                 _save(run, progress, begun)
-                if _is_enough(run):
+                if not run.stop.signal and _is_enough(run):
                     break
             elif step % settings.checkpoint_every == 0:
                 _save(run, progress, begun)
-    if stop.signal:
-        _save(run, progress, begun)
-        run.checkpoints.wait()
-        run.display.stopped(step, run.folder)
-        return 128 + stop.signal
-    _finish(run, progress, step, begun)
-    return 0
+    if not run.stop.signal:
+        with suppress(AskedToStop):
+            _finish(run, progress, step, begun)
+            return 0
+    _save(run, progress, begun)
+    run.checkpoints.wait()
+    run.display.stopped(step, run.folder)
+    return 128 + run.stop.signal
 
 
 def draw_fresh(run: Run | Prepared, params: Params, rng_key: jax.Array, samples: int, *, what: str) -> list[Batch]:
@@ -224,9 +205,10 @@ def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> 
 def _measure(run: Run, progress: Progress, step: int) -> tuple[_evaluate.Evaluation, list[Batch]]:
     """An evaluation, and the batches that were drawn for it."""
     params = progress.state.params
-    drawn = _draw_for_evaluation(run, params, step)
     divergences = reported_divergences(run.settings)
-    return _evaluate.evaluate(run.programs, params, run.target, drawn, run.base_drawn, divergences), drawn
+    with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
+        drawn = _draw_for_evaluation(run, params, step)
+        return _evaluate.evaluate(run.programs, params, run.target, drawn, run.base_drawn, divergences), drawn
 
 
 def _absent(run: Run, samples: int) -> None:

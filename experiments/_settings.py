@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ import optax
 import fjax
 from fjax._typing import Params
 
+from ._arguments import FolderOrName, check_numbers
 from ._run_folder import RunError
 
 BUILT_IN = Path(__file__).parent / "assets" / "reviews-gpt2"
@@ -37,10 +37,10 @@ PPO_EPOCHS, PPO_MINIBATCHES = 2, 4
 class Settings:
     """Model, objective, optimiser and run folder: the same for all experiments."""
 
-    model: str = "built-in"
+    model: FolderOrName = "built-in"
     """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a name on the Hugging
     Face hub such as gpt2, distilgpt2, gpt2-xl."""
-    start: str | None = None
+    start: FolderOrName | None = None
     """Where the policy begins, if not as the base model: a model aligned from it, such as the folder that a run exported. What
     is near another target of the same kind already takes fewer steps to this one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,7 +78,7 @@ class Settings:
     learning_rate: float = 5e-4
     """Peak rate. Of Adam 1e-5 is right for the real GPT-2; the small built-in model takes more."""
     warmup_steps: int = 10
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises from 0; with 0 or 1 the first step has the whole of it."""
     decay: bool = False
     """Let the rate fall linearly to 0 at --steps, which averages the noise of the last steps away. Without it the rate stays
     constant, and --resume may ask for more steps."""
@@ -113,21 +113,14 @@ class Settings:
     """Go on with an interrupted run of the same configuration (--steps may be larger)."""
 
     def __post_init__(self):
-        positive = ("steps", "samples", "max_new_tokens", "eval_every", "eval_samples", "checkpoint_every", "proposal_every")
-        for name in (*positive, *(["patience"] if self.patience is not None else [])):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self)
         divergences = get_args(Divergence)
         if self.divergence not in divergences:
             raise ValueError(f"--divergence must be one of {', '.join(divergences)}; got {self.divergence!r}.")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"--alpha must be a finite number, got {self.alpha}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate must be positive, got {self.learning_rate}.")
         if self.samples < 2:
             raise ValueError("--samples must be at least 2: the leave-one-out baseline compares samples with others.")
-        if not 0 <= self.base_fraction <= 0.9:
-            raise ValueError(f"--base-fraction must be in [0, 0.9], got {self.base_fraction}.")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"--clip is the lowest and then the highest f', got {self.clip[0]:g} {self.clip[1]:g}.")
         try:
             re.compile(self.trainable or "")
         except re.error as error:
@@ -188,7 +181,7 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
     Raises:
         RunError: if nothing is.
     """
-    peak, warmup = settings.learning_rate, settings.warmup_steps
+    peak, warmup = settings.learning_rate, max(settings.warmup_steps, 1)  # the first step has the whole rate either way
     schedule = optax.linear_schedule(0.0, peak, warmup)
     if settings.decay:
         updates = settings.steps * (PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1)

@@ -22,6 +22,7 @@ from rich.table import Table
 import fjax
 from fjax.sampling import categorical, top_k, top_p
 
+from ._arguments import FolderOrName, check_numbers
 from ._command import run
 from ._evaluate import Target
 from ._programs import hardware, load_model, make_programs
@@ -53,7 +54,7 @@ class Config:
     """Columns of logits, for draw and filter."""
     rounds: int = 7
     """Each alternative is timed once a round; the median over rounds is shown."""
-    model: str = "built-in"
+    model: FolderOrName = "built-in"
     """The model, for step: built-in, a local folder, or a name on the hub."""
     samples: int = 128
     """Samples a step."""
@@ -63,9 +64,7 @@ class Config:
     """How long the score of overlap is waited for: a service's answer, during which Python has nothing to compute."""
 
     def __post_init__(self):
-        for name in ("rows", "vocabulary", "rounds", "samples", "max_new_tokens", "scoring_ms"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self)
 
 
 def gumbel(rng_key, logits):

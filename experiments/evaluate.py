@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from . import _display, _evaluate
+from ._arguments import FolderOrName
 from ._command import run
 from ._loop import EVALUATION_KEY, TARGET_KEY, Prepared, draw_fresh
 from ._programs import Contexts, load_aligned, load_model, make_programs
@@ -46,7 +47,7 @@ class Config:
         python -m experiments.evaluate --aligned my/folder lexical_constraint --help
     """
 
-    aligned: str
+    aligned: FolderOrName
     """The model to evaluate: a folder, or a name on the hub. It must have the base model's shape and tokenizer."""
     task: tyro.conf.OmitArgPrefixes[Task]
     """Whose target."""

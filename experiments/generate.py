@@ -18,6 +18,7 @@ from fjax.estimators import estimate_log_z
 from fjax.sampling import RejectionEstimate, accept, estimate_rejection, log_acceptance
 from fjax.training import JsonlLogger
 
+from ._arguments import FolderOrName, check_numbers
 from ._command import run
 from ._programs import Programs, load_aligned, load_model, make_programs
 from ._rejection_costs import Cost, Half, costs, plot
@@ -42,11 +43,11 @@ class Config:
         python -m experiments.generate --model runs/.../model --word amazing --acceptance-rate 0.01 --samples 100
     """
 
-    model: str
+    model: FolderOrName
     """Folder of the aligned model, the proposals' distribution."""
     word: str
     """The word it was aligned to."""
-    base: str = "built-in"
+    base: FolderOrName = "built-in"
     """The model it was aligned from, as for --model of the experiments."""
     samples: int = 10
     """How many to accept."""
@@ -66,11 +67,7 @@ class Config:
     """A picture of acceptance rate and bound against β, too: predicted by half of the proposals, and found in the other."""
 
     def __post_init__(self):
-        if not 0 < self.acceptance_rate <= 1:
-            raise ValueError(f"--acceptance-rate must be in (0, 1], got {self.acceptance_rate}.")
-        for name in ("samples", "max_proposals", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self)
         if not self.word.strip():
             raise ValueError("--word must not be empty.")
 

@@ -15,10 +15,14 @@ import numpy as np
 
 from fjax import divergences, enumeration, policy_gradients
 
+from ._arguments import check_numbers
 from ._command import run
 
 Loss = Callable[..., jax.Array]
 """(log_pi, log_a, log_q) of samples -> one loss a sample."""
+
+LARGEST = 2**12
+"""Sequences that are listed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Config:
     """Longest sequence."""
     seed: int = 0
     """Of policy, base model and the distribution that off-policy samples are from."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.vocab_size**self.max_tokens > LARGEST:
+            raise ValueError(
+                f"--vocab-size {self.vocab_size} and --max-tokens {self.max_tokens} make a space that is too large to list: "
+                f"take sizes with vocab_size ** max_tokens up to {LARGEST}."
+            )
 
 
 class World(NamedTuple):

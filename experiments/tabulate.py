@@ -72,4 +72,4 @@ def _cell(value: float, error: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.tabulate"))
+    sys.exit(run(Config, main, module="experiments.tabulate", computes=False))

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments._arguments import check_numbers
+
 from .objectives import parse_objectives
 
 Task = Literal["lexical_constraint", "sentiment_reward", "gender_balance", "conditional", "preference_pairs"]
@@ -72,8 +74,7 @@ class Config:
     """For the task, after --, as in -- --word great --steps 90."""
 
     def __post_init__(self):
-        if self.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {self.jobs}.")
+        check_numbers(self)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must be at least one, and each once; got {' '.join(map(str, self.seeds)) or 'none'}.")
         if not (self.objectives or self.only_report or self.runs):

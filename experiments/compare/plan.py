@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
+from experiments import _arguments
 from experiments._run_folder import MAY_CHANGE, RunError, open_run
 from experiments._settings import as_json
 from fjax.training import read_jsonl
@@ -80,7 +79,7 @@ def parse(task: Task, arguments: Sequence[str], label: str) -> dict:
     """
     task_config = importlib.import_module(f"experiments.{task}.config").Config
     try:
-        return as_json(tyro.cli(task_config, args=list(arguments), prog=f"python -m experiments.{task}"))
+        return as_json(_arguments.parse(task_config, f"python -m experiments.{task}", arguments))
     except ValueError as error:
         raise RunError(f"{task} refuses the objective {label!r}: {error}") from error
     except SystemExit as exit:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from experiments._loop import graceful_stop
+from experiments._endings import graceful_stop
 
 from .plan import Plan, current_step, is_begun
 

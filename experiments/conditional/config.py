@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from experiments._arguments import check_numbers
 from experiments._settings import Settings
 
 
@@ -45,11 +46,7 @@ class Config:
     """Shared by all experiments."""
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "max_prompt_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.prompts_per_step < 2:
-            raise ValueError("--prompts-per-step must be at least 2; for a single prompt there is lexical_constraint.")
+        check_numbers(self)
         if self.unseen_prompts is not None and self.prompts is None:
             raise ValueError("--unseen-prompts go with --prompts; the built-in prompts have unseen ones of their own.")
         if self.predicate not in ("turns", "repeats") and ":" not in self.predicate:

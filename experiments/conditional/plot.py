@@ -89,4 +89,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.conditional.plot"))
+    sys.exit(run(Config, main, module="experiments.conditional.plot", computes=False))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
+from experiments._arguments import check_numbers
 from experiments._settings import Settings
 
 WOMAN = "she her hers herself woman women girl girls lady ladies actress actresses mother daughter sister wife heroine queen"
@@ -40,12 +41,9 @@ class Config:
     """Shared by all experiments."""
 
     def __post_init__(self):
-        if not 0 < self.share < 1:
-            raise ValueError(f"--share must be between 0 and 1, got {self.share}.")
+        check_numbers(self)
         if not self.woman.split() or not self.man.split():
             raise ValueError("--woman and --man must each name at least one word.")
-        if self.fit_samples < 2:
-            raise ValueError(f"--fit-samples must be at least 2, got {self.fit_samples}.")
         words = [words for words, _ in parse_moments(self.moments)]
         if len(set(words)) < len(words):
             raise ValueError(f"--moments has the same words twice: {', '.join(self.moments)}. Give each moment once.")

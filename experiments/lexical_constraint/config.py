@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from experiments._arguments import check_numbers
 from experiments._settings import Settings
 
 
@@ -34,7 +35,8 @@ class Config:
     """Shared by all experiments."""
 
     def __post_init__(self):
+        check_numbers(self)
         if not self.word.strip():
             raise ValueError("--word must not be empty.")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"--smoothing must be in [0, 1), got {self.smoothing}.")
+        if 0 < self.smoothing < 1e-30:
+            raise ValueError(f"--smoothing must be 0 or at least 1e-30, got {self.smoothing}: float32 has none below.")

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from experiments._arguments import FolderOrName, check_numbers
 from experiments._settings import Settings
 
 BUILT_IN = Path(__file__).parent / "pairs.jsonl"
@@ -44,7 +45,7 @@ class Config:
     """Prompts that an evaluation continues at once; each gets --samples divided by this."""
     pairs_per_step: int = 64
     """Pairs of a step."""
-    reward: str = "sentiment"
+    reward: FolderOrName = "sentiment"
     """Of the win rate: sentiment, the folder of a reward model, or module:function, as for sentiment_reward."""
     reward_beta: float = 1.0
     """β of the target p ∝ a·exp(r/β) that evaluations report the distance from."""
@@ -59,12 +60,7 @@ class Config:
     by."""
 
     def __post_init__(self):
-        for name in ("beta", "reward_beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}.")
-        for name in ("pairs_per_step", "prompts_per_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        check_numbers(self)
         if self.settings.algorithm != "fdpg" or self.settings.overlap or self.settings.proposal != "policy":
             raise ValueError(
                 "--algorithm, --overlap and --proposal are about samples, and steps on pairs draw none: leave them out."

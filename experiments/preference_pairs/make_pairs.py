@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fjax
+from experiments._arguments import FolderOrName, check_numbers
 from experiments._command import run
 from experiments._programs import check_positions, decode, load_model, make_sampler
 from experiments._prompts import Prompts, openings, read_prompts
@@ -44,7 +45,7 @@ class Config:
     labels: Literal["best-worst", "bradley-terry"] = "best-worst"
     """best-worst: of each --candidates continuations the one with the highest reward against the one with the lowest.
     bradley-terry: any two, the first being chosen with probability σ(r - r'), as people who are not always sure would."""
-    model: str = "built-in"
+    model: FolderOrName = "built-in"
     """The base model: built-in, a local folder, or a name on the Hugging Face hub."""
     prompts: Path | None = None
     """A text file of prompts, one a line. Built in: openings of held-out film-review sentences, those that are trained on."""
@@ -56,7 +57,7 @@ class Config:
     """Continuations that compete for a pair, with --labels best-worst."""
     max_new_tokens: int = 32
     """Longest continuation, in tokens; one that has not ended by then is marked as cut off."""
-    reward: str = "sentiment"
+    reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of texts (prompt and
     continuation) to as many numbers."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
@@ -67,11 +68,7 @@ class Config:
     """Of samples and labels."""
 
     def __post_init__(self):
-        for name in ("max_prompt_tokens", "pairs_per_prompt", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.candidates < 2:
-            raise ValueError(f"--candidates must be at least 2, got {self.candidates}.")
+        check_numbers(self)
 
     @property
     def group(self) -> int:

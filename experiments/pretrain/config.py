@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments._arguments import check_numbers
+
 
 @dataclass(frozen=True)
 class Config:
@@ -42,3 +44,10 @@ class Config:
     """Steps between checkpoints."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n-head must divide --n-embd, got {self.n_head} and {self.n_embd}.")
+        if self.vocab_size <= 256:
+            raise ValueError(f"--vocab-size must be above the 256 bytes, got {self.vocab_size}.")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from experiments._arguments import FolderOrName, check_numbers
 from experiments._settings import Settings
 
 
@@ -23,11 +24,12 @@ class Config:
         python -m experiments.sentiment_reward --reward my_module:my_rewards --beta 0.1
     """
 
-    reward: str = "sentiment"
+    reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of texts to as many
     numbers."""
     beta: float = 1.0
-    """β, the price of a nat of KL from the base model: the smaller, the more the reward counts."""
+    """β, the price of a nat of KL from the base model: the smaller, the more the reward counts; at 0 the target would be the
+    best single sample."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = Path("experiments/assets")
@@ -38,5 +40,4 @@ class Config:
     """Shared by all experiments."""
 
     def __post_init__(self):
-        if not self.beta > 0:
-            raise ValueError(f"--beta must be positive, got {self.beta}: at 0 the target would be the best single sample.")
+        check_numbers(self)

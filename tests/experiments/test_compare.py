@@ -96,7 +96,7 @@ def test_an_objective_is_flags_of_the_task(text, label, flags, file_name):
         (("--objectives", "a b: --clip -8 8", "a-b: --clip -4 4"), "'a b' and 'a-b' would share a folder"),
         ((), "Name what to compare with --objectives"),
         (("--objectives", "ppo", "--seeds", "1", "1"), "each once; got 1 1"),
-        (("--objectives", "ppo", "--jobs", "0"), "--jobs must be at least 1, got 0"),
+        (("--objectives", "ppo", "--jobs", "0"), "--jobs must be at least 1"),
         (("--objectives", "ppo", "--", "--seed", "3"), "--seed is given to each run by the comparison"),
         (("--objectives", "x: --run_folder=here"), "--run_folder=here is given to each run by the comparison"),
         # What the task itself would refuse is found out before the first run.

@@ -58,7 +58,7 @@ def test_a_hybrid_has_a_hard_constraint(experiment, tmp_path):
         (("--moments", "w9"), '"word=rate"'),
         (("--moments", "w9=1.5"), '"word=rate"'),
         (("--moments", "w9=0.5", "w9=0.6"), "the same words twice"),
-        (("--share", 1.0), "--share must be between 0 and 1"),
+        (("--share", 1.0), "--share must be at least 1e-06"),
         (("--woman", " "), "must each name at least one word"),
     ],
 )

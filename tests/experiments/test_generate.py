@@ -70,4 +70,4 @@ def test_bad_input_is_named(monkeypatch, capsys):
     assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "nowhere") == 2
     assert "None of 48 proposals has the word" in " ".join(capsys.readouterr().err.split())
     assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "w9", "--acceptance-rate", 0) == 2
-    assert "--acceptance-rate must be in (0, 1]" in capsys.readouterr().err
+    assert "--acceptance-rate must be at least 1e-06" in capsys.readouterr().err

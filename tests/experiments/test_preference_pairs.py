@@ -76,8 +76,8 @@ def test_the_built_in_pairs_are_whole():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--beta", 0), "--beta must be positive"),
-        (("--reward-beta", -1), "--reward-beta must be positive"),
+        (("--beta", 0), "--beta must be at least 1e-06"),
+        (("--reward-beta", -1), "--reward-beta must be at least 1e-06"),
         (("--pairs", "/nowhere.jsonl"), "Cannot read the pairs /nowhere.jsonl"),
         (("--pairs-per-step", 17), "There are 16 pairs to be used, fewer than the 17 of a step"),
         (("--algorithm", "rloo", "--divergence", "reverse_kl"), "steps on pairs draw none"),

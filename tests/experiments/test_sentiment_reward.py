@@ -69,7 +69,7 @@ def test_the_scores_do_not_depend_on_the_batches():
         (("--reward", "math:nowhere"), "--reward math:nowhere cannot be imported"),
         (("--reward", f"{__name__}:broken_reward"), "broken_reward failed on"),
         (("--reward", "./nowhere"), "Cannot load the reward model"),
-        (("--beta", 0.0), "--beta must be positive"),
+        (("--beta", 0.0), "--beta must be at least 1e-06"),
         (("--corpora", "./nowhere", "--reward-folder", "./nowhere"), "No labelled snippets at nowhere"),
     ],
 )
