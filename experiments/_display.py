@@ -17,6 +17,7 @@ from fjax.models import PretrainedModel
 
 from ._evaluate import NAMES, Evaluation, Figure, Target, check_bound
 from ._settings import Settings
+from ._words import on_one_line
 
 SHOWN = 4
 """Samples under each table of figures."""
@@ -76,7 +77,7 @@ class Display:
         _add_columns(table, "figure", "value", "± std. error", "ESS")
         for name, figure in evaluation.figures.items():
             ess = f"{figure.ess:.0f}" if figure.ess < evaluation.samples - 0.5 else ""
-            table.add_row(NAMES.get(name, name), _number(figure.value), _error(figure), ess)
+            table.add_row(_name(name), _number(figure.value), _error(figure), ess)
         self._console.print(table)
         self._console.print(_samples(evaluation, target))
 
@@ -85,12 +86,12 @@ class Display:
         table = Table(title=title, title_justify="left")
         _add_columns(table, *headings)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(_safe, row))
         self._console.print(table)
 
     def warn(self, text: str) -> None:
         """Something to know about that is no error."""
-        self.say(escape(text), style="yellow")
+        self.say(_safe(text), style="yellow")
 
     def stopped(self, step: int, folder: Path) -> None:
         """After Ctrl-C or SIGTERM."""
@@ -102,10 +103,10 @@ class Display:
 
     def beside(self, before: dict, after: Evaluation, target: Target, *, first: str, last: str) -> None:
         """Figures of a record and of an evaluation in one table, samples of the latter, and the check on them."""
-        table = Table(title=f"{first} → {last}", title_justify="left")
-        _add_columns(table, "figure", first, last, "± std. error")
+        table = Table(title=_safe(f"{first} → {last}"), title_justify="left")
+        _add_columns(table, "figure", _safe(first), _safe(last), "± std. error")
         for name, figure in after.figures.items():
-            table.add_row(NAMES.get(name, name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
+            table.add_row(_name(name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
         self._console.print(table)
         self._console.print(_samples(after, target, shown=2 * SHOWN))
         if target.bound and after.contexts == 1:
@@ -138,9 +139,18 @@ def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Tabl
     # Spread over all, so that with contexts they are of different ones.
     for i in range(0, evaluation.samples, max(1, evaluation.samples // shown))[:shown]:
         sign = "" if marks[i] is None else "[green]✓[/]" if marks[i] else "[red]✗[/]"
-        prompt, text = (escape(" ".join(part.split())) for part in (evaluation.prompts[i], evaluation.texts[i]))
+        prompt, text = _safe(evaluation.prompts[i]), _safe(evaluation.texts[i])
         table.add_row(sign, f"[dim]{prompt}[/] {text}" if prompt else text)
     return table
+
+
+def _safe(text: str) -> str:
+    """What a model or a user wrote, as it is and nothing else: no colours of its own, and no orders to the terminal."""
+    return escape(on_one_line(text))
+
+
+def _name(figure: str) -> str:
+    return _safe(NAMES.get(figure, figure))
 
 
 def _note(record: dict, headline: str) -> str:

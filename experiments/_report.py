@@ -14,6 +14,7 @@ from fjax.training import read_jsonl
 
 from ._evaluate import NAMES
 from ._run_folder import write_text
+from ._words import on_one_line
 from .tabulate import evaluations
 
 SHOWN = 20
@@ -159,5 +160,4 @@ def _table(kind: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) ->
 
 def _text(value: object) -> str:
     """Anything that a model or a user wrote, as text and nothing else."""
-    text = " ".join(str(value).split())
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return escape(on_one_line(str(value)))

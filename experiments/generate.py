@@ -24,7 +24,7 @@ from ._programs import Programs, load_aligned, load_model, make_programs
 from ._rejection_costs import Cost, Half, costs, plot
 from ._run_folder import RunError
 from ._settings import Settings
-from ._words import contains_any
+from ._words import contains_any, on_one_line
 
 BASE_FRACTION = 0.25
 """Of what is drawn, for Z alone: samples of the aligned model show too small a one, where it does not cover the target."""
@@ -166,7 +166,7 @@ def _show_costs(console: Console, found: list[Cost]) -> None:
 def _show(console: Console, config: Config, accepted: list[str], estimate: RejectionEstimate, proposals: int) -> None:
     texts = [" ".join(text.split()) for text in accepted[: config.samples]]
     for text in texts:
-        console.print(escape(text), highlight=False)
+        console.print(escape(on_one_line(text)), highlight=False)
     if config.output is not None:
         with JsonlLogger(config.output) as logger:
             for text in texts:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from experiments._endings import graceful_stop
+from experiments._words import on_one_line
 
 from .plan import Plan, current_step, is_begun
 
@@ -160,7 +161,7 @@ class Board:
             self._total -= one.plan.steps - self._steps[place]
             self.say(f"[bold red]{escape(place.title)}: failed with status {status} after {took}.[/] The end of {place.log}:")
             lines = place.log.read_text(errors="replace").splitlines()[-SHOWN:]
-            self.say(escape("\n".join(f"  {line}" for line in lines)))
+            self.say(escape("\n".join(f"  {on_one_line(line)}" for line in lines)))
         else:
             self._ended += 1
             self._steps[place] = one.plan.steps  # also if it stopped early

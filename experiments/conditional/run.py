@@ -8,7 +8,7 @@ from experiments._evaluate import Features, Target
 from experiments._loop import align
 from experiments._programs import Contexts, check_positions
 from experiments._prompts import Prompts, openings, read_prompts
-from experiments._python import load_function
+from experiments._python import call, load_function, shown
 from experiments._run_folder import RunError
 from fjax.models import PretrainedModel
 
@@ -61,18 +61,22 @@ def checked(function: Callable, title: str) -> Predicate:
     """The user's function, whose answer is True or False, or an error that says what it was instead."""
 
     def predicate(prompt: str, continuation: str) -> bool:
-        try:
-            answer = function(prompt, continuation)
-        except Exception as error:
-            raise RunError(
-                f"{title} failed on the prompt {prompt!r} and the continuation {continuation!r}, "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(answer, (bool, np.bool_)) and answer not in (0, 1):
-            raise RunError(f"{title} must answer True or False: it gave {answer!r} for {prompt!r} and {continuation!r}.")
+        on = f"the prompt {prompt!r:.100} and the continuation {continuation!r:.200}"
+        answer = call(function, title, on, prompt, continuation)
+        if not _is_one_truth(answer):
+            raise RunError(f"{title} must answer True or False: it gave {shown(answer)} for {on}.")
         return bool(answer)
 
     return predicate
+
+
+def _is_one_truth(answer: object) -> bool:
+    """Whether it is True, False, 0 or 1, be it Python's, NumPy's or JAX's."""
+    try:
+        given = np.asarray(answer)
+        return given.shape == () and given.dtype.kind in "biuf" and bool(given in (0, 1))
+    except Exception:  # of the user's type, which may fail in any way
+        return False
 
 
 def make_target(config: Config) -> Target:

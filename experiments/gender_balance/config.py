@@ -62,7 +62,8 @@ def parse_moments(moments: tuple[str, ...]) -> list[tuple[str, float]]:
             value = float(rate)
         except ValueError:
             value = -1.0
-        if not words.strip("| ") or not 0 <= value <= 1:
+        named = [word.strip() for word in words.split("|")]
+        if not all(named) or not 0 <= value <= 1:
             raise ValueError(f'--moments are "word=rate" or "word|another=rate" with a rate from 0 to 1; got {moment!r}.')
-        parsed.append((words.strip(), value))
+        parsed.append(("|".join(named), value))
     return parsed

@@ -17,17 +17,17 @@ from .config import Config, parse_moments
 
 
 def make_features(config: Config, texts: Sequence[str]) -> Features:
-    """Woman, gendered, their balance, and one more a moment."""
+    """Woman, gendered, their balance, and one more a moment: [word], lest a user's words take the name of a figure."""
     woman, man = (contains_any(words.split(), texts).astype(np.float32) for words in (config.woman, config.man))
     gendered = np.maximum(woman, man)
     features = {"woman": woman, "gendered": gendered, "balance": woman - np.float32(config.share) * gendered}
-    more = {words: contains_any(words.split("|"), texts).astype(np.float32) for words, _ in parse_moments(config.moments)}
-    return features | more
+    words = [words for words, _ in parse_moments(config.moments)]
+    return features | {f"[{some}]": contains_any(some.split("|"), texts).astype(np.float32) for some in words}
 
 
 def constrained(config: Config) -> dict[str, float]:
     """Feature -> moment. E[woman] = share·E[gendered] is a moment of 0 of their balance: how many are gendered stays free."""
-    return {"balance": 0.0} | dict(parse_moments(config.moments))
+    return {"balance": 0.0} | {f"[{words}]": rate for words, rate in parse_moments(config.moments)}
 
 
 def stack(features: Features, names: Sequence[str]) -> jnp.ndarray:

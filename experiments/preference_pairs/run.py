@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.markup import escape
 
 import fjax
 from experiments._evaluate import Features, Target
@@ -54,7 +55,7 @@ def make_stepper(config: Config, prepared: Prepared) -> Stepper:
     for report in [*reports, *more]:
         prepared.display.warn(report)
     epoch = len(batch.chosen_tokens) // config.pairs_per_step
-    prepared.display.say(f"{len(batch.chosen_tokens)} pairs of {config.pairs}: an epoch has {epoch} steps.")
+    prepared.display.say(escape(f"{len(batch.chosen_tokens)} pairs of {config.pairs}: an epoch has {epoch} steps."))
     batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)  # too few pairs are said at once
     log_prob_fn = fjax.make_log_prob_fn(model.logits_fn)
     tuner = preference_tuner(

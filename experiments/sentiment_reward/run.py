@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments._evaluate import Features, Target
 from experiments._loop import align
-from experiments._python import load_function
+from experiments._python import call, load_function
 from experiments._run_folder import RunError
 from fjax.targets import reward_tilted
 
@@ -47,18 +47,37 @@ def checked(function: Callable, title: str) -> Rewards:
     """The user's function, whose answer is one finite number a text, or an error that says what it was instead."""
 
     def rewards(texts: Sequence[str]) -> np.ndarray:
-        try:
-            values = np.asarray(function(list(texts)), np.float32)
-        except Exception as error:
-            raise RunError(f"{title} failed on {len(texts)} texts, {type(error).__name__}: {error}") from error
-        if values.shape != (len(texts),):
-            raise RunError(f"{title} must return one number a text: got shape {values.shape} for {len(texts)} texts.")
-        bad = ~np.isfinite(values)
-        if bad.any():
-            raise RunError(f"{title} returned {values[bad][0]} for the text {texts[int(bad.argmax())]!r}; rewards are finite.")
+        answer = call(function, title, f"{len(texts)} texts", list(texts))
+        given = _as_array(answer)
+        if given is None or given.shape != (len(texts),) or given.dtype.kind not in "biufV":  # V: bfloat16 and its like
+            raise RunError(f"{title} must return one number a text, got {_kind(answer, given)} for {len(texts)} texts.")
+        with np.errstate(over="ignore"):
+            values = given.astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            first = int(bad[0])
+            raise RunError(f"{title} returned {given[first]} for the text {texts[first]!r:.200}; rewards are finite float32.")
         return values
 
     return rewards
+
+
+def _as_array(answer: object) -> np.ndarray | None:
+    """A copy, for the function may use its array again; None for what is no array."""
+    try:
+        return np.array(answer)
+    except Exception:  # of the user's type, which may fail in any way
+        return None
+
+
+def _kind(answer: object, given: np.ndarray | None) -> str:
+    name = type(answer).__name__
+    if given is None or (given.dtype == object and not given.shape):
+        return name
+    if given.dtype.kind in "biufV":
+        return f"{name} of shape {given.shape}"
+    of = {"U": "str", "S": "bytes"}.get(given.dtype.kind, given.dtype)
+    return f"{name} of {of}"
 
 
 def make_target(config: Config) -> Target:

@@ -24,7 +24,7 @@ def test_words_and_balance():
     features = make_features(Config(share=0.25, moments=("said|a=0.5",)), texts)
     assert features["gendered"].tolist() == [1, 1, 0, 1, 0]
     assert features["balance"].tolist() == [0.75, 0.75, 0, -0.25, 0]
-    assert features["said|a"].tolist() == [1, 0, 0, 1, 0]
+    assert features["[said|a]"].tolist() == [1, 0, 0, 1, 0]
 
 
 def test_moments_are_parsed():
@@ -38,7 +38,7 @@ def test_two_steps(experiment, tmp_path, capsys):
     assert "moments, fitted to" in printed
     assert "nats away from the base model" in printed
     records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"]
-    assert {"share of women", "balance", "w27", "forward_kl"} <= records[0].keys()
+    assert {"share of women", "balance", "[w27]", "forward_kl"} <= records[0].keys()
     assert np.isfinite([r["share of women_std_error"] for r in records]).all()
     assert np.isfinite([r["reverse_kl"] for r in records]).all()  # nothing is impossible under p
 
@@ -53,7 +53,7 @@ def test_a_hybrid_has_a_hard_constraint(experiment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--moments", "nowhere=0.5"), "has a mean of 0.5 of 'nowhere', which is between 0 and 0"),
+        (("--moments", "nowhere=0.5"), "has a mean of 0.5 of '[nowhere]', which is between 0 and 0"),
         (("--moments", "w9=0.9", "w9|w19=0.1"), "contradict each other"),
         (("--moments", "w9"), '"word=rate"'),
         (("--moments", "w9=1.5"), '"word=rate"'),

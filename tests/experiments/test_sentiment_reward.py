@@ -80,7 +80,11 @@ def test_bad_input_is_named(experiment, tmp_path, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [([1.0], "one number a text: got shape"), ([1.0, np.nan], "returned nan for the text 'b'"), (["x", "y"], "ValueError")],
+    [
+        ([1.0], r"one number a text, got list of shape \(1,\) for 2 texts"),
+        ([1.0, np.nan], "returned nan for the text 'b'"),
+        (["x", "y"], "got list of str"),
+    ],
 )
 def test_a_reward_that_is_no_reward_is_named(answer, message):
     with pytest.raises(RunError, match=message):
