@@ -1,0 +1,49 @@
+"""What arrays and files are, in 64 letters: equal where every bit is, on whatever devices they lie."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fjax._typing import PyTree
+
+
+def name_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths, such as ``state/params/wte``: the same for a NamedTuple and a dict of its fields."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    # A key with a slash in it may spell another's path; what is longer cannot be mistaken.
+    return named if len(named) == len(leaves) else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def describe_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
+    """Path -> dtype, shape and SHA-256 of the bytes of the whole array; None where this process cannot see the whole.
+
+    Hashing runs at about 1 GB/s and core, on several cores where there are several arrays.
+    """
+    named = name_leaves(tree)
+    seen = {name: leaf for name, leaf in named.items() if getattr(leaf, "is_fully_addressable", True)}
+    on_host = jax.device_get([_plain(leaf) for leaf in seen.values()])
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(seen, pool.map(_of_array, on_host), strict=True))
+    return {
+        name: {"dtype": str(leaf.dtype), "shape": [*leaf.shape], "sha256": digests.get(name)} for name, leaf in named.items()
+    }
+
+
+def _plain(leaf: Any) -> Any:
+    """Keys as the numbers they are."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _of_array(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def digest_text(text: str) -> str:
+    """Of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""One writer a folder: a lock that says who has it, and that a dead process does not keep."""
+
+import errno
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there the file alone has to do
+    fcntl = None
+
+LOCK_NAME = "lock"
+"""Of the file in the folder."""
+
+
+class FolderLock:
+    """Held from here until `release`, at the latest until this process ends.
+
+    The file names host, process and time, for people and for other hosts. Whether a process of this host still lives is
+    asked of the kernel, which drops its own lock with the process: a number in a file may be another process's by now. Where
+    a file system has no such locks, the number has to do.
+
+    Args:
+        folder: what is locked; it must be there.
+
+    Raises:
+        BlockingIOError: if another process has it, with what to do.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._path = Path(folder) / LOCK_NAME
+        self._file, free = _open_locked(self._path)
+        self._file.seek(0)
+        found, here = _parse(self._file.read()), socket.gethostname()
+        if free is None:
+            free = found is None or not _lives(found["pid"])
+        if not free or (found is not None and found["host"] != here):
+            self._file.close()
+            raise BlockingIOError(_in_use(self._path, found, here))
+        self.taken_over = None if found is None else found["pid"]
+        """The process of this host that had it, and died without giving it back; None if there was none."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(json.dumps({"host": here, "pid": os.getpid(), "since": since}))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives it back; a second time does nothing."""
+        if self._file.closed:
+            return
+        if _is_at(self._file, self._path):
+            self._path.unlink()
+        self._file.close()
+
+
+def _open_locked(path: Path) -> tuple[IO[str], bool | None]:
+    """The lock's file, and whether the kernel has locked it for us; None where it cannot."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        free = _lock(file)
+        # Whoever had it may have deleted it between the two: then it is locked, but no longer the folder's.
+        if not free or _is_at(file, path):
+            return file, free
+        file.close()
+
+
+def _lock(file: IO[str]) -> bool | None:
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _parse(text: str) -> dict | None:
+    """Who wrote it; None if it is empty or torn, as a process leaves it that is killed while it writes."""
+    try:
+        found = json.loads(text)
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "since": str(found["since"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _in_use(path: Path, found: dict | None, here: str) -> str:
+    if found is None:
+        return f"{path.parent} is in use by another process, which has just begun. Let it end first."
+    by = f"{path.parent} is in use by process {found['pid']} on host {found['host']}, since {found['since']}."
+    if found["host"] == here:
+        return f"{by} Let it end, or stop it, first."
+    return f"{by} Whether it still runs cannot be seen from here ({here}): if it does not, delete {path}."
