@@ -4,12 +4,15 @@ A record is a mapping of names to values. ``step`` says when it is from, and ``k
 ``"evaluation"``): TensorBoard and W&B group by it, as in ``evaluation/entropy``, and get its finite numbers alone.
 """
 
+import codecs
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,24 +33,26 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Appends records to a file, one JSON object a line, each on disk before ``log`` returns.
+    """Appends records to a file, one JSON object a line; a killed process loses none whose ``log`` has returned.
 
-    JSON has no infinity: non-finite numbers are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``, which
-    `read_jsonl` turns back.
+    JSON has no infinity: non-finite numbers are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``, and texts that
+    read so with an apostrophe before them (``"'nan"``). `read_jsonl` turns both back.
 
     Args:
-        path: of the file; made if it is not there.
+        path: of the file; made if it is not there. A last line that a kill cut off is dropped, and a lost line end mended.
         after_step: records of later steps are dropped first; a resumed run writes them again. None keeps all.
+
+    Raises:
+        ValueError: if the last line, or with ``after_step`` any, is no record.
     """
 
     def __init__(self, path: str | Path, *, after_step: int | None = None):
         path = Path(path)
         if after_step is not None and path.exists():
-            kept = [record for record in read_jsonl(path) if record.get("step", 0) <= after_step]
-            replacement = path.with_suffix(".tmp")
-            replacement.write_text("".join(_line(record) for record in kept))
-            replacement.replace(path)
-        self._file = path.open("a")
+            _keep_until(path, after_step)
+        if path.exists():
+            _mend_end(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "JsonlLogger":
         return self
@@ -184,22 +189,82 @@ class FanOut:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file, non-finite numbers restored. A last line that was cut off by a kill is left out."""
+    """The records of a file, non-finite numbers restored. A last line that was cut off by a kill is left out.
+
+    Raises:
+        ValueError: if another line is no record, with its number.
+    """
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     records = []
-    lines = Path(path).read_text().splitlines()
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"Line {number} of {path} is not JSON: {error}.") from error
-        records.append({key: _restore(value) for key, value in record.items()})
+            records.append(_parse(line))
+        except ValueError as error:
+            if number < len(lines) or not _is_torn(line):
+                raise ValueError(f"Line {number} of {path} is not a record, a JSON object: {error}.") from None
     return records
 
 
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line without its end may have been the beginning of a record; a power cut leaves zeros."""
+    return line.startswith((b"{", b"\0"))
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    record = json.loads(line.decode())
+    if not isinstance(record, dict):
+        raise ValueError(f"it is {line[:40].decode(errors='replace')!r}")
+    return {key: _restore(value) for key, value in record.items()}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the records of later steps, whole or not at all."""
+    records = read_jsonl(path)
+    odd = [record["step"] for record in records if not isinstance(record.get("step", 0), int | float)]
+    if odd:
+        raise ValueError(f"A record of {path} has the step {odd[0]!r}, which is no number.")
+    kept = [record for record in records if record.get("step", 0) <= step]
+    replacement = path.with_name(path.name + ".tmp")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, kept))
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the new name and none of the content
+    replacement.replace(path)
+
+
+def _mend_end(path: Path) -> None:
+    """Nothing is to be written behind half a line: drops it, or ends it if its end alone is missing."""
+    with path.open("rb+") as file:
+        start, last = _last_line(file)
+        if not last or last.endswith(b"\n"):
+            return
+        try:
+            _parse(last.removeprefix(codecs.BOM_UTF8))
+        except ValueError as error:
+            if not _is_torn(last):
+                raise ValueError(f"The last line of {path} is not a record, a JSON object: {error}.") from None
+            file.truncate(start)
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
+def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+    """Where it begins and what it is; read from the end, for the file may be long."""
+    size = start = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start and b"\n" not in tail[:-1]:
+        length = min(2**16, start)
+        start = file.seek(start - length)
+        tail = file.read(length) + tail
+    last = tail[tail[:-1].rfind(b"\n") + 1 :]
+    return size - len(last), last
+
+
 def _line(record):
-    return json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+    return json.dumps(_plain(record)) + "\n"
 
 
 def _numbers(record):
@@ -210,15 +275,25 @@ def _numbers(record):
 
 
 def _plain(value):
-    if isinstance(value, (bool, int, str)) or value is None:
+    if isinstance(value, str):
+        return f"'{value}" if _UNCLEAR.fullmatch(value) else str(value)
+    if isinstance(value, (bool, int)) or value is None:
         return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     number = np.asarray(value).item()
-    if isinstance(number, float) and not math.isfinite(number):
-        return str(number)
-    return number
+    return str(number) if isinstance(number, float) and not math.isfinite(number) else number
 
 
 def _restore(value):
-    return float(value) if value in ("inf", "-inf", "nan") else value
+    if isinstance(value, str) and _UNCLEAR.fullmatch(value):
+        return value[1:] if value.startswith("'") else float(value)
+    if isinstance(value, dict):
+        return {key: _restore(item) for key, item in value.items()}
+    return [_restore(item) for item in value] if isinstance(value, list) else value
+
+
+_UNCLEAR = re.compile("'*(nan|inf|-inf)")
+"""What a text must not look like, lest it be taken for a number."""

@@ -1,5 +1,6 @@
 """JSON lines that survive infinities, resumes and kills; and what TensorBoard and W&B make of the same records."""
 
+import io
 import json
 import math
 import struct
@@ -8,8 +9,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fjax.training import FanOut, JsonlLogger, TensorBoardLogger, WandbLogger, read_jsonl
+from fjax.training.logging import _last_line
 
 
 def test_round_trip_of_whatever_a_step_reports(tmp_path):
@@ -45,6 +49,119 @@ def test_a_line_cut_off_by_a_kill_is_left_out_but_a_broken_one_is_named(tmp_path
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(ValueError, match="Line 2 of"):
         read_jsonl(path)
+
+
+TEXTS = st.one_of(
+    st.text(),
+    st.text(alphabet="'-nainf", max_size=6),
+    st.sampled_from(["nan", "inf", "-inf", "'nan", "''-inf", "NaN", "Infinity", "\u2028", "\x85", "\ufeff", "\ud800"]),
+)
+VALUES = st.recursive(
+    st.one_of(TEXTS, st.floats(), st.integers(), st.booleans(), st.none()),
+    lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(TEXTS, values, max_size=3)),
+    max_leaves=8,
+)
+
+
+def same(a, b) -> bool:
+    """Of one type and value; NaN is NaN, and -0.0 is not 0.0."""
+    if isinstance(a, dict):
+        return type(b) is dict and [*a] == [*b] and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return type(b) is list and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+@given(st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), max_size=4))
+def test_whatever_is_logged_is_read(tmp_path_factory, records):
+    """Texts stay texts, "nan" among them; numbers stay numbers, nested or not; and the file is JSON to everyone else."""
+    path = tmp_path_factory.mktemp("any") / "any.jsonl"
+    with JsonlLogger(path) as logger:
+        for record in records:
+            logger.log(record)
+    assert same(records, read_jsonl(path))
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_files_from_before_texts_were_told_from_numbers(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": "inf", "b": "-inf", "text": "great", "c": NaN}\n')
+    (record,) = read_jsonl(path)
+    assert math.isnan(record.pop("c"))
+    assert record == {"step": 1, "a": math.inf, "b": -math.inf, "text": "great"}
+
+
+@pytest.mark.parametrize("after_step", [None, 5])
+@pytest.mark.parametrize(
+    ("there", "kept"),
+    [
+        (b"", []),
+        (b'{"step": 1}\n', [1]),
+        (b'{"step": 1}\n{"step": 2, "a', [1]),
+        (b'{"step": 1}\n{"step": 2}', [1, 2]),  # the line end alone is lost
+        (b'{"step": 1}', [1]),
+        (b'{"st', []),
+        (b'{"step": 1}\n{"text": "\xc3', [1]),  # within a letter
+        (b'{"step": 1}\n\0\0\0\0', [1]),  # what a power cut leaves
+        (b'\xef\xbb\xbf{"step": 1}', [1]),  # a byte order mark
+        (b'\xef\xbb\xbf{"step": 1}\n{"step": 2}\n', [1, 2]),
+        (b'{"step": 1}\r\n\r\n{"step": 2}\r\n', [1, 2]),
+        (b'{"step": 1, "text": "' + b"x" * 200_000 + b'"}\n{"step": 2, "text": "' + b"y" * 200_000, [1]),
+    ],
+)
+def test_nothing_is_lost_behind_a_torn_line(tmp_path, there, kept, after_step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(there)
+    assert [record["step"] for record in read_jsonl(path)] == kept
+    for step in (3, 4):
+        with JsonlLogger(path, after_step=after_step) as logger:
+            logger.log({"step": step})
+    assert [record["step"] for record in read_jsonl(path)] == [*kept, 3, 4]
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (b"5\n", "Line 1 of .* is not a record, a JSON object: it is '5'"),
+        (b'{"step": 1}\n[1, 2]\n{"step": 2}\n', "Line 2 of"),
+        (b'{"step": 1}\n{"step": "\xff"}\n', "Line 2 of .*utf-8"),
+        (b'{"step": 1}\n{"ste\n', "Line 2 of"),  # a line that was ended was not cut off
+        (b"a text of somebody's", "Line 1 of"),
+    ],
+)
+def test_a_damaged_file_is_named_and_left_alone(tmp_path, there, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(there)
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(path)
+    with pytest.raises(ValueError, match=message):
+        JsonlLogger(path, after_step=1)
+    if not there.endswith(b"\n"):
+        with pytest.raises(ValueError, match="The last line of"):
+            JsonlLogger(path)
+    assert path.read_bytes() == there
+
+
+def test_a_step_that_is_no_number_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": "late"}\n')
+    with pytest.raises(ValueError, match="has the step 'late'"):
+        JsonlLogger(path, after_step=1)
+
+
+def test_opening_for_more_reads_the_end_alone():
+    """A run opens its files of samples at every evaluation; reading them whole would take longer each time."""
+    line, read = b'{"step": 1, "text": "a film"}\n', []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1, /):
+            read.append(size)
+            return super().read(size)
+
+    assert _last_line(Counted(line * 50_000)) == (len(line) * 49_999, line)
+    assert 0 < sum(read) <= 2**16
 
 
 RECORDS = [
