@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -251,7 +251,7 @@ def _mend_end(path: Path) -> None:
             file.write(b"\n")
 
 
-def _last_line(file: IO[bytes]) -> tuple[int, bytes]:
+def _last_line(file) -> tuple[int, bytes]:
     """Where it begins and what it is; read from the end, for the file may be long."""
     size = start = file.seek(0, os.SEEK_END)
     tail = b""
