@@ -164,6 +164,25 @@ def one_number(**values: float | Array) -> None:
             )
 
 
+def made(divergence: object) -> None:
+    """A divergence is given, and not the function that makes it.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> from fjax import jensen_shannon
+    >>> made(jensen_shannon)
+    Traceback (most recent call last):
+    ValueError: divergence must be an FDivergence; jensen_shannon is a function that makes one: divergence=jensen_shannon().
+    """
+    if hasattr(divergence, "generator") and hasattr(divergence, "derivative"):
+        return
+    if callable(divergence):
+        name = getattr(divergence, "__name__", "it")
+        raise ValueError(f"divergence must be an FDivergence; {name} is a function that makes one: divergence={name}().")
+    raise ValueError(f"divergence must be an FDivergence, as fjax.jensen_shannon() makes one; got {divergence!r}.")
+
+
 def _given(arrays):
     return {name: x for name, x in arrays.items() if x is not None}
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fjax._checks import as_mask, float_dtype, is_concrete, made, one_axis, one_number, same_shape
 from fjax._numerics import count, ess_from_logs, ess_of, gather, keep, mean_and_error, weighted
-from fjax._typing import Array, Bool, Float
+from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
 from fjax.surrogates import score_weights
 
@@ -59,7 +60,7 @@ class Estimate(NamedTuple):
 
 
 def effective_sample_size(
-    log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None, axis_name: str | None = None
+    log_weights: Float[Array, "N"], *, where: Bool[Array, "N"] | Int[Array, "N"] | None = None, axis_name: str | None = None
 ) -> Float[Array, ""]:
     """(Σw)²/Σw², between 1 and n; 0 if every weight is 0.
 
@@ -75,14 +76,15 @@ def effective_sample_size(
 
     Source: Kong 1992; Owen 2013, section 9.3.
     """
-    return ess_of(gather(keep(jax.lax.stop_gradient(log_weights), where, -jnp.inf), axis_name))
+    (log_weights,) = one_axis(log_weights=jax.lax.stop_gradient(log_weights))
+    return ess_of(gather(keep(log_weights, as_mask(where, log_weights), -jnp.inf), axis_name))
 
 
 def estimate_log_z(
     log_score: Float[Array, "N"],
     log_q: Float[Array, "N"],
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """The normaliser of the target by importance sampling: log Z ≈ log mean P(x)/q(x), x ~ q.
@@ -105,6 +107,7 @@ def estimate_log_z(
 
     Source: Go et al. 2023, section 3.3; Owen 2013, section 9.1.
     """
+    log_score, log_q = one_axis(log_score=log_score, log_q=log_q)
     return log_mean_estimate(update_log_mean(init_log_mean(log_q.dtype), log_score - log_q, where=where, axis_name=axis_name))
 
 
@@ -114,7 +117,7 @@ def estimate_divergence(
     log_q: Float[Array, "N"] | None = None,
     *,
     divergence: FDivergence,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """D_f(π‖p) from samples of q, which must cover both π and p.
@@ -142,7 +145,8 @@ def estimate_divergence(
 
     Source: Go et al. 2023, equation 1 and appendix on metrics.
     """
-    log_pi, log_p, log_q, where = _together(log_pi, log_p, log_q, where, axis_name)
+    made(divergence)
+    log_pi, log_p, log_q, where = _together(axis_name, where, log_pi=log_pi, log_p=log_p, log_q=log_q)
     value, std_error = mean_and_error(_terms(log_pi, log_p, log_q, divergence), where=where)
     return Estimate(value, std_error, _smaller_ess(log_pi, log_p, log_q, where))
 
@@ -153,7 +157,7 @@ def estimate_divergence_from_score(
     log_q: Float[Array, "N"] | None = None,
     *,
     divergence: FDivergence,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """D_f(π‖p) for a target known up to Z, which is estimated from the same samples.
@@ -180,7 +184,8 @@ def estimate_divergence_from_score(
 
     Source: delta method; Owen 2013, section 9.2.
     """
-    log_pi, log_score, log_q, where = _together(log_pi, log_score, log_q, where, axis_name)
+    made(divergence)
+    log_pi, log_score, log_q, where = _together(axis_name, where, log_pi=log_pi, log_score=log_score, log_q=log_q)
     log_z = estimate_log_z(log_score, log_q, where=where).value
     unknown = jnp.isneginf(log_z)
     log_p = log_score - jnp.where(unknown, 0.0, log_z)
@@ -197,10 +202,10 @@ def estimate_divergence_from_score(
 
 
 def estimate_mean(
-    values: Float[Array, "N"],
+    values: Float[Array, "N"] | Int[Array, "N"] | Bool[Array, "N"],
     log_weights: Float[Array, "N"] | None = None,
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """E[values] over samples, self-normalised where they are weighted.
@@ -210,7 +215,7 @@ def estimate_mean(
     1/n.
 
     Args:
-        values: one number a sample: a feature, a constraint as 0 or 1, log π - log a, ...; may be infinite or
+        values: one number a sample: a feature, a constraint as booleans or 0 and 1, log π - log a, ...; may be infinite or
             NaN where the weight is 0.
         log_weights: log importance weights up to a common constant; None means all equal.
         where: samples that count.
@@ -219,12 +224,14 @@ def estimate_mean(
     Returns:
         The estimate; NaN with an infinite error and no effective samples if every weight is 0.
 
-    >>> float(estimate_mean(jnp.array([1.0, 0.0, 0.0, 1.0])).value)
-    0.5
+    >>> estimate = estimate_mean(jnp.array([True, False, False, True]))
+    >>> float(estimate.value), round(float(estimate.std_error), 3)
+    (0.5, 0.289)
 
     Source: Owen 2013, section 9.2.
     """
-    values, where = gather(jax.lax.stop_gradient(values), axis_name), gather(where, axis_name)
+    values, log_weights = one_axis(values=values, log_weights=log_weights)
+    values, where = gather(jax.lax.stop_gradient(values), axis_name), gather(as_mask(where, values), axis_name)
     if log_weights is None:
         value, std_error = mean_and_error(values, where=where)
         return Estimate(value, std_error, count(values, where))
@@ -244,7 +251,7 @@ def estimate_kl_to_base(
     log_a: Float[Array, "N"],
     log_q: Float[Array, "N"] | None = None,
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """KL(π‖a) = E_π[log π - log a]: how far the policy has moved from the base model, in nats.
@@ -261,6 +268,7 @@ def estimate_kl_to_base(
 
     Source: Korbak et al. 2022 (arXiv 2205.11275), section 2.
     """
+    log_pi, log_a, log_q = one_axis(log_pi=log_pi, log_a=log_a, log_q=log_q)
     return estimate_mean(log_pi - log_a, None if log_q is None else log_pi - log_q, where=where, axis_name=axis_name)
 
 
@@ -268,7 +276,7 @@ def estimate_entropy(
     log_pi: Float[Array, "N"],
     log_q: Float[Array, "N"] | None = None,
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
     """H(π) = -E_π[log π], of whole sequences, in nats.
@@ -284,10 +292,13 @@ def estimate_entropy(
 
     Source: Shannon 1948.
     """
+    log_pi, log_q = one_axis(log_pi=log_pi, log_q=log_q)
     return estimate_mean(-log_pi, None if log_q is None else log_pi - log_q, where=where, axis_name=axis_name)
 
 
-def log_mixture(log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fraction: float) -> Float[Array, "N"]:
+def log_mixture(
+    log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"], *, base_fraction: float | Float[Array, ""]
+) -> Float[Array, "*n"]:
     """Log q of samples that come partly from the policy and partly from the base model: q = (1 - ε) π + ε a.
 
     To be used as ``log_q`` for *all* samples, whichever of the two each came from (the balance heuristic). A policy that no
@@ -301,17 +312,19 @@ def log_mixture(log_pi: Float[Array, "N"], log_a: Float[Array, "N"], *, base_fra
         base_fraction: ε, the share of the samples that were drawn from the base model; 0 gives ``log_pi``.
 
     Raises:
-        ValueError: if the share is not in [0, 1].
+        ValueError: if the share is not in [0, 1], or the shapes differ.
 
     >>> round(float(jnp.exp(log_mixture(jnp.log(jnp.array([0.1])), jnp.log(jnp.array([0.5])), base_fraction=0.25))[0]), 6)
     0.2
 
     Source: Hesterberg 1995 (defensive mixtures); Veach and Guibas 1995; Owen and Zhou 2000.
     """
-    if not 0 <= base_fraction <= 1:
+    log_pi, log_a = same_shape(log_pi=log_pi, log_a=log_a)
+    one_number(base_fraction=base_fraction)
+    if is_concrete(base_fraction) and not 0 <= base_fraction <= 1:
         raise ValueError(f"base_fraction is a share between 0 and 1, got {base_fraction}.")
-    weights = jnp.log(jnp.array([1 - base_fraction, base_fraction], log_pi.dtype))
-    return jnp.logaddexp(weights[0] + log_pi, weights[1] + log_a)
+    of_policy, of_base = (jnp.log(jnp.asarray(share, log_pi.dtype)) for share in (1 - base_fraction, base_fraction))
+    return jnp.logaddexp(of_policy + log_pi, of_base + log_a)
 
 
 class LogMean(NamedTuple):
@@ -336,6 +349,7 @@ def init_log_mean(dtype: DTypeLike = float) -> LogMean:
 
     Source: Go et al. 2023, algorithm 1, in log space.
     """
+    dtype = float_dtype(jnp.zeros((), dtype))
     # Three arrays rather than one used thrice: the state is donated, and a buffer can be given away only
     # once.
     return LogMean(jnp.array(-jnp.inf, dtype), jnp.array(-jnp.inf, dtype), jnp.array(0, dtype))
@@ -345,7 +359,7 @@ def update_log_mean(
     state: LogMean,
     log_weights: Float[Array, "N"],
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> LogMean:
     """Takes in more weights; -inf (weight zero) counts as a sample.
@@ -362,9 +376,10 @@ def update_log_mean(
 
     Source: Go et al. 2023, algorithm 1, in log space.
     """
+    (log_weights,) = one_axis(log_weights=jax.lax.stop_gradient(log_weights))
     # In the dtype of the state, which must not change from step to step: it is donated, and carried through
     # loops.
-    where, log_weights = gather(where, axis_name), gather(jax.lax.stop_gradient(log_weights), axis_name)
+    where, log_weights = gather(as_mask(where, log_weights), axis_name), gather(log_weights, axis_name)
     log_weights = keep(log_weights, where, -jnp.inf).astype(state.log_sum.dtype)
     return LogMean(
         jnp.logaddexp(state.log_sum, jax.nn.logsumexp(log_weights)),
@@ -416,11 +431,13 @@ def running_log_mean() -> RunningLogMean:
     return RunningLogMean(init_log_mean, update_log_mean, log_mean_estimate)
 
 
-def _together(log_pi, log_p, log_q, where, axis_name):
-    """Stopped, q = π filled in, and the samples of all devices in one."""
-    log_q = log_pi if log_q is None else log_q
-    arrays = (gather(jax.lax.stop_gradient(x), axis_name) for x in (log_pi, log_p, log_q))
-    return *arrays, gather(where, axis_name)
+def _together(axis_name, where, **arrays):
+    """Checked, stopped, q = π filled in, and the samples of all devices in one."""
+    log_pi, target, log_q = one_axis(**arrays)
+    where = as_mask(where, log_pi)
+    arrays = (log_pi, target, log_pi if log_q is None else log_q)
+    log_pi, target, log_q = (gather(jax.lax.stop_gradient(x), axis_name) for x in arrays)
+    return log_pi, target, log_q, gather(where, axis_name)
 
 
 def _terms(log_pi, log_p, log_q, divergence):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fjax._checks import as_mask, one_axis
+from fjax._checks import as_mask, is_concrete, made, one_axis, one_number, same_shape
 from fjax._numerics import deviations, gather, keep, weighted
 from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
@@ -43,7 +43,7 @@ Baseline = Callable[[Float[Array, "N"]], Float[Array, "N"]]
 _FLOOR_OF_LOG_T = -80.0
 
 
-def importance_weights(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Float[Array, "N"]:
+def importance_weights(log_pi: Float[Array, "*n"], log_q: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """π(x)/q(x), stopped.
 
     Args:
@@ -55,16 +55,17 @@ def importance_weights(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> F
 
     Source: Owen 2013, section 9.1.
     """
+    log_pi, log_q = same_shape(log_pi=log_pi, log_q=log_q)
     return jnp.exp(jax.lax.stop_gradient(log_pi - log_q))
 
 
 def pseudo_rewards(
-    log_pi: Float[Array, "N"],
-    log_p: Float[Array, "N"],
+    log_pi: Float[Array, "*n"],
+    log_p: Float[Array, "*n"],
     *,
     divergence: FDivergence,
-    clip: tuple[float, float] | None = None,
-) -> Float[Array, "N"]:
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
+) -> Float[Array, "*n"]:
     """-f'(π/p), stopped: the reward that plain policy gradient would have to be given to descend D_f(π‖p).
 
     It depends on the policy, hence "pseudo". What is in it off the support of p is -f'(∞): 0 for forward KL,
@@ -83,19 +84,18 @@ def pseudo_rewards(
 
     Source: Go et al. 2023, section 3.2.
     """
-    _check(log_pi, log_p, None, clip)
-    log_pi, log_p = jax.lax.stop_gradient((log_pi, log_p))
+    log_pi, log_p, _ = _checked(log_pi, log_p, None, divergence, clip)
     return -_derivative(_log_t(log_pi, log_p), divergence, clip)
 
 
 def score_weights(
-    log_pi: Float[Array, "N"],
-    log_p: Float[Array, "N"],
-    log_q: Float[Array, "N"] | None = None,
+    log_pi: Float[Array, "*n"],
+    log_p: Float[Array, "*n"],
+    log_q: Float[Array, "*n"] | None = None,
     *,
     divergence: FDivergence,
-    clip: tuple[float, float] | None = None,
-) -> Float[Array, "N"]:
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
+) -> Float[Array, "*n"]:
     """The factor of ∇log π in the gradient: (π/q) f'(π/p), stopped.
 
     Formed through logarithms, and where f' itself overflows as (p/q)·t f'(t), so that ∞·0 never arises:
@@ -123,13 +123,11 @@ def score_weights(
 
     Source: Go et al. 2023, theorem 1.
     """
-    _check(log_pi, log_p, log_q, clip)
-    log_pi, log_p = jax.lax.stop_gradient((log_pi, log_p))
+    log_pi, log_p, log_q = _checked(log_pi, log_p, log_q, divergence, clip)
     log_t = _log_t(log_pi, log_p)
     derivative = _derivative(log_t, divergence, clip)
     if log_q is None:
         return derivative
-    log_q = jax.lax.stop_gradient(log_q)
     # Only where t → 0 does f' reach -inf, f being convex.
     lost = jnp.isneginf(derivative)
     floor = jnp.full_like(log_t, _FLOOR_OF_LOG_T)
@@ -141,7 +139,7 @@ def score_weights(
 def leave_one_out(
     scores: Float[Array, "N"],
     *,
-    where: Bool[Array, "N"] | None = None,
+    where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     strata: Int[Array, "N"] | Bool[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "N"]:
@@ -199,7 +197,7 @@ def leave_one_out(
     return jnp.where(equal & (own_size > 0), keep(own, where, reference) * share, baseline)
 
 
-def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Baseline:
+def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"], *, axis_name: str | None = None) -> Baseline:
     """The self-normalised control variate: B = Σ w_i/Σ ρ_i, an estimate of E_π[f'] with ρ = π/q and w = ρ f'.
 
     The centred weights w_i - ρ_i B sum to exactly 0. Biased by a term of order 1/n, for B contains the sample it is
@@ -209,6 +207,7 @@ def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Base
     Args:
         log_pi: log-probabilities under the policy, in nats.
         log_q: under the sampling distribution.
+        axis_name: mapped axis over which the samples are spread; all count together.
 
     >>> log_pi, log_q = jnp.log(jnp.array([0.4, 0.1])), jnp.log(jnp.array([0.2, 0.2]))
     >>> centred_weights(jnp.array([4.0, 1.0]), log_pi, log_q, baseline=self_normalized(log_pi, log_q)).tolist()
@@ -216,11 +215,19 @@ def self_normalized(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Base
 
     Source: Owen 2013, section 9.2 and 8.9; Pandey et al. 2024 (BRAIn, arXiv 2402.02479) for forward KL.
     """
-    ratio = importance_weights(log_pi, log_q)
-    return lambda weights: jnp.broadcast_to(weights.sum() / ratio.sum(), weights.shape)
+    log_pi, log_q = one_axis(log_pi=log_pi, log_q=log_q)
+    total = gather(importance_weights(log_pi, log_q), axis_name).sum()
+
+    def baseline(weights: Float[Array, "N"]) -> Float[Array, "N"]:
+        weights, _ = one_axis(weights=weights, log_pi=log_pi)
+        return jnp.broadcast_to(gather(weights, axis_name).sum() / total, weights.shape)
+
+    return baseline
 
 
-def self_normalized_log_q(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -> Float[Array, "N"]:
+def self_normalized_log_q(
+    log_pi: Float[Array, "N"], log_q: Float[Array, "N"], *, axis_name: str | None = None
+) -> Float[Array, "N"]:
     """Log q shifted such that the importance weights π/q average to exactly 1: self-normalised weights.
 
     To be given as ``log_q`` to `surrogate_loss` and `score_weights`. Biased by a term of order 1/n, consistent, and of a
@@ -229,6 +236,7 @@ def self_normalized_log_q(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -
     Args:
         log_pi: log-probabilities under the policy, in nats.
         log_q: under the sampling distribution, up to a constant.
+        axis_name: mapped axis over which the samples are spread; all average to 1 together.
 
     >>> log_q = self_normalized_log_q(jnp.zeros(2), jnp.array([5.0, 5.0]))
     >>> importance_weights(jnp.zeros(2), log_q).tolist()
@@ -236,8 +244,9 @@ def self_normalized_log_q(log_pi: Float[Array, "N"], log_q: Float[Array, "N"]) -
 
     Source: Owen 2013, section 9.2.
     """
-    log_ratio = jax.lax.stop_gradient(log_pi - log_q)
-    return jax.lax.stop_gradient(log_q) + jax.nn.logsumexp(log_ratio) - jnp.log(log_ratio.shape[0])
+    log_pi, log_q = jax.lax.stop_gradient(one_axis(log_pi=log_pi, log_q=log_q))
+    log_ratio = gather(log_pi - log_q, axis_name)
+    return log_q + jax.nn.logsumexp(log_ratio) - jnp.log(log_ratio.shape[0])
 
 
 class RunningMean(NamedTuple):
@@ -245,16 +254,16 @@ class RunningMean(NamedTuple):
 
     Attributes:
         init: () -> state.
-        update: (state, score weights of a batch) -> state; call it after the loss.
+        update: (state, score weights of a batch, *, axis_name=None) -> state; call it after the loss.
         value: state -> B, 0 before anything was seen.
     """
 
     init: Callable[[], Float[Array, "2"]]
-    update: Callable[[Float[Array, "2"], Float[Array, "N"]], Float[Array, "2"]]
+    update: Callable[..., Float[Array, "2"]]
     value: Callable[[Float[Array, "2"]], Float[Array, ""]]
 
 
-def running_mean(decay: float = 0.99) -> RunningMean:
+def running_mean(decay: float | Float[Array, ""] = 0.99) -> RunningMean:
     """B = exponentially forgetting mean of the score weights of earlier batches.
 
     Unbiased: it does not depend on the samples it is subtracted from, if the state is updated after its use. Lags behind
@@ -273,11 +282,14 @@ def running_mean(decay: float = 0.99) -> RunningMean:
 
     Source: Go et al. 2023, section 3.3; Williams 1992.
     """
-    if not 0 <= decay < 1:
+    one_number(decay=decay)
+    if is_concrete(decay) and not 0 <= decay < 1:
         raise ValueError(f"decay is at least 0 and below 1, got {decay}.")
 
-    def update(state, weights):
-        return decay * state + (1 - decay) * jnp.array([jax.lax.stop_gradient(weights).mean(), 1.0], state.dtype)
+    def update(state: Float[Array, "2"], weights: Float[Array, "N"], *, axis_name: str | None = None) -> Float[Array, "2"]:
+        (weights,) = one_axis(weights=jax.lax.stop_gradient(weights))
+        batch = jnp.stack([gather(weights, axis_name).mean(), jnp.ones((), weights.dtype)])
+        return (decay * state + (1 - decay) * batch).astype(state.dtype)
 
     def value(state):
         return jnp.where(state[1] > 0, state[0] / jnp.where(state[1] > 0, state[1], 1.0), 0.0)
@@ -307,13 +319,13 @@ def centred_weights(
 
     Source: Go et al. 2023, section 3.3, in the off-policy form.
     """
-    weights = jax.lax.stop_gradient(weights)
+    weights, log_pi, log_q = jax.lax.stop_gradient(one_axis(weights=weights, log_pi=log_pi, log_q=log_q))
     value = baseline(weights) if callable(baseline) else jnp.asarray(baseline, weights.dtype)
     if value.shape not in ((), weights.shape):
         raise ValueError(f"A baseline has shape () or {weights.shape}, one value or one a sample; got {value.shape}.")
-    value = jnp.broadcast_to(value, weights.shape)
+    value = jnp.broadcast_to(jax.lax.stop_gradient(value).astype(weights.dtype), weights.shape)
     if log_q is not None:
-        value = weighted(value, jax.lax.stop_gradient(log_pi - log_q))
+        value = weighted(value, log_pi - log_q)
     # An infinite weight stays one, for the caller to see and skip: inf - inf would be NaN.
     return jax.lax.stop_gradient(jnp.where(jnp.isinf(weights), weights, weights - value))
 
@@ -325,7 +337,7 @@ def surrogate_loss(
     *,
     divergence: FDivergence,
     baseline: float | Float[Array, "*n"] | Baseline = 0.0,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
 ) -> Float[Array, "N"]:
     """Per-sample loss to minimise: ``stop[(π/q)(f'(π/p) - B)] · log π``.
 
@@ -360,6 +372,7 @@ def surrogate_loss(
 
     Source: Go et al. 2023, theorem 1 and section 3.3.
     """
+    log_pi, log_p, log_q = one_axis(log_pi=log_pi, log_p=log_p, log_q=log_q)
     weights = score_weights(log_pi, log_p, log_q, divergence=divergence, clip=clip)
     weights = centred_weights(weights, log_pi, log_q, baseline=baseline)
     # A sample of weight 0 is worth 0, and not 0 · -inf, even where the policy gives it no probability.
@@ -377,12 +390,13 @@ def _log_t(log_pi, log_p):
     return jnp.where(nothing, 0.0, log_pi - jnp.where(nothing, 0.0, log_p))
 
 
-def _check(log_pi, log_p, log_q, clip):
-    shapes = [x.shape for x in (log_pi, log_p, log_q) if x is not None]
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"log_pi, log_p and log_q describe the same samples, got shapes {shapes}.")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip is a pair (lowest, highest) of values of f', got {clip}.")
+def _checked(log_pi, log_p, log_q, divergence, clip):
+    made(divergence)
+    if clip is not None:
+        one_number(**{"clip[0]": clip[0], "clip[1]": clip[1]})
+        if all(map(is_concrete, clip)) and not clip[0] < clip[1]:
+            raise ValueError(f"clip is a pair (lowest, highest) of values of f', got {clip}.")
+    return jax.lax.stop_gradient(same_shape(log_pi=log_pi, log_p=log_p, log_q=log_q))
 
 
 def _as_strata(strata, like):

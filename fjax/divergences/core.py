@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fjax._checks import as_mask, made, one_axis
 from fjax._numerics import times_exp
-from fjax._typing import Array, Bool, Float
+from fjax._typing import Array, Bool, Float, Int
 
 Elementwise = Callable[[Float[Array, "*n"]], Float[Array, "*n"]]
 """Array in, array of the same shape out, each entry by itself."""
@@ -56,7 +57,7 @@ def exact_divergence(
     log_p: Float[Array, "S"],
     *,
     divergence: FDivergence,
-    where: Bool[Array, "S"] | None = None,
+    where: Bool[Array, "S"] | Int[Array, "S"] | None = None,
 ) -> Float[Array, ""]:
     """D_f(π‖p) as a sum over a whole space.
 
@@ -82,8 +83,9 @@ def exact_divergence(
 
     Source: Go et al. 2023, equation 1.
     """
-    if log_pi.shape != log_p.shape:
-        raise ValueError(f"log_pi and log_p list the same space, got {log_pi.shape} and {log_p.shape}.")
+    made(divergence)
+    log_pi, log_p = one_axis(log_pi=log_pi, log_p=log_p)
+    where = as_mask(where, log_pi)
     nothing = jnp.isneginf(log_pi) & jnp.isneginf(log_p)
     counted = ~nothing if where is None else where & ~nothing
     log_pi, log_p = jnp.where(counted, log_pi, 0.0), jnp.where(counted, log_p, 0.0)
