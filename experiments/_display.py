@@ -16,6 +16,7 @@ from rich.text import Text
 from fjax.models import PretrainedModel
 
 from ._evaluate import NAMES, Evaluation, Figure, Target, check_bound
+from ._programs import hardware
 from ._settings import Settings
 from ._words import on_one_line
 
@@ -45,7 +46,8 @@ class Display:
         at = f"going on at step {resumed_at}" if resumed_at else begin
         self.say(
             f"[bold]{escape(title)}[/]: {escape(settings.model)} ({_size(model)} parameters), "
-            f"{settings.steps} steps of {settings.samples} samples, {at}.\nEverything is written to {escape(str(folder))}."
+            f"{settings.steps} steps of {settings.samples} samples, {at}, on {escape(hardware())}.\n"
+            f"Everything is written to {escape(str(folder))}."
         )
 
     @contextmanager

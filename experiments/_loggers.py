@@ -55,5 +55,5 @@ def _run_id(folder: Path) -> str:
     """What W&B knows the run by, the same when it is resumed."""
     path = folder / "wandb-id"
     if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text()
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

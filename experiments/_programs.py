@@ -77,9 +77,11 @@ class Programs(NamedTuple):
 
 
 def hardware() -> str:
-    """What this runs on, in words."""
-    device = jax.devices()[0]
-    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} × {device.device_kind}"
+    """What this runs on, in words: one device, however many there are."""
+    device, there = jax.devices()[0], jax.device_count()
+    if device.platform == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return device.device_kind + (f", one of {there}" if there > 1 else "")
 
 
 def load_model(settings: Settings, *, prompt_tokens: int = 1) -> PretrainedModel:

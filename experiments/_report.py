@@ -1,7 +1,6 @@
 """A run on one page: report.html, with its pictures inside, no scripts and nothing to load, so that it can be mailed."""
 
 import base64
-import json
 import math
 from collections.abc import Iterable
 from html import escape
@@ -10,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fjax.training import read_jsonl
-
 from ._evaluate import NAMES
-from ._run_folder import write_text
+from ._run_folder import read_json, read_records, write_text
 from ._words import on_one_line
 from .tabulate import evaluations
 
@@ -55,7 +52,7 @@ def write(folder: Path) -> None:
     Raises:
         RunError: if it has no evaluation yet.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", *ABOUT)
     records = evaluations(folder)
     pictures = [_picture(path) for path in sorted(folder.glob("*.png"))]
     parts = [
@@ -64,7 +61,7 @@ def write(folder: Path) -> None:
         _figures(records[0], records[-1]),
         *(["<h2>Plots</h2>", *pictures] if pictures else []),
         "<h2>Samples</h2>",
-        _samples(read_jsonl(folder / "samples.jsonl")),
+        _samples(read_records(folder / "samples.jsonl", "step", "text")),
         "<h2>Settings</h2>",
         _settings(config),
     ]

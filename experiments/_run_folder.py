@@ -7,11 +7,13 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 import fjax
+from fjax.training import read_jsonl
 
 MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every", "stop_below", "patience"} | {
     "tensorboard",
@@ -44,7 +46,7 @@ def open_run(config: dict, *, experiment: str, title: str) -> Path:
 def describe_run(folder: Path, config: dict, *, experiment: str) -> None:
     """config.json of a new run: what was chosen, by which command, and what it ran on."""
     versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
-    devices = [device.device_kind for device in jax.devices()]
+    devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
     command = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
     written = config | {"versions": versions, "devices": devices, "command": command}
     write_text(folder / "config.json", json.dumps(written, indent=2))
@@ -53,8 +55,75 @@ def describe_run(folder: Path, config: dict, *, experiment: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """What a file of ours holds, with at least these keys.
+
+    Raises:
+        OSError: if there is none to be read.
+        RunError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out.") from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        raise RunError(f"{path} is damaged: it has no {' and no '.join(missing) or 'object in it'}.")
+    return found
+
+
+def read_records(path: Path, *keys: str) -> list[dict]:
+    """The records of a file of JSON lines of ours, each with at least these keys.
+
+    Raises:
+        OSError: if there is none to be read.
+        RunError: if it is damaged.
+    """
+    try:
+        records = read_jsonl(path)
+    except (ValueError, AttributeError, RecursionError) as error:  # the second of a line that is no object
+        raise RunError(f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out.") from error
+    _check_keys(path, records, keys)
+    return records
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl.
+
+    Raises:
+        OSError: if there is none to be read.
+        RunError: if it is damaged.
+    """
+    records = read_records(path, "kind", "step")
+    _check_keys(path, [record for record in records if record["kind"] == "evaluation"], ("samples", "seconds"))
+    return records
+
+
+def _check_keys(path: Path, records: list[dict], keys: Sequence[str]) -> None:
+    for record in records:
+        missing = [key for key in keys if key not in record]
+        if missing:
+            raise RunError(f"{path} is damaged: a record has no {' and no '.join(missing)} ({record!s:.100}).")
+
+
+def check_output(path: Path | None, flag: str) -> None:
+    """Whether a file can be written there, before there is anything to write.
+
+    Raises:
+        RunError: if not.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise RunError(f"{flag} {path} is a folder. Name a file.")
+    if not path.parent.is_dir():
+        raise RunError(f"There is no folder {path.parent} for {flag} {path}.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RunError(f"{flag} {path} may not be written.")
 
 
 def check_space(folder: Path, parameters: int) -> None:
@@ -81,7 +150,7 @@ def _default_folder(experiment: str, title: str, resume: bool) -> Path:
 def _check_same(folder: Path, saved: Path, config: dict) -> None:
     if not saved.is_file():
         raise RunError(f"{folder} holds no run to resume (no config.json). Leave --resume out to start one.")
-    old = json.loads(saved.read_text())
+    old = read_json(saved)
     differing = [k for k in config if k not in MAY_CHANGE and old.get(k) != json.loads(json.dumps(config[k]))]
     if differing:
         listed = "; ".join(f"{k}: {old.get(k)!r} there, {config[k]!r} now" for k in differing)

@@ -14,7 +14,7 @@ from ._arguments import FolderOrName
 from ._command import run
 from ._loop import EVALUATION_KEY, TARGET_KEY, Prepared, draw_fresh
 from ._programs import Contexts, load_aligned, load_model, make_programs
-from ._run_folder import write_text
+from ._run_folder import check_output, write_text
 from ._settings import Settings, reported_divergences
 from .conditional import config as conditional_config
 from .conditional import run as conditional
@@ -73,6 +73,7 @@ def make_contexts(task, model) -> Contexts | None:
 
 def main(config: Config) -> int:
     """Draws from both models, estimates, and prints the one beside the other."""
+    check_output(config.output, "--output")
     settings: Settings = config.task.settings
     display = _display.Display()
     base = load_model(settings)

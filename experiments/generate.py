@@ -22,7 +22,7 @@ from ._arguments import FolderOrName, check_numbers
 from ._command import run
 from ._programs import Programs, load_aligned, load_model, make_programs
 from ._rejection_costs import Cost, Half, costs, plot
-from ._run_folder import RunError
+from ._run_folder import RunError, check_output
 from ._settings import Settings
 from ._words import contains_any, on_one_line
 
@@ -118,6 +118,8 @@ def choose_log_beta(log_score: np.ndarray, log_q: np.ndarray, rate: float) -> fl
 
 def main(config: Config) -> int:
     """Proposes, accepts, prints, and says what it cost and how close it is."""
+    check_output(config.output, "--output")
+    check_output(config.plot, "--plot")
     console = Console(width=None if sys.stdout.isatty() else 110)
     seen: list[Proposals] = []
     accepted: list[str] = []

@@ -17,6 +17,7 @@ from fjax import divergences, enumeration, policy_gradients
 
 from ._arguments import check_numbers
 from ._command import run
+from ._run_folder import check_output, write_text
 
 Loss = Callable[..., jax.Array]
 """(log_pi, log_a, log_q) of samples -> one loss a sample."""
@@ -184,11 +185,12 @@ def page(config: Config) -> str:
 
 def main(config: Config) -> int:
     """Prints or writes the page."""
+    check_output(config.output, "--output")
     text = page(config)
     if config.output is None:
         print(text, end="")
     else:
-        config.output.write_text(text)
+        write_text(config.output, text)
         print(f"Written to {config.output}.")
     return 0
 

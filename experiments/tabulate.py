@@ -1,6 +1,6 @@
 """Runs beside one another as a Markdown table: python -m experiments.tabulate --help."""
 
-import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from fjax.training import read_jsonl
-
 from ._command import run
 from ._evaluate import NAMES
-from ._run_folder import RunError
+from ._run_folder import RunError, read_json, read_metrics
 
 DEFAULT = ("satisfaction", "kl_to_base", "entropy", "distinct_2", "forward_kl", "total_variation", "jensen_shannon", "log_z")
 
@@ -39,7 +37,7 @@ class Config:
 def evaluations(folder: Path) -> list[dict]:
     """The evaluations of a run, the first (the base model's) to the last."""
     try:
-        records = [record for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+        records = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "evaluation"]
     except OSError as error:
         raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
     if not records:
@@ -52,7 +50,7 @@ def main(config: Config) -> int:
     header = ["", *(NAMES.get(name, name) for name in config.figures), "samples drawn", "seconds"]
     rows = [header, ["---"] * len(header), row("base model", evaluations(config.runs[0])[0], config.figures)]
     for folder in config.runs:
-        written = json.loads((folder / "config.json").read_text())
+        written = read_json(folder / "config.json", "divergence", "clip")
         clip = f", f' clipped to {written['clip']}" if written["clip"] else ""
         rows.append(row(written["divergence"] + clip, evaluations(folder)[-1], config.figures))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
@@ -61,11 +59,13 @@ def main(config: Config) -> int:
 
 def row(title: str, record: dict, figures: tuple[str, ...]) -> list[str]:
     """Title, figures with their errors, samples and seconds."""
-    cells = [_cell(float(record[name]), float(record[f"{name}_std_error"])) for name in figures]
+    cells = [_cell(*(float(record.get(key, "nan")) for key in (name, f"{name}_std_error"))) for name in figures]
     return [title, *cells, f"{record['samples']:,}", f"{record['seconds']:.0f}"]
 
 
 def _cell(value: float, error: float) -> str:
+    if math.isnan(value):  # unknown, or no figure of this run
+        return "–"
     digits = 4 if abs(value) < 0.1 else 3 if abs(value) < 1 else 1
     spread = f" ± {error:.{digits}f}" if error == error and abs(error) < float("inf") else ""
     return f"{value:z.{digits}f}{spread}"

@@ -1,6 +1,7 @@
 """The rules of the layout, read off the source: which way imports go, how long a file may be, what has a docstring."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +126,35 @@ def test_public_names_have_docstrings(path):
     assert ast.get_docstring(tree), f"{module_name(path)} does not say what it is about"
     has_docstring = documented(tree)
     assert not sorted(name for name in public_names(tree) if not has_docstring.get(name, True))
+
+
+OPENING = ("open", "fdopen", "read_text", "write_text")
+
+
+def without_encoding(path: Path) -> list[int]:
+    """Lines that open a text without saying how it is written: as the machine's locale has it, which may not be UTF-8."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "open",
+            "fdopen",
+            "read_text",
+            "write_text",
+        ):
+            ours = ast.unparse(node.func) == "write_text"  # of experiments/_run_folder.py
+            modes = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
+            binary = any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", mode) for mode in modes)
+            if not ours and not binary and "encoding" not in {keyword.arg for keyword in node.keywords}:
+                found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if "tests" not in path.parts], ids=module_name)
+def test_every_text_names_its_encoding(path):
+    assert not without_encoding(path)
+
+
+def test_a_text_without_an_encoding_is_seen(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text('open(x)\np.open("a")\np.read_text()\np.write_text(y)\nopen(x, "rb")\np.read_text(encoding="utf-8")\n')
+    assert without_encoding(path) == [1, 2, 3, 4]

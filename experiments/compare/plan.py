@@ -1,7 +1,6 @@
 """What is to be run: every objective with every seed, checked against the task and against what is there already."""
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -9,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import _arguments
-from experiments._run_folder import MAY_CHANGE, RunError, open_run
+from experiments._run_folder import MAY_CHANGE, RunError, open_run, read_json, read_metrics
 from experiments._settings import as_json
-from fjax.training import read_jsonl
 
 from .config import Config, Task
 from .objectives import Objective, parse_objectives
@@ -118,9 +116,10 @@ def is_complete(plan: Plan) -> bool:
     folder = plan.place.folder
     if not is_finished(folder):
         return False
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
     rules = MAY_CHANGE - {"resume", "run_folder"}
-    evaluated = [record["step"] for record in read_jsonl(folder / "metrics.jsonl") if record["kind"] == "evaluation"]
+    records = read_metrics(folder / "metrics.jsonl")
+    evaluated = [record["step"] for record in records if record["kind"] == "evaluation"]
     last = max(evaluated, default=0)
     return last >= plan.steps or all(saved.get(name) == plan.config[name] for name in rules)
 
@@ -159,4 +158,7 @@ def default_folder(config: Config) -> Path:
 def read_notes(folder: Path) -> dict:
     """What a comparison wrote down about itself: task, arguments, command, and the label of each file name."""
     path = folder / "compare.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    notes = read_json(path) if path.is_file() else {}
+    if not isinstance(notes.get("labels", {}), dict):
+        raise RunError(f"{path} is damaged: its labels are {type(notes['labels']).__name__}.")
+    return notes

@@ -65,7 +65,7 @@ def run_all(plans: Sequence[Plan], *, jobs: int) -> int | None:
                 board.look([one.plan for one in running.values()])
         finally:
             _end_at_once(running.values())
-    return stop.signal
+    return stop.signal or None
 
 
 def start(plan: Plan, cores: set[int] | None) -> Running:
@@ -160,7 +160,7 @@ class Board:
         elif status:
             self._total -= one.plan.steps - self._steps[place]
             self.say(f"[bold red]{escape(place.title)}: failed with status {status} after {took}.[/] The end of {place.log}:")
-            lines = place.log.read_text(errors="replace").splitlines()[-SHOWN:]
+            lines = place.log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:]
             self.say(escape("\n".join(f"  {on_one_line(line)}" for line in lines)))
         else:
             self._ended += 1

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments._run_folder import MAY_CHANGE, RunError
-from fjax.training import read_jsonl
+from experiments._run_folder import MAY_CHANGE, RunError, read_json, read_metrics
 
 from .plan import Place
 
@@ -57,8 +56,8 @@ def read_result(place: Place) -> Result:
         RunError: if it has no metrics, or no evaluation.
     """
     try:
-        config = json.loads((place.folder / "config.json").read_text())
-        records = read_jsonl(place.folder / "metrics.jsonl")
+        config = read_json(place.folder / "config.json")
+        records = read_metrics(place.folder / "metrics.jsonl")
     except OSError as error:
         raise RunError(f"{place.folder} is no run folder: {error.strerror}: {error.filename}.") from error
     # A resumed run may have repeated a step; the later record is the one that went on.
@@ -80,7 +79,7 @@ def place_of(folder: Path, labels: dict[str, str]) -> Place:
         RunError: if it is no run folder.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json", "seed", "divergence")
     except OSError as error:
         raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
     named = re.fullmatch(r"(.+)-seed(-?\d+)", folder.name)

@@ -1,6 +1,5 @@
 """Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot --help."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ import tyro
 
 from experiments._command import run
 from experiments._plots import STYLE, per_context
-from experiments._run_folder import RunError
-from fjax.training import read_jsonl
+from experiments._run_folder import RunError, check_output, read_json, read_records
 
 PARTS = ("hardest third", "middle third", "easiest third")
 
@@ -45,10 +43,13 @@ def read(folder: Path) -> tuple[str, list[dict]]:
         RunError: if it is no finished run of this experiment.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["normalizer"], read_jsonl(folder / "contexts.jsonl")
-    except (OSError, KeyError) as error:
+        config = read_json(folder / "config.json", "normalizer")
+        records = read_records(folder / "contexts.jsonl", "step", "prompt", "satisfaction")
+    except (OSError, RunError) as error:
         raise RunError(f"{folder} is no run of conditional with an evaluation: {error}.") from error
+    if not records:
+        raise RunError(f"{folder} has no evaluation yet.")
+    return config["normalizer"], records
 
 
 def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +65,7 @@ def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def main(config: Config) -> int:
     """Draws, and prints the means."""
+    check_output(config.output, "--output")
     found = [read(folder) for folder in config.runs]
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, len(found) + 1, figsize=(4.2 * (len(found) + 1), 4.2))

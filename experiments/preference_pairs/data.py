@@ -78,6 +78,8 @@ def _parse(line: bytes) -> Pair:
         raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from error
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be read") from error
     if not isinstance(found, dict):
         raise ValueError(f"is a JSON {type(found).__name__}, not an object")
     for name in ("prompt", "chosen", "rejected"):

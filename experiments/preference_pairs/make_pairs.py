@@ -17,7 +17,7 @@ from experiments._arguments import FolderOrName, check_numbers
 from experiments._command import run
 from experiments._programs import check_positions, decode, load_model, make_sampler
 from experiments._prompts import Prompts, openings, read_prompts
-from experiments._run_folder import RunError, write_text
+from experiments._run_folder import RunError, check_output, write_text
 from experiments._settings import Settings
 from experiments.sentiment_reward.config import Config as RewardConfig
 from experiments.sentiment_reward.run import Rewards, make_reward
@@ -118,8 +118,7 @@ def main(config: Config) -> int:
     """Draws, scores, labels, writes, and says what the pairs are like."""
     if config.output.exists():
         raise RunError(f"{config.output} is there already. Give another --output, or move it away.")
-    if not config.output.parent.is_dir():
-        raise RunError(f"There is no folder {config.output.parent} for --output {config.output}.")
+    check_output(config.output, "--output")
     settings = Settings(model=config.model, max_new_tokens=config.max_new_tokens)
     model = load_model(settings)
     prompts, reports = _prompts(config, model)

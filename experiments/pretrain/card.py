@@ -53,7 +53,7 @@ def write(
         samples="\n".join(f"- {t}" for t in texts[:10]),
         **{name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
     )
-    (Path(config.output) / "README.md").write_text(text)
+    (Path(config.output) / "README.md").write_text(text, encoding="utf-8")
 
 
 def nats_per_row(model: gpt2.GPT2Config, params: gpt2.Params, rows: list[np.ndarray]) -> float:

@@ -1,24 +1,34 @@
 """What people get wrong, or the system refuses: their functions, broken files, a full disk. One sentence, and status 2."""
 
+import io
+import json
 import sys
+import types
+from errno import EACCES, ENOENT, ENOSPC
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _command
+from experiments import _command, evaluate, generate, kl_gradients, tabulate
 from experiments._display import Display
 from experiments._evaluate import Evaluation, Figure, Target
+from experiments._programs import hardware
 from experiments._python import load_function
-from experiments._run_folder import RunError
+from experiments._run_folder import RunError, describe_run, write_text
+from experiments.compare import run as compare
+from experiments.compare.config import Config as CompareConfig
+from experiments.conditional import plot
 from experiments.conditional import run as conditional
 from experiments.gender_balance.config import Config as GenderConfig
 from experiments.gender_balance.config import parse_moments
 from experiments.gender_balance.run import make_features
+from experiments.preference_pairs import make_pairs
+from experiments.preference_pairs.data import read_pairs
 from experiments.sentiment_reward import run as sentiment
 from experiments.sentiment_reward.config import Config as SentimentConfig
 
-from .commands import SMALL, run
+from .commands import SMALL, TINY, run
 
 HERE = "tests.experiments.test_bad_input"
 TEXTS = ["a film .", "another film ."]
@@ -194,3 +204,194 @@ def test_words_never_take_the_place_of_a_figure():
 def test_a_moment_of_no_word_is_refused(moment):
     with pytest.raises(ValueError, match='are "word=rate"'):
         parse_moments((moment,))
+
+
+def some_run(folder):
+    """What tables and pictures want of a finished run."""
+    (folder / "model").mkdir(parents=True)
+    config = {"seed": 0, "divergence": "forward_kl", "alpha": 0.5, "clip": None, "steps": 1, "normalizer": "global"}
+    about = {"versions": {}, "devices": ["cpu"], "command": "python"}
+    (folder / "config.json").write_text(json.dumps(config | about), encoding="utf-8")
+    record = {"kind": "evaluation", "step": 1, "samples": 16, "seconds": 1.0, "satisfaction": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (folder / "contexts.jsonl").write_text('{"step": 1, "prompt": "a", "satisfaction": 1}\n', encoding="utf-8")
+    notes = {"task": "conditional", "arguments": [], "labels": {}, "command": ""}
+    (folder.parent / "compare.json").write_text(json.dumps(notes), encoding="utf-8")
+    return folder
+
+
+READERS = {
+    "tabulate": (tabulate.Config, tabulate.main, lambda folder: (folder,)),
+    "plot": (plot.Config, plot.main, lambda folder: (folder, "--output", folder / "x.png")),
+    "compare": (
+        CompareConfig,
+        compare.main,
+        lambda folder: ("--task", "conditional", "--only-report", "--folder", folder.parent, "--runs", folder),
+    ),
+}
+BROKEN = {
+    "empty": b"",
+    "cut off": b'{"seed": 0, "div',
+    "a list": b"[1, 2]\n[1]\n",
+    "null": b"null\nnull\n",
+    "no keys": b"{}\n{}\n",
+    "not UTF-8": b'{"\xff\xfe": 1}\n{}\n',
+    "nested": b"[" * 100_000 + b"\n{}\n",
+}
+
+
+@pytest.mark.parametrize("damage", [*BROKEN, "a folder", "not there"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "contexts.jsonl", "../compare.json"])
+def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys):
+    """With every command that reads it; a file that a command does without is no error."""
+    folder = some_run(tmp_path / "all" / "run-seed0")
+    path = folder / name
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage != "not there":
+        path.write_bytes(BROKEN[damage])
+    readers = {"config.json": READERS, "metrics.jsonl": ("tabulate", "compare"), "contexts.jsonl": ("plot",)}
+    for reader in readers.get(name, () if damage in ("a folder", "not there") else ("compare",)):
+        config, main, arguments = READERS[reader]
+        assert run(monkeypatch, config, main, *arguments(folder)) == 2, reader
+        shown = capsys.readouterr().err
+        assert "Error: " in shown
+        assert path.name in shown or "has no evaluation" in shown
+        assert shown.count("\n") == 1
+        assert len(shown) < 900
+
+
+@pytest.mark.parametrize(
+    ("config", "main", "arguments", "flags"),
+    [
+        (evaluate.Config, evaluate.main, ("--aligned", TINY), ("--output",)),
+        (generate.Config, generate.main, ("--model", TINY, "--word", "w9"), ("--output", "--plot")),
+        (kl_gradients.Config, kl_gradients.main, (), ("--output",)),
+        (make_pairs.Config, make_pairs.main, (), ("--output",)),
+        (plot.Config, plot.main, (TINY,), ("--output",)),
+    ],
+    ids=["evaluate", "generate", "kl_gradients", "make_pairs", "plot"],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    config, main, arguments, flags, monkeypatch, tmp_path, capsys
+):
+    for module in (evaluate, generate, make_pairs):
+        monkeypatch.setattr(module, "load_model", lambda _: pytest.fail("the work has begun"))
+    monkeypatch.setattr(kl_gradients, "page", lambda _: pytest.fail("the work has begun"))
+    task = ("lexical_constraint",) if config is evaluate.Config else ()
+    (tmp_path / "file").touch()
+    for flag in flags:
+        for path in (tmp_path / "nowhere" / "x", tmp_path, tmp_path / "file" / "x"):
+            assert run(monkeypatch, config, main, *arguments, flag, path, *task) == 2
+            shown = capsys.readouterr().err
+            assert "--output" in shown or "--plot" in shown or "is there already" in shown
+            assert str(path) in shown
+
+
+def raising(error):
+    def main(_):
+        raise error
+
+    return main
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(ENOSPC, "No space left on device", "/a/b")
+JSON = '{"metadata": ["' + "x" * 5000 + '"]}\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FULL, "No space left on device (/a/b): free some, and go on with --resume"),
+        (caused_by(ValueError(JSON), FULL), "No space left on device (/a/b): free some"),
+        (ValueError(f"{JSON} [Errno 28] No space left on device"), "No space left on device: free some"),
+        (PermissionError(EACCES, "Permission denied", "/a/b"), "PermissionError: [Errno 13] Permission denied: '/a/b'"),
+        (FileNotFoundError(ENOENT, "No such file or directory", "/a"), "FileNotFoundError: [Errno 2] No such file"),
+        (MemoryError(), "There is not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "There is not enough memory"),
+        (RunError(JSON), '{"metadata": ["xxx'),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(error, message, monkeypatch, capsys):
+    assert run(monkeypatch, tabulate.Config, raising(error), "folder") == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+    assert len(shown) < 900
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a"), AssertionError(), ZeroDivisionError()])
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    with pytest.raises(type(error)):
+        run(monkeypatch, tabulate.Config, raising(error), "folder")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "message"),
+    [
+        ("cuda,cpu", "cpu", "JAX_PLATFORMS=cuda,cpu asks for cuda, of which jax finds none"),
+        ("tpu", "cpu", "JAX_PLATFORMS=tpu asks for tpu"),
+        ("cuda", RuntimeError("Unable to initialize backend 'cuda'"), "cannot be had: Unable to initialize"),
+        ("cuda", AssertionError(), "cannot be had: jax finds none"),
+        ("cuda,cpu", "gpu", None),
+        ("cpu", "cpu", None),
+        ("cpu,cuda", "cpu", None),
+        ("", "cpu", None),
+        (None, "gpu", None),
+    ],
+)
+def test_an_accelerator_that_is_asked_for_is_had_or_refused(asked, found, message, monkeypatch, capsys):
+    def default_backend():
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(jax_platforms=asked, update=lambda *_: None), default_backend=default_backend
+    )
+    monkeypatch.setattr(_command, "jax", fake)
+    assert run(monkeypatch, kl_gradients.Config, lambda _: 0) == (2 if message else 0)
+    assert (message or "") in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["tabulate", "folder"])
+    assert _command.run(tabulate.Config, lambda _: 0, module="tabulate", computes=False) == 0
+
+
+@pytest.mark.parametrize("name", ["reports", "prints"])
+def test_a_locale_without_utf_8_changes_nothing(name, tmp_path, monkeypatch):
+    """The page of a run has π in it; and a terminal that cannot show it shows something else."""
+    if name == "prints":
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(monkeypatch, tabulate.Config, lambda _: print("π → p") or 0, "folder") == 0
+        assert stream.buffer.getvalue() == b"? ? p\n"
+        return
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    monkeypatch.setattr("locale.getencoding", lambda *_: "ascii", raising=False)
+    write_text(tmp_path / "page", "KL(p‖π)")
+    assert (tmp_path / "page").read_bytes().decode("utf-8") == "KL(p‖π)"
+
+
+@pytest.mark.parametrize("depth", [5, 100_000])
+def test_a_nested_line_of_pairs_is_a_bad_line(depth, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n", encoding="utf-8")
+    with pytest.raises(RunError, match=r"1 of 1 lines of .* are bad, first line 1 (has|is nested)"):
+        read_pairs(path, skip_bad=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "said"), [("H100", 8, "H100, one of 8"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")]
+)
+def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monkeypatch):
+    device = types.SimpleNamespace(platform="cpu" if kind == "cpu" else "gpu", device_kind=kind)
+    monkeypatch.setattr("jax.devices", lambda: [device] * there)
+    monkeypatch.setattr("jax.device_count", lambda: there)
+    assert hardware().endswith(said)
+    describe_run(tmp_path, {}, experiment="x")
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["devices"] == [kind]
