@@ -42,33 +42,59 @@ def encode(texts: Sequence[str], tokenizer, *, references: Sequence[str] | None 
 
 
 def token_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Of each text, and nothing before or after it."""
+    """Of each text, and nothing before or after it; a text that spells a special token has its characters, not the token.
+
+    Every text that experiments are given goes through here, so that they alone say where one ends.
+
+    Raises:
+        RunError: if the tokenizer reads something in a text as its end token all the same, as an unknown word may be.
+    """
+    rows = _characters(tokenizer, texts)
+    for text, row in zip(texts, rows, strict=True):
+        if tokenizer.eos_token_id in row:
+            raise RunError(
+                f"The tokenizer reads a part of {text!r:.80} as its end token {tokenizer.eos_token!r}, as it does with what "
+                "it does not know. Leave that part out, or take a model that knows it."
+            )
+    return rows
+
+
+def _characters(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     # Not verbose: whoever asks compares the lengths with the model's positions, and says more than transformers would.
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if texts else []
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return tokenizer(list(texts), **options).input_ids if texts else []
 
 
 def read_prompts(path: Path, tokenizer, *, max_tokens: int) -> tuple[Prompts, list[str]]:
     """The prompts of a text file, one a line, and a report of each kind of line that was left out.
 
     Spaces around a prompt are dropped: a model's words begin with their space, so it belongs to the continuation. Left out
-    are blank lines, repetitions of an earlier line, and prompts of more than ``max_tokens`` tokens of their own.
+    are blank lines, repetitions of an earlier line, prompts of more than ``max_tokens`` tokens of their own, and those that
+    `token_ids` refuses.
 
     Raises:
         RunError: if the file cannot be read, is empty, or nothing of it is left.
     """
     lines = _read_lines(path)
     first = {text: number for number, text in reversed(list(enumerate(lines, 1))) if text}
-    length = dict(zip(first, map(len, token_ids(tokenizer, list(first))), strict=True))
-    left_out: dict[str, list[int]] = {"blank": [], "repeated": [], f"longer than {max_tokens} tokens": []}
-    blank, repeated, long = left_out.values()
+    rows = dict(zip(first, _characters(tokenizer, list(first)), strict=True))
+    left_out: dict[str, list[int]] = {
+        "blank": [],
+        "repeated": [],
+        f"longer than {max_tokens} tokens": [],
+        f"read as {tokenizer.eos_token!r} by the tokenizer, in part": [],
+    }
+    blank, repeated, long, unknown = left_out.values()
     kept = []
     for number, text in enumerate(lines, 1):
-        if not text:
+        if not rows.get(text):
             blank.append(number)
         elif first[text] != number:
             repeated.append(number)
-        elif length[text] > max_tokens:
+        elif len(rows[text]) > max_tokens:
             long.append(number)
+        elif tokenizer.eos_token_id in rows[text]:
+            unknown.append(number)
         else:
             kept.append(text)
     reports = [f"{path}, left out as {why}: {_count(numbers)}." for why, numbers in left_out.items() if numbers]

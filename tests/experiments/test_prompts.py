@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fjax
-from experiments._prompts import encode, openings, read_prompts
+from experiments._prompts import encode, openings, read_prompts, token_ids
 from experiments._run_folder import RunError
 from experiments._settings import BUILT_IN
 from experiments.pretrain.data import held_out, read_labels
@@ -35,6 +35,32 @@ def test_rows_are_padded_on_the_left_and_begin_with_the_end_token(tiny):
     assert prompts.where.tolist() == [[True] * 4, [False, False, True, True]]
     assert prompts.tokens.dtype == np.int32
     assert prompts.references == ["", ""]
+
+
+@pytest.mark.parametrize("text", ["a film <|endoftext|> ends", "<|endoftext|>", "<|endoftext|><|endoftext|>", " <|endoftext|>"])
+def test_a_text_that_spells_the_end_token_does_not_have_it(tokenizer, text):
+    (row,) = token_ids(tokenizer, [text])
+    assert tokenizer.eos_token_id not in row
+    assert tokenizer.decode(row) == text
+    assert encode([text], tokenizer).tokens.tolist() == [[tokenizer.eos_token_id, *row]]
+    assert tokenizer("<|endoftext|>").input_ids == [tokenizer.eos_token_id]  # it is left as it was
+
+
+def test_what_is_read_as_the_end_token_all_the_same_is_refused(tiny, tmp_path):
+    """The tiny tokenizer has one token for the end and for words that it does not know."""
+    with pytest.raises(RunError, match="reads a part of 'w1 film' as its end token '<|endoftext|>'"):
+        token_ids(tiny, ["w1", "w1 film"])
+    path = written(tmp_path, "w1\nfilm w2\nw3\n")
+    prompts, reports = read_prompts(path, tiny, max_tokens=9)
+    assert prompts.texts == ["w1", "w3"]
+    assert reports == [f"{path}, left out as read as '<|endoftext|>' by the tokenizer, in part: 1 line (2)."]
+
+
+def test_no_prompt_is_anything_but_text(tokenizer, tmp_path):
+    path = written(tmp_path, "nan\r\nNone\r\ntrue\r\n1e3\r\n-inf\r\n{}\r\n")
+    prompts, reports = read_prompts(path, tokenizer, max_tokens=9)
+    assert prompts.texts == ["nan", "None", "true", "1e3", "-inf", "{}"]
+    assert reports == []
 
 
 def test_a_file_is_read_without_what_cannot_be_used(tiny, tmp_path):
