@@ -1,5 +1,6 @@
 """Pairs of a chosen and a rejected continuation: lines of a file, then arrays, then the batch of each step."""
 
+import codecs
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
         RunError: if the file cannot be read, is empty, has a bad line (unless those are skipped), or no good one.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise RunError(f"Cannot read the pairs {path}: {error.strerror}.") from error
     if not lines:
@@ -72,16 +73,7 @@ def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
 
 def _parse(line: bytes) -> Pair:
     """The pair of a line; a ValueError says what is wrong with it, as the rest of a sentence."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("is not UTF-8 text") from error
-    except RecursionError as error:
-        raise ValueError("is nested too deeply to be read") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"is a JSON {type(found).__name__}, not an object")
+    found = _object(line)
     for name in ("prompt", "chosen", "rejected"):
         if name not in found:
             raise ValueError(f'has no "{name}"')
@@ -97,6 +89,30 @@ def _parse(line: bytes) -> Pair:
     if found["chosen"] == found["rejected"]:
         raise ValueError('has the same text as "chosen" and "rejected"')
     return Pair(**{name: found[name] for name in Pair._fields if name in found})
+
+
+def _object(line: bytes) -> dict:
+    """The JSON object of a line, in which no key of a pair stands twice: which of the two were meant?"""
+    try:
+        found = json.loads(line.decode(), object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be read") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"is a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def _once(items: list[tuple[str, object]]) -> dict:
+    found = dict(items)
+    if len(found) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'has "{twice}" twice')
+    return found
 
 
 def to_batch(pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int) -> tuple[PairBatch, list[str]]:

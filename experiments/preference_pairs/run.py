@@ -44,7 +44,7 @@ def make_stepper(config: Config, prepared: Prepared) -> Stepper:
     settings, model = prepared.settings, prepared.model
     pairs, reports = read_pairs(config.pairs, skip_bad=config.skip_bad_lines)
     to_evaluate = prepared.programs.unseen.texts if prepared.programs.unseen else []
-    unseen = set(to_evaluate) & {pair.prompt for pair in pairs}
+    unseen = set(to_evaluate) & {pair.prompt.strip() for pair in pairs}
     if unseen:
         raise RunError(
             f"{len(unseen)} prompts to evaluate on are in {config.pairs} too, {min(unseen)!r} first. Give others with "

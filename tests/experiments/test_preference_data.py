@@ -3,12 +3,14 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import fjax
 from experiments._run_folder import RunError
+from experiments._settings import BUILT_IN
 from experiments.preference_pairs.data import Pair, as_line, batch_at, read_pairs, to_batch
 from experiments.preference_pairs.make_pairs import Answer, Config, label, main
 from fjax.training import preference_tuner
@@ -27,6 +29,15 @@ BAD = [
     (b'{"prompt": "w1", "chosen": "\\ud83d", "rejected": "w3"}', 'has half a character in "chosen"'),
     (b'{"prompt": "w1", "chosen": "w2", "rejected": "w2"}', 'has the same text as "chosen" and "rejected"'),
     (b'{"prompt": "w1", "chosen": "w2", "rejected": "w3", "chosen_ended": 1}', 'has a "chosen_ended" that is neither'),
+    (b'{"prompt": "w1", "chosen": "w2", "rejected": "w3", "chosen": "w4"}', 'has "chosen" twice'),
+    (b'{"prompt": {"text": "w1"}, "chosen": "w2", "rejected": "w3"}', "has a \"prompt\" that is no text but {'text': 'w1'}"),
+    (b'{"prompt": NaN, "chosen": "w2", "rejected": "w3"}', 'has a "prompt" that is no text but nan'),
+    (b'{"prompt": "w1", "chosen": null, "rejected": "w3"}', 'has a "chosen" that is no text but None'),
+    (b"[" * 100_000, "is nested too deep"),
+    (b'{"prompt": ' * 100_000, "is nested too deep"),
+    (b'{"prompt": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits) for integer"),
+    ('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}'.encode("utf-16-le"), "is not JSON"),
+    (b'\xef\xbb\xbf{"prompt": "w1", "chosen": "w2", "rejected": "w3"}', "is not JSON"),
 ]
 
 
@@ -58,7 +69,7 @@ def test_pairs_are_read_as_they_were_written(tmp_path):
     assert "ended" not in as_line(pairs[0])
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD, ids=[reason for _, reason in BAD])
+@pytest.mark.parametrize(("line", "reason"), BAD, ids=[reason[:40] for _, reason in BAD])
 def test_a_bad_line_is_named_or_left_out(tmp_path, line, reason):
     path = written(tmp_path, GOOD, line, GOOD, b"?")
     with pytest.raises(RunError) as error:
@@ -71,6 +82,17 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, line, reason):
     assert "; line 4 is not JSON" in report
 
 
+def test_a_file_of_another_editor_is_read(tmp_path):
+    """A byte-order mark, Windows line ends, and texts that a careless reader takes for numbers or for nothing."""
+    lines = ['{"prompt": "nan", "chosen": "null", "rejected": "-inf"}', '{"prompt": "1e3", "chosen": "true", "rejected": "NaN"}']
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    pairs, reports = read_pairs(path, skip_bad=False)
+    assert pairs == [Pair("nan", "null", "-inf"), Pair("1e3", "true", "NaN")]
+    assert reports == []
+    assert [as_line(pair) for pair in pairs] == lines
+
+
 def test_a_file_without_pairs_is_named(tmp_path):
     with pytest.raises(RunError, match="is empty"):
         read_pairs(written(tmp_path), skip_bad=True)
@@ -78,6 +100,11 @@ def test_a_file_without_pairs_is_named(tmp_path):
         read_pairs(written(tmp_path, "{"), skip_bad=True)
     with pytest.raises(RunError, match=r"Cannot read the pairs .*No such file"):
         read_pairs(tmp_path / "nowhere", skip_bad=True)
+    with pytest.raises(RunError, match=r"Cannot read the pairs .*Is a directory"):
+        read_pairs(tmp_path, skip_bad=True)
+    (tmp_path / "mark").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(RunError, match="is empty"):
+        read_pairs(tmp_path / "mark", skip_bad=True)
 
 
 def test_rows_have_the_end_of_what_ended_and_count_the_continuation(model, score):
@@ -88,6 +115,22 @@ def test_rows_have_the_end_of_what_ended_and_count_the_continuation(model, score
     assert batch.rejected_tokens.tolist() == [[60, 1, 2, 5, 60, 0, 0, 0], [60, 6, 8, 9, 60, 0, 0, 0]]
     assert [np.flatnonzero(row).tolist() for row in batch.chosen_where] == [[3, 4, 5], [2]]
     assert [np.flatnonzero(row).tolist() for row in batch.rejected_where] == [[3, 4], [2, 3, 4]]
+
+
+def test_only_the_real_end_is_the_end_token():
+    """Texts that spell it have its characters; unknown words, which are one token with it here, are refused."""
+    built_in = fjax.from_pretrained(BUILT_IN)
+    end = built_in.eos_id
+    pairs = [Pair("a <|endoftext|> film", " is<|endoftext|>", "<|endoftext|>", rejected_ended=False)]
+    batch, _ = to_batch(pairs, built_in.tokenizer, lambda tokens, where: jnp.zeros(len(tokens)), max_tokens=64)
+    chosen, rejected = np.asarray(batch.chosen_tokens[0]), np.asarray(batch.rejected_tokens[0])
+    last = np.flatnonzero(batch.chosen_where[0])[-1]
+    assert np.flatnonzero(chosen[: last + 1] == end).tolist() == [0, last]
+    assert built_in.tokenizer.decode(chosen[1:last]) == "a <|endoftext|> film is<|endoftext|>"
+    assert end not in rejected[np.asarray(batch.rejected_where[0])]
+    tiny = fjax.from_pretrained(TINY)
+    with pytest.raises(RunError, match=r"reads a part of 'w1 film' as its end token"):
+        to_batch([Pair("w1 film", "w2", "w3")], tiny.tokenizer, lambda tokens, where: jnp.zeros(len(tokens)), max_tokens=24)
 
 
 def test_the_base_model_scores_all_rows_in_batches_of_one_size(model, monkeypatch):

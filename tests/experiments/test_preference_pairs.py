@@ -109,6 +109,34 @@ def test_prompts_of_pairs_are_not_evaluated_on(experiment, tmp_path, capsys):
     assert "1 prompts to evaluate on are in" in " ".join(capsys.readouterr().err.split())
 
 
+def test_spaces_around_a_prompt_hide_nothing(experiment, tmp_path, capsys):
+    """A prompt to evaluate on has none; one of a pair may, and is the same prompt."""
+    pairs, seen = tmp_path / "spaces.jsonl", tmp_path / "seen.txt"
+    lines = [{"prompt": f" w{i} ", "chosen": " w9", "rejected": " w4"} for i in range(20, 24)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen.write_text("w20\nw10\nw11\nw12\n")
+    assert experiment("--steps", 1, "--pairs", pairs, "--unseen-prompts", seen) == 2
+    assert "1 prompts to evaluate on are in" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "line 2 is nested too deep"),
+        (b'{"prompt": "w1", "chosen": "\xff"}', "line 2 is not UTF-8 text"),
+        (b'{"prompt": "w1", "prompt": "w2"}', 'line 2 has "prompt" twice'),
+        (b'{"prompt": "w1", "chosen": "w2", "rejected": "film"}', "reads a part of 'film' as its end token"),
+    ],
+)
+def test_whatever_a_line_has_is_one_sentence(experiment, tmp_path, capsys, content, message):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\r\n' + content + b"\r\n")
+    assert experiment("--pairs", bad, "--pairs-per-step", 1, "--steps", 1, "--run-folder", tmp_path / "run") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert "Traceback" not in said
+
+
 def test_the_win_rate_is_that_of_pairs_of_samples():
     from experiments._evaluate import _win_rate
 
