@@ -106,7 +106,7 @@ def load_aligned(settings: Settings, base: PretrainedModel, name: str) -> Pretra
         RunError: if it cannot be had, or has another shape or tokenizer.
     """
     aligned = load_model(dataclasses.replace(settings, model=name))
-    if base.config != aligned.config or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab():
+    if not base.config.computes_as(aligned.config) or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab():
         raise RunError(
             f"{name} and the base model {settings.model} differ in shape or tokenizer, so that their probabilities cannot be "
             "compared. Give the base model that it was aligned from."

@@ -26,7 +26,8 @@ class Config:
 
     reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of texts to as many
-    numbers."""
+    numbers. Of a folder, "text_format" in its config.json says what it was trained on: "text" (taken where nothing is said),
+    "end text", "text end" or "end text end", by where its end-of-sequence token stands."""
     beta: float = 1.0
     """β, the price of a nat of KL from the base model: the smaller, the more the reward counts; at 0 the target would be the
     best single sample."""

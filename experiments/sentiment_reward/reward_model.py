@@ -1,7 +1,7 @@
 """The built-in reward: a classifier's log-odds that a snippet of a film review is positive, trained from human labels."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +12,15 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fjax
+from experiments._prompts import token_ids
 from experiments._run_folder import RunError
 from experiments._settings import BUILT_IN
 from experiments.pretrain.data import batches, held_out, pad, read_labels
 from fjax.models import RewardModel, gpt2, load_reward_model, save_reward_model
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 64, 3e-4
+TEXT_FORMAT = "end text end"
+"""Of the snippets it is trained on; as the language model writes them."""
 
 
 class Snippets(NamedTuple):
@@ -33,10 +36,16 @@ def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
     parts = []
     for apart in (False, True):
         chosen = sorted(text for text in texts if held_out(text) == apart)
-        end = tokenizer.eos_token_id
-        rows = [np.asarray([end, *ids, end], np.int32) for ids in tokenizer(chosen).input_ids]
+        rows = text_rows(tokenizer, chosen, TEXT_FORMAT)
         parts.append(Snippets(rows, np.array([texts[text] for text in chosen], np.float32)))
     return parts[0], parts[1]
+
+
+def text_rows(tokenizer, texts: Sequence[str], text_format: str) -> list[np.ndarray]:
+    """Token ids of each text with the end tokens of `fjax.models.RewardModel.text_format`; never none, for "" has one."""
+    words, end = text_format.split(), [tokenizer.eos_token_id]
+    before, behind = (end if word == "end" else [] for word in (words[0], words[-1]))
+    return [np.asarray([*before, *ids, *behind] or end, np.int32) for ids in token_ids(tokenizer, texts)]
 
 
 def train(corpora: Path, folder: Path) -> None:
@@ -72,7 +81,7 @@ def train(corpora: Path, folder: Path) -> None:
     right, count = accuracy(model, apart), len(apart.rows)
     error = np.sqrt(right * (1 - right) / count)
     print(f"Reward model: {right:.1%} ± {error:.1%} of {count} held-out snippets are classified as people did.")
-    save_reward_model(folder, params, base.config, base.tokenizer)
+    save_reward_model(folder, params, base.config, base.tokenizer, text_format=TEXT_FORMAT)
 
 
 def _epochs(snippets: Snippets, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -89,6 +98,12 @@ def accuracy(model: RewardModel, snippets: Snippets) -> float:
     """Share of snippets whose score has the sign of their label."""
     rows = [row[: model.config.n_positions] for row in snippets.rows]
     return float(np.mean((score_rows(model, rows) > 0) == (snippets.labels > 0.5)))
+
+
+def score_texts(model: RewardModel, texts: Sequence[str]) -> np.ndarray:
+    """Scores of texts in the format of the model, cut to its positions."""
+    rows = text_rows(model.tokenizer, texts, model.text_format or "text")
+    return score_rows(model, [row[: model.config.n_positions] for row in rows])
 
 
 def score_rows(model: RewardModel, rows: list[np.ndarray], *, batch_size: int = 128) -> np.ndarray:

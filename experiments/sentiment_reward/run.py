@@ -1,6 +1,7 @@
 """The task: a reward of texts, and the target that RL with a KL penalty has."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -33,14 +34,11 @@ def make_reward(config: Config) -> Rewards:
         print(f"There is no reward model in {folder} yet; training it (once).")
         reward_model.train(config.corpora, folder)
     model = reward_model.load(folder)
-    end = model.tokenizer.eos_token_id
-    limit = model.config.n_positions
-
-    def rewards(texts: Sequence[str]) -> np.ndarray:
-        rows = [np.asarray([end, *ids, end], np.int32)[:limit] for ids in model.tokenizer(list(texts)).input_ids]
-        return reward_model.score_rows(model, rows)
-
-    return rewards
+    if model.text_format is None and config.reward == "sentiment":  # of a version that did not write it down
+        model = model._replace(text_format=reward_model.TEXT_FORMAT)
+    if model.text_format is None:
+        print(f"{folder} says no text_format in its config.json, so that texts are scored as they are, without end tokens.")
+    return partial(reward_model.score_texts, model)
 
 
 def checked(function: Callable, title: str) -> Rewards:

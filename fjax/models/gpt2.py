@@ -9,6 +9,7 @@ Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
@@ -16,6 +17,7 @@ from typing import NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
@@ -46,10 +48,44 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *(() if self.n_inner is None else ("n_inner",)))
+        for name in sizes:
+            size = getattr(self, name)
+            # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none that anybody means.
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 0 < size < 2**31:
+                raise ValueError(f"{name} must be a whole number from 1 to {2**31 - 1}, got {size!r}.")
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 1.0)
+        for name, end in {**dropouts, "layer_norm_epsilon": math.inf, "initializer_range": math.inf}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < end:
+                raise ValueError(f"{name} must be a number from 0 to less than {end}, got {value!r}.")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and n_head={self.n_head}.")
-        if self.activation_function not in ACTIVATIONS:
+        if self.activation_function not in list(ACTIVATIONS):  # a list, for what a file says may not be hashable
             raise ValueError(f"activation_function must be one of {sorted(ACTIVATIONS)}, got {self.activation_function!r}.")
+
+    def computes_as(self, other: "GPT2Config") -> bool:
+        """Whether both compute the same function of the same parameters.
+
+        Dropout and the initial scale, which only training sees, may differ, and so may the spelling: ``n_inner`` written
+        out, or one of the two names of one activation.
+
+        >>> small = GPT2Config()
+        >>> small.computes_as(GPT2Config(n_inner=4 * 768, attn_pdrop=0.0)), small.computes_as(GPT2Config(n_layer=6))
+        (True, False)
+        """
+        return self._normal() == other._normal()
+
+    def _normal(self) -> "GPT2Config":
+        return dataclasses.replace(
+            self,
+            n_inner=self.n_inner or 4 * self.n_embd,
+            activation_function=self.activation_function.replace("gelu_pytorch_tanh", "gelu_new"),
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            initializer_range=0.0,
+        )
 
 
 class KVCache(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 
 import fjax
 from experiments import evaluate
+from experiments._programs import load_aligned
 from experiments._run_folder import RunError
 from experiments._settings import Settings
 from experiments.lexical_constraint.config import Config
@@ -87,3 +88,12 @@ def test_a_logger_that_is_not_installed_is_said_at_once(monkeypatch):
         _loggers.check_loggers(Settings(wandb_project="x"))
     with pytest.raises(RunError, match="--tensorboard needs tensorboardX"):
         _loggers.check_loggers(Settings(tensorboard=True))
+
+
+def test_a_model_that_computes_the_same_is_one_of_this_base(tmp_path):
+    """Though its config.json spells the activation otherwise, writes n_inner out, and was trained with other dropout."""
+    model = fjax.from_pretrained(TINY)
+    other = dataclasses.replace(model.config, attn_pdrop=0.0, n_inner=64, activation_function="gelu_pytorch_tanh")
+    fjax.save_pretrained(tmp_path / "other", model.params, other, model.tokenizer)
+    settings = Settings(model=str(TINY), max_new_tokens=4)
+    assert load_aligned(settings, model, str(tmp_path / "other")).config == other

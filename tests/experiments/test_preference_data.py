@@ -33,8 +33,8 @@ BAD = [
     (b'{"prompt": {"text": "w1"}, "chosen": "w2", "rejected": "w3"}', "has a \"prompt\" that is no text but {'text': 'w1'}"),
     (b'{"prompt": NaN, "chosen": "w2", "rejected": "w3"}', 'has a "prompt" that is no text but nan'),
     (b'{"prompt": "w1", "chosen": null, "rejected": "w3"}', 'has a "chosen" that is no text but None'),
-    (b"[" * 100_000, "is nested too deep"),
-    (b'{"prompt": ' * 100_000, "is nested too deep"),
+    (b"[" * 100_000, "is nested too deeply"),
+    (b'{"prompt": ' * 100_000, "is nested too deeply"),
     (b'{"prompt": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits) for integer"),
     ('{"prompt": "w1", "chosen": "w2", "rejected": "w3"}'.encode("utf-16-le"), "is not JSON"),
     (b'\xef\xbb\xbf{"prompt": "w1", "chosen": "w2", "rejected": "w3"}', "is not JSON"),
@@ -84,7 +84,10 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, line, reason):
 
 def test_a_file_of_another_editor_is_read(tmp_path):
     """A byte-order mark, Windows line ends, and texts that a careless reader takes for numbers or for nothing."""
-    lines = ['{"prompt": "nan", "chosen": "null", "rejected": "-inf"}', '{"prompt": "1e3", "chosen": "true", "rejected": "NaN"}']
+    lines = [
+        '{"prompt": "nan", "chosen": "null", "rejected": "-inf"}',
+        '{"prompt": "1e3", "chosen": "true", "rejected": "NaN"}',
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     pairs, reports = read_pairs(path, skip_bad=False)

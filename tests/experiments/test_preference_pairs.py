@@ -122,7 +122,7 @@ def test_spaces_around_a_prompt_hide_nothing(experiment, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "line 2 is nested too deep"),
+        (b"[" * 100_000, "line 2 is nested too deeply"),
         (b'{"prompt": "w1", "chosen": "\xff"}', "line 2 is not UTF-8 text"),
         (b'{"prompt": "w1", "prompt": "w2"}', 'line 2 has "prompt" twice'),
         (b'{"prompt": "w1", "chosen": "w2", "rejected": "film"}', "reads a part of 'film' as its end token"),

@@ -48,7 +48,7 @@ def test_a_text_that_spells_the_end_token_does_not_have_it(tokenizer, text):
 
 def test_what_is_read_as_the_end_token_all_the_same_is_refused(tiny, tmp_path):
     """The tiny tokenizer has one token for the end and for words that it does not know."""
-    with pytest.raises(RunError, match="reads a part of 'w1 film' as its end token '<|endoftext|>'"):
+    with pytest.raises(RunError, match=r"reads a part of 'w1 film' as its end token '<|endoftext|>'"):
         token_ids(tiny, ["w1", "w1 film"])
     path = written(tmp_path, "w1\nfilm w2\nw3\n")
     prompts, reports = read_prompts(path, tiny, max_tokens=9)

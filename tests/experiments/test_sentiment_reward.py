@@ -8,7 +8,7 @@ import pytest
 from experiments._run_folder import RunError
 from experiments.sentiment_reward import reward_model
 from experiments.sentiment_reward.config import Config
-from experiments.sentiment_reward.run import checked, main
+from experiments.sentiment_reward.run import checked, main, make_reward
 from fjax.training import read_jsonl
 
 from .commands import SMALL, run
@@ -46,6 +46,7 @@ def test_two_steps_with_the_built_in_reward(experiment, tmp_path, monkeypatch, c
     folder = tmp_path / "reward"
     assert experiment("--corpora", tmp_path, "--reward-folder", folder, *settings) == 0
     assert "held-out snippets are classified as people did" in capsys.readouterr().out
+    assert reward_model.load(folder).text_format == "end text end"
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     again = ("--run-folder", tmp_path / "again", *settings[:-2])
     assert experiment("--reward", folder, *again) == 0
@@ -89,3 +90,43 @@ def test_bad_input_is_named(experiment, tmp_path, capsys, arguments, message):
 def test_a_reward_that_is_no_reward_is_named(answer, message):
     with pytest.raises(RunError, match=message):
         checked(lambda texts: answer, "mine")(["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def of_chance():
+    """A reward model with a head of chance on the built-in model; 0 is its end token."""
+    base = reward_model.fjax.from_pretrained(reward_model.BUILT_IN)
+    kernel = np.random.default_rng(0).normal(size=(base.config.n_embd, 1)).astype(np.float32)
+    params = {"transformer": base.params, "score": {"kernel": kernel}}
+    return reward_model.RewardModel(base.config, params, base.tokenizer, reward_model.gpt2.score_fn(base.config))
+
+
+@pytest.mark.parametrize(
+    ("text_format", "before", "behind"),
+    [(None, [], []), ("text", [], []), ("end text", [0], []), ("text end", [], [0]), ("end text end", [0], [0])],
+)
+def test_texts_are_scored_in_the_format_of_the_model(of_chance, text_format, before, behind):
+    model = of_chance._replace(text_format=text_format)
+    texts = ["a great film", "dull <|endoftext|> dull", ""]
+    ids = [model.tokenizer(text, split_special_tokens=True).input_ids for text in texts]
+    assert all(0 not in row for row in ids)  # the second spells the end, and does not have it
+    rows = [np.array([*before, *row, *behind] or [0], np.int32) for row in ids]
+    np.testing.assert_array_equal(reward_model.score_texts(model, texts), reward_model.score_rows(model, rows))
+    assert [row.tolist() for row in reward_model.text_rows(model.tokenizer, texts, text_format or "text")] == [
+        row.tolist() for row in rows
+    ]
+
+
+def test_the_format_of_a_folder_is_kept_and_a_missing_one_is_said(of_chance, tmp_path, capsys):
+    """A foreign folder's texts are scored as they are; the built-in reward of an older version as it was trained."""
+    texts = ["a great film", "dull"]
+    for text_format in (None, "text", "end text end"):
+        folder = tmp_path / str(text_format)
+        reward_model.save_reward_model(folder, of_chance.params, of_chance.config, of_chance.tokenizer, text_format=text_format)
+        expected = reward_model.score_texts(of_chance._replace(text_format=text_format), texts)
+        found = make_reward(Config(reward=str(folder)))(texts)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        assert ("says no text_format" in capsys.readouterr().out) is (text_format is None)
+    built_in = make_reward(Config(reward_folder=tmp_path / "None"))(texts)
+    np.testing.assert_allclose(built_in, expected, rtol=1e-4)
+    assert "text_format" not in capsys.readouterr().out
