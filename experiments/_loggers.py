@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fjax.training import FanOut, JsonlLogger, Logger, TensorBoardLogger, WandbLogger
 
-from ._run_folder import RunError
+from ._run_folder import RunError, write_text
 from ._settings import Settings
 
 
@@ -54,6 +54,8 @@ def open_loggers(settings: Settings, config: dict, folder: Path, title: str, *, 
 def _run_id(folder: Path) -> str:
     """What W&B knows the run by, the same when it is resumed."""
     path = folder / "wandb-id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_hex(8)
+        write_text(path, known)
+    return known

@@ -15,9 +15,10 @@ from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
 
 from . import _display, _evaluate, _plots, _report
 from ._endings import AskedToStop, Stop, graceful_stop
+from ._inputs import input_digests
 from ._loggers import check_loggers, open_loggers
 from ._programs import Batch, Contexts, Programs, export, load_aligned, load_model, make_programs
-from ._run_folder import RunError, check_space, describe_run, open_run
+from ._run_folder import RunError, check_none_saved, check_space, describe_run, last_step, open_run
 from ._settings import Settings, as_json, reported_divergences
 from ._steps import Progress, Stepper, online
 
@@ -84,39 +85,74 @@ def align(
     begin_at = model if settings.start is None else load_aligned(settings, model, settings.start)
     contexts = None if make_contexts is None else make_contexts(model)
     programs = make_programs(settings, model, contexts)
-    folder = open_run(as_json(config), experiment=experiment, title=title)
-    check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
-    rng_key = jax.random.key(settings.seed)
-    prepared = Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display)
-    target = make_target(prepared)
-    stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
-    if not settings.resume:
-        describe_run(folder, as_json(config), experiment=experiment)
-    with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
-        progress, seconds = _begin(settings, stepper, programs.tuner.init(begin_at.params), checkpoints)
-        step = int(progress.state.step)
-        with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
-            run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [], stop)
-            display.start(title, folder, settings, model, resumed_at=step)
-            if settings.start is not None:
-                run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
-            elif step:
-                run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
-            return _train(run, progress, seconds)
+    digests = input_digests(config, model, None if settings.start is None else begin_at)
+    with open_run(as_json(config), experiment=experiment, title=title, digests=digests) as folder:
+        check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
+        rng_key = jax.random.key(settings.seed)
+        prepared = Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display)
+        target = make_target(prepared)
+        stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
+        if not settings.resume:
+            describe_run(folder, as_json(config), experiment=experiment, digests=digests)
+        with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
+            progress, seconds = _begin(prepared, stepper, programs.tuner.init(begin_at.params), checkpoints)
+            step = int(progress.state.step)
+            _drop_samples(folder, step)
+            with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
+                run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [], stop)
+                display.start(title, folder, settings, model, resumed_at=step)
+                if settings.start is not None:
+                    run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
+                elif step:
+                    run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
+                return _train(run, progress, seconds)
 
 
 def _nearest_first(metrics: dict) -> float:
     return metrics["distance"]
 
 
-def _begin(settings, stepper, state, checkpoints) -> tuple[Progress, float]:
+def _begin(prepared: Prepared, stepper: Stepper, state, checkpoints: Checkpoints) -> tuple[Progress, float]:
+    """Step 0, or the newest checkpoint that is whole."""
     progress = stepper.begin(state)
-    if not settings.resume or checkpoints.latest is None:
+    if not prepared.settings.resume:
         return progress, 0.0
-    restored = checkpoints.restore(_tree(progress, 0.0))
+    restored = _restore(prepared, _tree(progress, 0.0), checkpoints)
+    if restored is None:
+        return progress, 0.0
     progress = _from_tree(restored, progress)
+    step, known = int(progress.state.step), last_step(prepared.folder)
+    if known < step:
+        prepared.display.warn(
+            f"metrics.jsonl ends at step {known}, the checkpoint is of step {step}: what was between is lost."
+        )
     stepper.go_on(progress)
     return progress, float(restored["seconds"])
+
+
+def _restore(prepared: Prepared, like: dict, checkpoints: Checkpoints) -> dict | None:
+    """The newest checkpoint that is not damaged, those that are being set aside; None where none was saved yet.
+
+    Raises:
+        RunError: if there is none, although there must have been one.
+    """
+    damaged = []
+    for step in reversed(checkpoints.steps):
+        try:
+            restored = checkpoints.restore(like, step=step)
+        except ValueError as error:
+            raise RunError(f"{error} Resume with the fjax and the settings that saved it, or start another run.") from error
+        except OSError as error:
+            prepared.display.warn(str(error))
+            damaged.append(step)
+            continue
+        for bad in damaged:
+            prepared.display.warn(f"Going on from step {step}; the damaged one is now {checkpoints.set_aside(bad)}.")
+        return restored
+    if damaged:
+        raise RunError(f"All checkpoints of {prepared.folder} are damaged. Delete it, and begin anew without --resume.")
+    check_none_saved(prepared.folder, as_json(prepared.settings))
+    return None
 
 
 def _train(run: Run, progress: Progress, seconds: float) -> int:
@@ -186,9 +222,19 @@ def _evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> _eva
     return evaluation
 
 
+def _drop_samples(folder: Path, step: int) -> None:
+    """Those of later steps, which come again; from here on the files are only added to."""
+    for name in ("samples", "contexts"):
+        if (folder / f"{name}.jsonl").exists():
+            try:
+                JsonlLogger(folder / f"{name}.jsonl", after_step=step or -1).close()
+            except ValueError as error:
+                raise RunError(f"A file of the run is damaged. {error} Mend or delete that line.") from error
+
+
 def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> None:
     """Some samples, from all contexts; and with contexts, the means of each."""
-    with JsonlLogger(folder / "samples.jsonl", after_step=step - 1) as samples:
+    with JsonlLogger(folder / "samples.jsonl") as samples:
         for i in np.linspace(0, evaluation.samples - 1, min(64, evaluation.samples)).astype(int):
             prompt = {"prompt": evaluation.prompts[i]} if evaluation.prompts[i] else {}
             samples.log(
@@ -196,7 +242,7 @@ def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> 
             )
     if evaluation.contexts == 1:
         return
-    with JsonlLogger(folder / "contexts.jsonl", after_step=step - 1) as contexts:
+    with JsonlLogger(folder / "contexts.jsonl") as contexts:
         means = {k: v.reshape(evaluation.contexts, -1).mean(axis=1) for k, v in evaluation.features.items()}
         for i, prompt in enumerate(evaluation.prompts[:: evaluation.samples // evaluation.contexts]):
             contexts.log({"step": step, "prompt": prompt} | {k: v[i] for k, v in means.items()})

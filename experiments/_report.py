@@ -145,7 +145,7 @@ def _sample(record: dict) -> str:
 
 
 def _settings(config: dict) -> str:
-    pairs = ((name, "none" if value is None else value) for name, value in config.items() if name not in ABOUT)
+    pairs = ((name, "none" if value is None else value) for name, value in config.items() if name not in (*ABOUT, "digests"))
     return f"<dl>{''.join(f'<div><dt>{_text(n)}</dt><dd>{_text(v)}</dd></div>' for n, v in pairs)}</dl>"
 
 

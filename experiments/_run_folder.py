@@ -1,19 +1,21 @@
 """The folder of a run: chosen, checked before any work is done, and never written over."""
 
-import itertools
 import json
+import math
 import os
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 
 import fjax
 from fjax.training import read_jsonl
+from fjax.training._lock import LOCK_NAME, FolderLock
 
 MAY_CHANGE = {"steps", "resume", "run_folder", "eval_every", "checkpoint_every", "stop_below", "patience"} | {
     "tensorboard",
@@ -27,28 +29,43 @@ class RunError(Exception):
     """Something the user can put right; printed without a traceback."""
 
 
-def open_run(config: dict, *, experiment: str, title: str) -> Path:
-    """The run's folder, ready to be written to; `describe_run` begins it, once nothing more can be wrong.
+@contextmanager
+def open_run(config: dict, *, experiment: str, title: str, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """The run's folder, ready to be written to, and nobody else's; `describe_run` begins it, once nothing more can be wrong.
 
     Raises:
-        RunError: if it holds another run, there is nothing to resume, or it cannot be written.
+        RunError: if it is in use, holds another run, there is nothing to resume, or it cannot be written.
     """
-    folder = Path(config["run_folder"]) if config["run_folder"] else _default_folder(experiment, title, config["resume"])
-    saved = folder / "config.json"
-    if config["resume"]:
-        _check_same(folder, saved, config)
-    elif folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder.")
+    chosen, resume = config["run_folder"], config["resume"]
+    folder = Path(chosen) if chosen else (_newest if resume else _make_folder)(experiment, title)
+    ours = not chosen or not folder.exists()
+    if resume:
+        check_same(folder, config)
     _check_writable(folder)
-    return folder
+    try:
+        with _locked(folder):
+            if resume:
+                check_same(folder, config, digests)
+                _check_whole(folder)
+            elif _holds_something(folder):
+                raise RunError(
+                    f"{folder} is not empty. Add --resume to go on with the run in it, or give another --run-folder."
+                )
+            for left in folder.glob("*.tmp"):  # by a kill in the middle of a write
+                left.unlink()
+            yield folder
+    finally:
+        if ours and not resume:
+            with suppress(OSError):
+                folder.rmdir()  # if nothing was begun
 
 
-def describe_run(folder: Path, config: dict, *, experiment: str) -> None:
-    """config.json of a new run: what was chosen, by which command, and what it ran on."""
+def describe_run(folder: Path, config: dict, *, experiment: str, digests: Mapping[str, str]) -> None:
+    """config.json of a new run: what was chosen, by which command, what it ran on, and digests of what it reads."""
     versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
     devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
     command = shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]])
-    written = config | {"versions": versions, "devices": devices, "command": command}
+    written = config | {"versions": versions, "devices": devices, "command": command, "digests": dict(digests)}
     write_text(folder / "config.json", json.dumps(written, indent=2))
 
 
@@ -136,18 +153,66 @@ def check_space(folder: Path, parameters: int) -> None:
         )
 
 
-def _default_folder(experiment: str, title: str, resume: bool) -> Path:
+def _numbers(base: Path, title: str) -> dict[int, Path]:
+    """The folders TITLE-NUMBER, by number."""
+    there = base.iterdir() if base.is_dir() else ()
+    numbered = {path.name.removeprefix(f"{title}-"): path for path in there if path.name.startswith(f"{title}-")}
+    return {int(number): path for number, path in numbered.items() if number.isdecimal()}
+
+
+def _make_folder(experiment: str, title: str) -> Path:
+    """A new one, made here and now: two runs that begin at the same moment get one each."""
     base = Path("runs") / experiment
-    folders = (base / f"{title}-{i}" for i in itertools.count())
-    taken = list(itertools.takewhile(lambda folder: folder.exists(), folders))
-    if not resume:
-        return base / f"{title}-{len(taken)}"
-    if not taken:
+    number = max(_numbers(base, title), default=-1) + 1
+    while True:
+        folder = base / f"{title}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not base.is_dir():
+                raise RunError(f"Cannot write to the run folder {folder}: {base} is no folder.") from None
+            number += 1
+        except OSError as error:
+            raise RunError(f"Cannot write to the run folder {folder}: {error.strerror}. Choose a --run-folder.") from error
+
+
+def _newest(experiment: str, title: str) -> Path:
+    """The one with the highest number in which a run has begun."""
+    base = Path("runs") / experiment
+    begun = {number: path for number, path in _numbers(base, title).items() if (path / "config.json").is_file()}
+    if not begun:
         raise RunError(f"There is no run {base / title}-* to resume. Leave --resume out, or name it with --run-folder.")
-    return taken[-1]
+    return begun[max(begun)]
 
 
-def _check_same(folder: Path, saved: Path, config: dict) -> None:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        lock = FolderLock(folder)
+    except BlockingIOError as error:
+        raise RunError(str(error)) from error
+    except OSError as error:
+        raise RunError(f"Cannot write to the run folder {folder}: {error.strerror}. Choose another --run-folder.") from error
+    try:
+        if lock.taken_over is not None:
+            print(f"{folder} was in use by process {lock.taken_over}, which is gone; this run takes it over.")
+        yield
+    finally:
+        lock.release()
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(path.name != LOCK_NAME and path.suffix != ".tmp" for path in folder.iterdir())
+
+
+def check_same(folder: Path, config: dict, digests: Mapping[str, str] | None = None) -> None:
+    """Whether the folder's run is of this configuration, and what it reads is still the same.
+
+    Raises:
+        RunError: if not, with what differs.
+    """
+    saved = folder / "config.json"
     if not saved.is_file():
         raise RunError(f"{folder} holds no run to resume (no config.json). Leave --resume out to start one.")
     old = read_json(saved)
@@ -158,6 +223,63 @@ def _check_same(folder: Path, saved: Path, config: dict) -> None:
             f"{folder} is a run of another configuration ({listed}). Resume it with the same, or start another with a "
             "different --run-folder."
         )
+    if digests is not None:
+        _check_digests(folder, old.get("digests"), digests)
+
+
+def _check_digests(folder: Path, old: Mapping[str, str] | None, new: Mapping[str, str]) -> None:
+    if not isinstance(old, dict):
+        print(f"{folder} was begun before fjax took digests: whether model, files and functions are the same is not checked.")
+        return
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed:
+        raise RunError(
+            f"{folder} was begun with another content of {', '.join(changed)}. Put back what was there, or start another run "
+            "with a different --run-folder."
+        )
+
+
+def _check_whole(folder: Path) -> None:
+    """Whether what a run has done is still there; going on without would begin it anew, and lose what is left."""
+    checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
+    taken = last_step(folder)
+    advice = f"Put it back, or delete {folder} and begin anew without --resume."
+    if taken and not checkpoints.is_dir():
+        raise RunError(f"{metrics} has {taken} steps, but {checkpoints} is gone. {advice}")
+    if not metrics.is_file() and any(path.name.isdecimal() for path in checkpoints.glob("*")):
+        raise RunError(f"{checkpoints} has checkpoints, but {metrics} is gone. {advice}")
+
+
+def check_none_saved(folder: Path, config: dict) -> None:
+    """Whether a run without a checkpoint may have none: it has taken too few steps, and says that it begins again.
+
+    Raises:
+        RunError: if there must have been one.
+    """
+    taken, old = last_step(folder), read_json(folder / "config.json")
+    every = [min(found.get("eval_every", math.inf), found.get("checkpoint_every", math.inf)) for found in (old, config)]
+    # A save begins when it is due, and is whole at the latest when the next one is; how often may have been changed.
+    if taken >= 2 * max(every):
+        raise RunError(
+            f"{folder / 'metrics.jsonl'} has {taken} steps, but no checkpoint of them is left in {folder / 'checkpoints'}. Put "
+            f"them back, or delete {folder} and begin anew without --resume."
+        )
+    if taken:
+        print(f"No checkpoint had been saved when the run was stopped at step {taken}: it begins again.")
+
+
+def last_step(folder: Path) -> int:
+    """Of metrics.jsonl; 0 if there is none.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    try:
+        return max((int(record["step"]) for record in records if record["kind"] == "step"), default=0)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged: a step is no number ({error}).") from error
 
 
 def _check_writable(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import _arguments
-from experiments._run_folder import MAY_CHANGE, RunError, open_run, read_json, read_metrics
+from experiments._run_folder import MAY_CHANGE, RunError, check_same, read_json, read_metrics
 from experiments._settings import as_json
 
 from .config import Config, Task
@@ -90,7 +90,7 @@ def _check_folder(plan: Plan) -> None:
     folder = plan.place.folder
     if (folder / "config.json").is_file():
         try:
-            open_run(plan.config | {"resume": True}, experiment="", title="")
+            check_same(folder, plan.config)
         except RunError as error:
             raise RunError(f"{error} In a comparison, that is another --folder or another label.") from error
         if current_step(folder) > plan.steps:
