@@ -43,7 +43,7 @@ def open_run(config: dict, *, experiment: str, title: str, digests: Mapping[str,
         check_same(folder, config)
     _check_writable(folder)
     try:
-        with _locked(folder):
+        with locked(folder):
             if resume:
                 check_same(folder, config, digests)
                 _check_whole(folder)
@@ -187,7 +187,12 @@ def _newest(experiment: str, title: str) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, nobody else writes there.
+
+    Raises:
+        RunError: if another process does, or the lock cannot be written.
+    """
     try:
         lock = FolderLock(folder)
     except BlockingIOError as error:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments._run_folder import RunError, write_text
+from experiments._run_folder import RunError, locked, write_text
 
 from . import plots, table
 from .config import HEADLINES, Config
@@ -40,12 +40,13 @@ def main(config: Config) -> int:
 def _make(config: Config, folder: Path, plans: Sequence[Plan]) -> int | None:
     """Makes all runs that are left; gives the signal that stopped it, if one did."""
     folder.mkdir(parents=True, exist_ok=True)
-    _take_notes(config, folder)
-    left = [plan for plan in plans if not is_complete(plan)]
-    if not left:
-        return None
-    print(f"{len(left)} of {len(plans)} runs are to be made, {config.jobs} at a time. Everything is written to {folder}.")
-    return run_all(left, jobs=config.jobs)
+    with locked(folder):
+        _take_notes(config, folder)
+        left = [plan for plan in plans if not is_complete(plan)]
+        if not left:
+            return None
+        print(f"{len(left)} of {len(plans)} runs are to be made, {config.jobs} at a time. Everything is written to {folder}.")
+        return run_all(left, jobs=config.jobs)
 
 
 def _take_notes(config: Config, folder: Path) -> None:

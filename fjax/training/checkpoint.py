@@ -199,7 +199,7 @@ class Checkpoints:
             return None
         metrics = {step: self._metrics_of(step) for step in steps}
         scores = {step: self._score(found) for step, found in metrics.items() if found is not None}
-        return min((step for step in scores if not math.isnan(scores[step])), key=scores.__getitem__, default=None)
+        return min((step for step in scores if math.isfinite(scores[step])), key=scores.__getitem__, default=None)
 
     def _metrics_of(self, step: int) -> dict | None:
         """None if it has none, or they are damaged."""

@@ -1,6 +1,7 @@
 """Run folders: one process each, never taken for another's, and never gone on with when something of them is missing."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 
 import fjax
 from experiments import _inputs, _run_folder
-from experiments._run_folder import RunError, check_none_saved, open_run
+from experiments._run_folder import RunError, check_none_saved, locked, open_run
+from experiments.compare import run as compare
+from experiments.compare.config import Config as Comparison
 from experiments.conditional.config import Config as Conditional
 from experiments.lexical_constraint.config import Config
 from experiments.lexical_constraint.run import main
@@ -122,6 +125,15 @@ def test_a_folder_in_use_on_another_host_is_refused(tmp_path):
     with opened(run_folder=str(folder), resume=True):
         assert (folder / "lock").exists()
     assert not (folder / "lock").exists()
+
+
+def test_a_comparison_in_use_is_refused(tmp_path):
+    """Before it writes anything: two at once would start each other's runs."""
+    folder = tmp_path / "comparison"
+    folder.mkdir()
+    with locked(folder), pytest.raises(RunError, match=f"comparison is in use by process {os.getpid()}"):
+        compare._make(Comparison(task="lexical_constraint", folder=folder, objectives=("jensen_shannon",)), folder, [])
+    assert list(folder.iterdir()) == []
 
 
 def test_what_a_kill_left_is_tidied_and_does_not_count_as_a_run(tmp_path):
