@@ -71,6 +71,7 @@ RANGES = {
     "vocabulary": Range(1, ROWS),
     "warmup_steps": Range(0, MANY),
     "weight_decay": Range(0, 10),
+    "z_samples": Range(1, ROWS),
 }
 """Of every number of every command, by its field. What depends on other fields too is for the configuration to say."""
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from fjax.models import PretrainedModel
 
-from ._evaluate import NAMES, Evaluation, Figure, Target, check_bound
+from ._evaluate import NAMES, Check, Evaluation, Figure, Target
 from ._programs import hardware
 from ._settings import Settings
 from ._words import on_one_line
@@ -40,13 +41,16 @@ class Display:
     def say(self, text: str, style: str | None = None) -> None:
         self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
-    def start(self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int) -> None:
-        """Says what is about to happen, and where it will be."""
+    def start(
+        self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int, of_base: int
+    ) -> None:
+        """Says what is about to happen, how many samples of a step are of the base model, and where it will all be."""
         begin = "from the start" if settings.start is None else f"from {escape(settings.start)}"
         at = f"going on at step {resumed_at}" if resumed_at else begin
+        share = f" ({of_base} of the base model)" if of_base else ""
         self.say(
             f"[bold]{escape(title)}[/]: {escape(settings.model)} ({_size(model)} parameters), "
-            f"{settings.steps} steps of {settings.samples} samples, {at}, on {escape(hardware())}.\n"
+            f"{settings.steps} steps of {settings.samples} samples{share}, {at}, on {escape(hardware())}.\n"
             f"Everything is written to {escape(str(folder))}."
         )
 
@@ -74,7 +78,7 @@ class Display:
 
     def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
         """A table of figures, beside those of the base model, and a few samples."""
-        of = "" if evaluation.contexts == 1 else f", continuing {evaluation.contexts} unseen prompts"
+        of = "" if evaluation.log_z is None else f", continuing {evaluation.contexts} unseen prompts"
         table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy{of}", title_justify="left")
         _add_columns(table, "figure", "value", "± std. error", "ESS")
         for name, figure in evaluation.figures.items():
@@ -111,8 +115,10 @@ class Display:
             table.add_row(_name(name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
         self._console.print(table)
         self._console.print(_samples(after, target, shown=2 * SHOWN))
-        if target.bound and after.contexts == 1:
-            self.say(escape(_verdict(after, target.bound)))
+        if after.log_z is not None:
+            self.say(f"Figures are means over {_prompts(after.log_z)}.")
+        if after.check is not None:
+            self.say(escape(_verdict(after.check)))
 
     def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
         """Before → after, the check on the figures, and where things are."""
@@ -126,12 +132,30 @@ def _add_columns(table: Table, first: str, *others: str) -> None:
         table.add_column(heading, justify="right")
 
 
-def _verdict(evaluation: Evaluation, bound: str) -> str:
-    value, lowest, holds = check_bound(evaluation, bound)
-    if math.isnan(value) or math.isinf(lowest):
-        return "Check KL(p‖π) ≥ -log E_π[b]: nothing to check, for no sample satisfies the constraint."
-    verdict = "holds" if holds else "is BROKEN, which means an error in the code: please report it"
-    return f"Check KL(p‖π) ≥ -log E_π[b]: {value:.3f} ≥ {lowest:.3f} {verdict}."
+def _verdict(check: Check) -> str:
+    value, least, std_error = check
+    said = "Check KL(p‖π) ≥ -log E_π[b]: "
+    if math.isnan(value) or math.isinf(least):
+        return f"{said}nothing to check, for no sample satisfies the constraint."
+    below = least - value
+    if below < 1e-4:  # rounding, where both are the same
+        return f"{said}{value:.3f} ≥ {least:.3f} holds."
+    if not below > 4 * std_error:
+        return f"{said}{value:.3f} is below {least:.3f}, within error (± {std_error:.3f})."
+    return (
+        f"{said}{value:.3f} is below {least:.3f} by more than 4 standard errors (± {std_error:.3f}): it FAILS. Either samples "
+        "of p are too few for their own error to be right (see the ESS), or there is an error in the code: please report it."
+    )
+
+
+def _prompts(log_z: np.ndarray) -> str:
+    """How many there are, and of how many of them the figures are."""
+    known = int(np.isfinite(log_z).sum())
+    if known == len(log_z):
+        return f"{known} unseen prompts"
+    if known == 0:
+        return f"{len(log_z)} unseen prompts, the Z of none of which is known"
+    return f"{known} of {len(log_z)} unseen prompts ({1 - known / len(log_z):.0%} have an unknown Z and are left out)"
 
 
 def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Table:

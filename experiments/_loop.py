@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,15 @@ class Prepared(NamedTuple):
     display: _display.Display
 
 
+class Kept:
+    """What an evaluation leaves for those after it: samples of the base model, and the records of all, by step."""
+
+    base: _evaluate.Base | None = None
+
+    def __init__(self):
+        self.records: dict[int, dict] = {}
+
+
 class Run(NamedTuple):
     """What stays the same throughout a run."""
 
@@ -53,7 +63,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     logger: Logger
     display: _display.Display
-    base_drawn: list[Batch]
+    kept: Kept
     stop: Stop
 
 
@@ -94,22 +104,24 @@ def align(
         stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
         if not settings.resume:
             describe_run(folder, as_json(config), experiment=experiment, digests=digests)
-        with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=_nearest_first) as checkpoints:
+        kept = Kept()
+        nearest_first = partial(_distance_of, settings, kept)
+        with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=nearest_first) as checkpoints:
             progress, seconds = _begin(prepared, stepper, programs.tuner.init(begin_at.params), checkpoints)
             step = int(progress.state.step)
-            _drop_samples(folder, step)
+            _forget_later(settings, folder, step)
             with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
-                run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, [], stop)
-                display.start(title, folder, settings, model, resumed_at=step)
-                if settings.start is not None:
-                    run.base_drawn.extend(_draw_for_evaluation(run, model.params, NO_STEP))
-                elif step:
-                    run.base_drawn.extend(_draw_for_evaluation(run, model.params, 0))
+                run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, kept, stop)
+                kept.records |= evaluations(read_jsonl(folder / "metrics.jsonl"))
+                of_base = settings.samples - programs.policy_samples if make_stepper is None else 0
+                display.start(title, folder, settings, model, resumed_at=step, of_base=of_base)
                 return _train(run, progress, seconds)
 
 
-def _nearest_first(metrics: dict) -> float:
-    return metrics["distance"]
+def _distance_of(settings: Settings, kept: Kept, metrics: dict) -> float:
+    """Of a checkpoint, by its step: what counts is what metrics.jsonl says of it, in the one unit of the run."""
+    _, known = _evaluate.distances(kept.records, settings.divergence)
+    return known.get(int(metrics.get("step", -1)), np.inf)
 
 
 def _begin(prepared: Prepared, stepper: Stepper, state, checkpoints: Checkpoints) -> tuple[Progress, float]:
@@ -158,11 +170,14 @@ def _restore(prepared: Prepared, like: dict, checkpoints: Checkpoints) -> dict |
 def _train(run: Run, progress: Progress, seconds: float) -> int:
     settings, begun = run.settings, time.monotonic() - seconds
     step = int(progress.state.step)
-    if step < settings.steps and step not in evaluations(read_jsonl(run.folder / "metrics.jsonl")):
+    enough = False
+    if step < settings.steps and step % settings.eval_every == 0:  # of a resumed run, what the stop kept from being done
         with suppress(AskedToStop):
-            _evaluate_now(run, progress, step, begun)
+            if step not in run.kept.records:
+                _evaluate_now(run, progress, step, begun)
+            enough = step > 0 and _is_enough(run)
     with run.display.progress("align", total=settings.steps, completed=step, headline=run.target.headline) as bar:
-        while step < settings.steps and not run.stop.signal:
+        while step < settings.steps and not run.stop.signal and not enough:
             progress, figures = run.stepper.step(progress, step)
             step += 1
             record = {"kind": "step", "step": step, "samples": step * run.stepper.samples, **figures}
@@ -178,7 +193,7 @@ def _train(run: Run, progress: Progress, seconds: float) -> int:
                 _save(run, progress, begun)
                 if not run.stop.signal and _is_enough(run):
                     break
-            elif step % settings.checkpoint_every == 0:
+            elif step % settings.checkpoint_every == 0 and step < settings.steps:  # the last is saved with its evaluation
                 _save(run, progress, begun)
     if not run.stop.signal:
         with suppress(AskedToStop):
@@ -190,46 +205,81 @@ def _train(run: Run, progress: Progress, seconds: float) -> int:
     return 128 + run.stop.signal
 
 
-def draw_fresh(run: Run | Prepared, params: Params, rng_key: jax.Array, samples: int, *, what: str) -> list[Batch]:
-    """At least so many samples in whole batches, with a bar."""
-    batches, whole = -(-samples // run.settings.samples), run.programs.unseen_batches
-    # As many samples of every prompt as of any other.
-    batches = batches if batches <= whole else -(-batches // whole) * whole
+def draw_fresh(
+    run: Run | Prepared, params: Params, rng_key: jax.Array, batches: int, *, what: str, turn: int = 1
+) -> list[Batch]:
+    """So many batches, every ``turn``-th of the same prompts, with a bar."""
     with run.display.progress(what, total=batches, completed=0) as bar:
         counter = iter(range(1, batches + 1))
-        return _evaluate.draw_batches(run.programs, params, rng_key, batches, lambda: bar(next(counter), {}))
+        return _evaluate.draw_batches(run.programs, params, rng_key, batches, turn, lambda: bar(next(counter), {}))
 
 
-def _draw_for_evaluation(run: Run, params: Params, step: int) -> list[Batch]:
-    """The fresh batches of a step's evaluation; the base model's are drawn as those of step 0, where a run begins with it."""
-    rng_key = jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
-    return draw_fresh(run, params, rng_key, run.settings.eval_samples, what="evaluate")
+def draw_for_evaluation(
+    run: Run | Prepared, params: Params, target: _evaluate.Target, rng_key: jax.Array
+) -> tuple[_evaluate.Scored, _evaluate.Scored]:
+    """As many fresh samples of the policy as are asked for, and those of the base model that come with them."""
+    samples, turn = run.settings.eval_samples, _turn(run)
+    rounds = -(-samples // (turn * run.programs.policy_samples))
+    drawn = draw_fresh(run, params, rng_key, rounds * turn, what="evaluate", turn=turn)
+    return _evaluate.score(run.programs, target, drawn, samples)
+
+
+def draw_base(run: Run | Prepared, target: _evaluate.Target, rng_key: jax.Array) -> _evaluate.Base:
+    """Samples of the base model for all evaluations; with contexts, those that the Z of each is estimated from."""
+    if not run.programs.z_rounds:
+        return _evaluate.make_base(*draw_for_evaluation(run, run.model.params, target, rng_key))
+    batches = run.programs.z_rounds * _turn(run)
+    drawn = draw_fresh(run, run.model.params, rng_key, batches, what="estimate Z", turn=_turn(run))
+    return _evaluate.make_base(*_evaluate.score(run.programs, target, drawn, batches * run.settings.samples))
+
+
+def _turn(run: Run | Prepared) -> int:
+    """How many batches continue all the prompts of an evaluation: with few samples, the first of them alone."""
+    return min(run.programs.unseen_batches, -(-run.settings.eval_samples // run.programs.policy_samples))
+
+
+def _evaluation_key(run: Run, step: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
+
+
+def _base(run: Run, step: int) -> _evaluate.Base | None:
+    """What evaluations share; None where that of step 0, still to be made, is of the base model and will be shared."""
+    if run.settings.start is not None or run.programs.z_rounds:
+        return draw_base(run, run.target, _evaluation_key(run, NO_STEP))
+    return draw_base(run, run.target, _evaluation_key(run, 0)) if step else None
 
 
 def _evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> _evaluate.Evaluation:
     """Evaluates, and puts the figures and samples wherever they are kept and shown."""
     settings = run.settings
-    evaluation, drawn = _measure(run, progress, step)
-    if not run.base_drawn:
-        run.base_drawn.extend(drawn)
+    evaluation = _measure(run, progress, step)
     record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * run.stepper.samples)
     run.logger.log(record)
+    run.kept.records[step] = record
     _keep_samples(run.folder, evaluation, step)
     if step < settings.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.target)
-    if run.target.bound and step == 0 and run.settings.start is None and evaluation.figures[run.target.bound].value == 0:
-        _absent(run, evaluation.samples)
+    if run.target.bound and step == 0 and settings.start is None and evaluation.figures[run.target.bound].value == 0:
+        _absent(run, evaluation)
     return evaluation
 
 
-def _drop_samples(folder: Path, step: int) -> None:
-    """Those of later steps, which come again; from here on the files are only added to."""
-    for name in ("samples", "contexts"):
-        if (folder / f"{name}.jsonl").exists():
-            try:
-                JsonlLogger(folder / f"{name}.jsonl", after_step=step or -1).close()
-            except ValueError as error:
-                raise RunError(f"A file of the run is damaged. {error} Mend or delete that line.") from error
+def _forget_later(settings: Settings, folder: Path, step: int) -> None:
+    """Drops what comes again: samples of later steps, from where on the files are only added to, and the evaluation that ended
+    a run which now goes on, unless it was due at that step anyway. So a run in parts is as one in whole."""
+    ended = 0 < step < settings.steps and step % settings.eval_every > 0
+    try:
+        for path in (folder / f"{name}.jsonl" for name in ("samples", "contexts")):
+            if path.exists():
+                JsonlLogger(path, after_step=step - ended if step else -1).close()
+        path = folder / "metrics.jsonl"
+        if ended and path.exists():
+            taken = [record for record in read_jsonl(path) if record["step"] == step and record["kind"] == "step"]
+            with JsonlLogger(path, after_step=step - 1) as logger:
+                for record in taken:
+                    logger.log(record)
+    except ValueError as error:
+        raise RunError(f"A file of the run is damaged. {error} Mend or delete that line.") from error
 
 
 def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> None:
@@ -240,25 +290,29 @@ def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> 
             samples.log(
                 {"step": step, **prompt, "text": evaluation.texts[i]} | {k: v[i] for k, v in evaluation.features.items()}
             )
-    if evaluation.contexts == 1:
+    if evaluation.log_z is None:
         return
     with JsonlLogger(folder / "contexts.jsonl") as contexts:
         means = {k: v.reshape(evaluation.contexts, -1).mean(axis=1) for k, v in evaluation.features.items()}
         for i, prompt in enumerate(evaluation.prompts[:: evaluation.samples // evaluation.contexts]):
-            contexts.log({"step": step, "prompt": prompt} | {k: v[i] for k, v in means.items()})
+            contexts.log({"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]} | {k: v[i] for k, v in means.items()})
 
 
-def _measure(run: Run, progress: Progress, step: int) -> tuple[_evaluate.Evaluation, list[Batch]]:
-    """An evaluation, and the batches that were drawn for it."""
-    params = progress.state.params
-    divergences = reported_divergences(run.settings)
+def _measure(run: Run, progress: Progress, step: int) -> _evaluate.Evaluation:
+    params, kept, divergences = progress.state.params, run.kept, reported_divergences(run.settings)
     with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
-        drawn = _draw_for_evaluation(run, params, step)
-        return _evaluate.evaluate(run.programs, params, run.target, drawn, run.base_drawn, divergences), drawn
+        kept.base = kept.base or _base(run, step)
+        drawn = draw_for_evaluation(run, params, run.target, _evaluation_key(run, step))
+        evaluation = _evaluate.evaluate(run.programs, params, run.target, drawn, kept.base, divergences)
+        kept.base = kept.base or _evaluate.make_base(*drawn)
+        return evaluation
 
 
-def _absent(run: Run, samples: int) -> None:
+def _absent(run: Run, evaluation: _evaluate.Evaluation) -> None:
     """The constraint held for no sample of the base model: says what is known of its rate, and goes on or gives up."""
+    if evaluation.log_z is not None and np.isfinite(evaluation.log_z).any():
+        return  # it did for one of those that Z is from
+    samples = evaluation.samples
     known = (
         f"None of {samples} samples of the base model satisfies the constraint: with 95 % confidence its rate is below "
         f"{3 / samples:.2g}, and log Z below {np.log(3 / samples):.1f}."
@@ -269,11 +323,9 @@ def _absent(run: Run, samples: int) -> None:
 
 
 def _save(run: Run, progress: Progress, begun: float) -> None:
-    """A checkpoint, with the distance from the target if the step was evaluated; the nearest one is kept."""
+    """A checkpoint; its step is what it is found by in the records, so that the nearest is kept beside the newest."""
     step = int(progress.state.step)
-    measured = distances(run).get(step, np.nan)
-    metrics = {"distance": measured} if np.isfinite(measured) else None
-    run.checkpoints.save(step, _tree(progress, time.monotonic() - begun), metrics=metrics)
+    run.checkpoints.save(step, _tree(progress, time.monotonic() - begun), metrics={"step": float(step)})
 
 
 def _tree(progress: Progress, seconds: float) -> dict:
@@ -295,41 +347,52 @@ def _from_tree(tree: dict, like: Progress) -> Progress:
 
 
 def distances(run: Run) -> dict[int, float]:
-    """Of the target, by the steps that were evaluated so far."""
-    records = evaluations(read_jsonl(run.folder / "metrics.jsonl"))
-    return {step: _evaluate.distance(record, run.settings.divergence) for step, record in records.items()}
+    """From the target, by the steps at which it is known."""
+    return _evaluate.distances(run.kept.records, run.settings.divergence)[1]
 
 
 def _is_enough(run: Run) -> bool:
     """Whether --stop-below or --patience ends the run here, and says so."""
-    found, settings = [value for step, value in sorted(distances(run).items()) if step > 0], run.settings
-    if settings.stop_below is not None and found[-1] < settings.stop_below:
-        run.display.say(f"The divergence is {found[-1]:.4f}, below --stop-below {settings.stop_below:g}: done.")
+    settings = run.settings
+    unit, known = _evaluate.distances(run.kept.records, settings.divergence)
+    found, name = [value for step, value in sorted(known.items()) if step > 0], _evaluate.NAMES[unit]
+    newest = known.get(max(run.kept.records), np.inf)
+    if settings.stop_below is not None and newest < settings.stop_below:
+        run.display.say(f"{name} is {newest:.4f}, below --stop-below {settings.stop_below:g}: done.")
         return True
-    since = len(found) - 1 - int(np.argmin(found))
+    since = len(found) - 1 - int(np.argmin(found)) if found else 0
     if settings.patience is not None and since >= settings.patience:
-        run.display.say(f"No lower divergence in the last {since} evaluations (--patience {settings.patience}): done.")
+        run.display.say(f"No lower {name} in the last {since} evaluations (--patience {settings.patience}): done.")
         return True
     return False
 
 
+def nearest(run: Run) -> int | None:
+    """The saved step at which the policy was nearest to the target; None where that is known of none."""
+    known = distances(run)
+    return min((step for step in run.checkpoints.steps if step in known), key=known.__getitem__, default=None)
+
+
 def _finish(run: Run, progress: Progress, step: int, begun: float) -> None:
-    if step not in distances(run):
+    if step not in run.kept.records:
         after = _evaluate_now(run, progress, step, begun)
         _save(run, progress, begun)
     else:  # --stop-below or --patience ended it at an evaluation
-        after, _ = _measure(run, progress, step)
-    best = run.checkpoints.best
-    nearest = best not in (None, step)
-    params = run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params if nearest else progress.state.params
+        after = _measure(run, progress, step)
+    best, params = nearest(run), progress.state.params
+    if best not in (None, step):
+        params = run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params
     run.checkpoints.wait()
     export(run.folder / "model", params, run.model)
     records = read_jsonl(run.folder / "metrics.jsonl")
     _plots.write(run.folder, records, run.target)
     _report.write(run.folder)
     run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
-    if nearest:
-        run.display.say(f"The model is that of step {best}, where the divergence was lowest; the table is of step {step}.")
+    if best not in (None, step):
+        unit, _ = _evaluate.distances(run.kept.records, run.settings.divergence)
+        run.display.say(
+            f"The model is that of step {best}, where {_evaluate.NAMES[unit]} was lowest; the table is of step {step}."
+        )
 
 
 def evaluations(records: list[dict]) -> dict[int, dict]:

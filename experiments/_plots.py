@@ -1,5 +1,6 @@
 """A run at a glance, as pictures drawn from metrics.jsonl."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def write(folder: Path, records: list[dict], target: Target) -> None:
             draw = _training if counted(steps) == DRAWN else _offline_training
             draw(folder / "training.png", steps)
         if (folder / "contexts.jsonl").exists():
-            _contexts(folder / "contexts.png", read_jsonl(folder / "contexts.jsonl"), target.headline)
+            _contexts(folder / "contexts.png", known_contexts(read_jsonl(folder / "contexts.jsonl")), target.headline)
 
 
 def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: Target) -> None:
@@ -107,6 +108,12 @@ def _offline_training(path: Path, steps: list[dict]) -> None:
         axes[1, 1].plot(*_xy(steps, name), lw=0.8, label=label)
     axes[1, 1].set_title("mean log π/a")
     _finish(figure, axes, path, xlabel=counted(steps))
+
+
+def known_contexts(records: list[dict]) -> list[dict]:
+    """Those of contexts.jsonl that the figures are of."""
+    known = [record for record in records if math.isfinite(record["log_z"])]
+    return known or records
 
 
 def _contexts(path: Path, records: list[dict], headline: str) -> None:

@@ -25,6 +25,10 @@ AnyArray = Any
 """A `jax.Array`, perhaps still on its way, or an `np.ndarray` on the host."""
 
 
+CHOICE_KEY = 2**31 - 1
+"""Folded into a step's key to choose its prompts; rows of samples fold their numbers in, and there are never so many."""
+
+
 class Batch(NamedTuple):
     """Samples of the policy, then some of the base model, and what both say of each; on the device or the host.
 
@@ -43,12 +47,18 @@ class Batch(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """Prompts to align on, others to evaluate on, how many a step takes, and whether all share one Z."""
+    """Prompts to align on and others to evaluate on.
+
+    per_step: how many of them a batch takes.
+    global_z: whether all share one Z in the update; evaluations always tell them apart.
+    z_samples: how many samples of the base model the Z of each prompt to evaluate on is estimated from.
+    """
 
     training: Prompts
     unseen: Prompts
     per_step: int
     global_z: bool = False
+    z_samples: int = 32
 
 
 class Programs(NamedTuple):
@@ -62,6 +72,8 @@ class Programs(NamedTuple):
     training: the prompts to align on; None without contexts.
     unseen: the prompts of an evaluation; None without contexts.
     unseen_batches: after how many batches those have all been continued; 1 without contexts.
+    z_rounds: how often a batch continues each unseen prompt for its Z, before the first evaluation; 0 without contexts.
+    policy_samples: how many of a batch are of the policy; the others are of the base model.
     to_rollout: (Batch, log P of each row) -> what an update takes.
     """
 
@@ -73,6 +85,8 @@ class Programs(NamedTuple):
     training: Prompts | None
     unseen: Prompts | None
     unseen_batches: int
+    z_rounds: int
+    policy_samples: int
     to_rollout: Callable[[Batch, np.ndarray], fjax.Rollout]
 
 
@@ -145,6 +159,8 @@ def make_programs(settings: Settings, model: PretrainedModel, contexts: Contexts
         None if contexts is None else contexts.training,
         None if contexts is None else contexts.unseen,
         1 if contexts is None else len(contexts.unseen.texts) // contexts.per_step,
+        0 if contexts is None else -(-contexts.z_samples * contexts.per_step // settings.samples),
+        settings.samples - base_samples(settings, contexts),
         partial(_to_rollout, contexts=contexts),
     )
 
@@ -165,6 +181,14 @@ def check_contexts(settings: Settings, contexts: Contexts | None) -> None:
                 f"There are {len(prompts.texts)} prompts {name}, fewer than the {contexts.per_step} of a step. Give more "
                 "prompts, or take fewer a step."
             )
+
+
+def base_samples(settings: Settings, contexts: Contexts | None) -> int:
+    """How many of a batch are of the base model: as many of each prompt, and at least one where any are asked for."""
+    if contexts is None or settings.base_samples == 0:
+        return settings.base_samples
+    of_each = settings.samples // contexts.per_step
+    return contexts.per_step * min(max(round(settings.base_samples / contexts.per_step), 1), of_each - 1)
 
 
 def make_tuner(settings: Settings, model: PretrainedModel, start: int, num_contexts: int | None) -> fjax.Tuner:
@@ -277,7 +301,7 @@ def _draw_from_prompts(settings: Settings, contexts: Contexts, draw_batch: Calla
     width = max(prompts.tokens.shape[1] for prompts in (contexts.training, contexts.unseen))
     training, unseen = (_widened(prompts, width) for prompts in (contexts.training, contexts.unseen))
     count = contexts.per_step
-    base_each = round(settings.base_samples / count)
+    base_each = base_samples(settings, contexts) // count
     each = settings.samples // count - base_each
 
     def draw_for(prompts, ids, params, rng_key):
@@ -285,7 +309,7 @@ def _draw_from_prompts(settings: Settings, contexts: Contexts, draw_batch: Calla
         return draw_batch(params, rng_key, _Ask(tokens, where, each, ids), _Ask(tokens, where, base_each, ids))
 
     def draw(params, rng_key):
-        ids = jax.random.choice(jax.random.fold_in(rng_key, 0), len(training[0]), (count,), replace=False)
+        ids = jax.random.choice(jax.random.fold_in(rng_key, CHOICE_KEY), len(training[0]), (count,), replace=False)
         return draw_for(training, ids, params, rng_key)
 
     def draw_unseen(index, params, rng_key):
@@ -302,14 +326,16 @@ def _widened(prompts: Prompts, width: int) -> tuple[jax.Array, jax.Array]:
 
 def _to_rollout(batch: Batch, log_score: np.ndarray, *, contexts: Contexts | None) -> fjax.Rollout:
     """Rows of samples; with contexts, those of each prompt in a row of its own."""
-    arrays = batch.tokens, batch.where, batch.log_q, log_score
+    of_base = (np.arange(len(batch.tokens)) >= batch.from_policy).astype(np.int32)
+    arrays = batch.tokens, batch.where, batch.log_q, log_score, of_base
     if contexts is None:
-        return fjax.Rollout(*map(jnp.asarray, arrays))
+        tokens, where, log_q, scores, strata = map(jnp.asarray, arrays)
+        return fjax.Rollout(tokens, where, log_q, scores, strata=strata)
     c, n = contexts.per_step, batch.from_policy
     rows = np.concatenate([np.arange(n).reshape(c, -1), np.arange(n, len(batch.tokens)).reshape(c, -1)], axis=1)
     ids = None if contexts.global_z else batch.contexts[rows[:, 0]]
-    by_prompt = [jnp.asarray(x)[rows] for x in arrays]
-    return fjax.Rollout(by_prompt[0], by_prompt[1], by_prompt[2], by_prompt[3], ids)
+    tokens, where, log_q, scores, strata = (jnp.asarray(x)[rows] for x in arrays)
+    return fjax.Rollout(tokens, where, log_q, scores, ids, strata)
 
 
 def decode(model: PretrainedModel, tokens: AnyArray, where: AnyArray) -> list[str]:

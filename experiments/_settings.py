@@ -61,7 +61,8 @@ class Settings:
     """Samples a step."""
     base_fraction: float = 0.125
     """Share of them that is drawn from the base model. It keeps log Z right when the policy no longer covers the target,
-    by bounding the importance weights; the off-policy form keeps the gradient exact. 0 draws from the policy alone."""
+    by bounding the importance weights; the off-policy form keeps the gradient exact. 0 draws from the policy alone; above 0
+    at least one sample is the base model's, of every prompt where there are prompts."""
     proposal: Literal["policy", "adaptive"] = "policy"
     """Where the other samples come from: the policy, or a copy of it that is renewed only when the policy has come closer
     to the target by forward KL (KL-adaptive DPG, for --algorithm fdpg)."""
@@ -94,7 +95,8 @@ class Settings:
     eval_every: int = 50
     """Steps between evaluations on fresh samples."""
     eval_samples: int = 1024
-    """Fresh samples of an evaluation, rounded up to whole batches."""
+    """Fresh samples of the policy in an evaluation, with prompts rounded up to as many of each; those of the base model that
+    log Z and the divergences also need come on top."""
     checkpoint_every: int = 50
     """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
     stop_below: float | None = None
@@ -146,8 +148,10 @@ class Settings:
 
     @property
     def base_samples(self) -> int:
-        """Samples of a step that come from the base model; the policy has the rest."""
-        return round(self.base_fraction * self.samples) if self.algorithm == "fdpg" else 0
+        """Samples of a step that come from the base model, at least one where any are asked for; the policy has the rest."""
+        if self.algorithm != "fdpg" or self.base_fraction == 0:
+            return 0
+        return min(max(round(self.base_fraction * self.samples), 1), self.samples - 1)
 
     @property
     def objective(self) -> str:

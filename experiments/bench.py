@@ -19,7 +19,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import fjax
 from fjax.sampling import categorical, top_k, top_p
 
 from ._arguments import FolderOrName, check_numbers
@@ -111,7 +110,7 @@ def make_phases(config: Config) -> Timed:
     model = load_model(settings)
     programs = make_programs(settings, model)
     batch = programs.draw(model.params, jax.random.key(0))
-    rollout = fjax.Rollout(jnp.asarray(batch.tokens), jnp.asarray(batch.where), batch.log_q, jnp.asarray(batch.log_a))
+    rollout = programs.to_rollout(batch, np.asarray(batch.log_a))
     held = [programs.tuner.init(model.params)]
 
     def update():

@@ -12,7 +12,7 @@ import tyro
 from . import _display, _evaluate
 from ._arguments import FolderOrName
 from ._command import run
-from ._loop import EVALUATION_KEY, TARGET_KEY, Prepared, draw_fresh
+from ._loop import EVALUATION_KEY, NO_STEP, TARGET_KEY, Prepared, draw_base, draw_for_evaluation
 from ._programs import Contexts, load_aligned, load_model, make_programs
 from ._run_folder import check_output, write_text
 from ._settings import Settings, reported_divergences
@@ -82,13 +82,13 @@ def main(config: Config) -> int:
     key = jax.random.key(settings.seed)
     prepared = Prepared(settings, Path(), base, programs, jax.random.fold_in(key, TARGET_KEY), display)
     target = make_target(config.task, prepared)
-    found, base_drawn = [], []
+    rng_key, divergences = jax.random.fold_in(key, EVALUATION_KEY), reported_divergences(settings)
+    known = draw_base(prepared, target, jax.random.fold_in(rng_key, NO_STEP)) if programs.z_rounds else None
+    found = []
     for i, model in enumerate((base, aligned)):
-        rng_key = jax.random.fold_in(jax.random.fold_in(key, EVALUATION_KEY), i)
-        drawn = draw_fresh(prepared, model.params, rng_key, settings.eval_samples, what="evaluate")
-        divergences = reported_divergences(settings)
-        found.append(_evaluate.evaluate(programs, model.params, target, drawn, base_drawn, divergences))
-        base_drawn = drawn
+        drawn = draw_for_evaluation(prepared, model.params, target, jax.random.fold_in(rng_key, i))
+        found.append(_evaluate.evaluate(programs, model.params, target, drawn, known, divergences))
+        known = known or _evaluate.make_base(*drawn)
     before, after = found
     display.beside(_evaluate.as_record(before, 0, 0.0, 0), after, target, first="base", last=config.aligned)
     if config.output is not None:

@@ -40,6 +40,9 @@ class Config:
     normalizer: Literal["per-context", "global"] = "per-context"
     """per-context: each prompt has its own Z_c. global: one Z for all, as if prompts and continuations had one joint target;
     the prompts where the predicate is easy then take over. To see what it does wrong."""
+    z_samples: int = 128
+    """Samples of the base model for each prompt to evaluate on, drawn once before the first evaluation: its Z_c is estimated
+    from them. Prompts where none of them satisfies the predicate are left out of all figures, and counted."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(
         default_factory=lambda: Settings(steps=120, learning_rate=3e-4, max_new_tokens=32)
     )

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from experiments._command import run
-from experiments._plots import STYLE, per_context
+from experiments._plots import STYLE, known_contexts, per_context
 from experiments._run_folder import RunError, check_output, read_json, read_records
 
 PARTS = ("hardest third", "middle third", "easiest third")
@@ -44,18 +44,22 @@ def read(folder: Path) -> tuple[str, list[dict]]:
     """
     try:
         config = read_json(folder / "config.json", "normalizer")
-        records = read_records(folder / "contexts.jsonl", "step", "prompt", "satisfaction")
+        records = read_records(folder / "contexts.jsonl", "step", "prompt", "log_z", "satisfaction")
     except (OSError, RunError) as error:
         raise RunError(f"{folder} is no run of conditional with an evaluation: {error}.") from error
     if not records:
         raise RunError(f"{folder} has no evaluation yet.")
-    return config["normalizer"], records
+    return config["normalizer"], known_contexts(records)
 
 
 def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean satisfaction before and after of the prompts where it was lowest, middling and highest before."""
+    """Mean satisfaction before and after of the prompts whose Z_c, the rate of the base model, is lowest, middling and highest.
+
+    Not by the satisfaction before: of so few samples the lowest third is also that of the unlucky prompts.
+    """
     first, last = ({r["prompt"]: r["satisfaction"] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
-    order = np.array_split(sorted(first, key=lambda prompt: first[prompt]), 3)
+    log_z = {r["prompt"]: r["log_z"] for r in records}
+    order = np.array_split(sorted(first, key=log_z.__getitem__), 3)
 
     def means(part):
         return np.array([np.mean([part[prompt] for prompt in prompts]) for prompts in order])
@@ -82,7 +86,7 @@ def main(config: Config) -> int:
             axes[-1].bar(np.arange(3) - 0.4 + width * (i + 1.5), after, width, color=f"C{i}", label=f"{name} Z")
             print(f"{name} Z: {', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}")
         axes[-1].set_xticks(range(3), PARTS)
-        axes[-1].set(title="by how easy the predicate was before", ylabel="mean satisfaction", ylim=(0, 1.12))
+        axes[-1].set(title="by how easy the predicate is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12))
         axes[-1].legend(frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1)
         figure.savefig(config.output)
         plt.close(figure)

@@ -23,7 +23,8 @@ def make_contexts(config: Config, model: PretrainedModel) -> Contexts:
     training, unseen = _prompts(config, model)
     longest = max(prompts.tokens.shape[1] for prompts in (training, unseen))
     check_positions(config.settings, model, longest)
-    return Contexts(training, unseen, config.prompts_per_step, global_z=config.normalizer == "global")
+    global_z = config.normalizer == "global"
+    return Contexts(training, unseen, config.prompts_per_step, global_z=global_z, z_samples=config.z_samples)
 
 
 def _prompts(config: Config, model: PretrainedModel) -> tuple[Prompts, Prompts]:

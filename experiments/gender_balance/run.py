@@ -42,8 +42,9 @@ def fit(config: Config, prepared: Prepared) -> MomentFit:
         RunError: if the moments cannot be had from those samples, with the reason.
     """
     wanted = constrained(config)
-    batches = draw_fresh(prepared, prepared.model.params, prepared.rng_key, config.fit_samples, what="fit")
-    texts = [text for batch in batches for text in prepared.programs.decode(batch)]
+    batches = -(-config.fit_samples // prepared.settings.samples)
+    drawn = draw_fresh(prepared, prepared.model.params, prepared.rng_key, batches, what="fit")
+    texts = [text for batch in drawn for text in prepared.programs.decode(batch)]
     features = stack(make_features(config, texts), list(wanted))
     result = fit_coefficients(features, jnp.array(list(wanted.values()), features.dtype))
     _show(prepared, result, features, wanted)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments._programs import Contexts, load_model, make_programs
-from experiments._prompts import encode
+from experiments._programs import Contexts, base_samples, load_model, make_programs
+from experiments._prompts import Prompts, encode
 from experiments._settings import Settings
 from experiments.conditional.config import Config
 from experiments.conditional.predicates import repeats, turns
@@ -20,6 +20,10 @@ WORDS = ("w9", "w19", "w26", "w42", "w27", "w7", "w12", "w30")
 
 def same_word(prompt, continuation):
     return prompt.split()[-1] in continuation.split()
+
+
+def thrice(prompt, continuation):
+    return continuation.split().count(prompt.split()[-1]) > 2
 
 
 def broken(prompt, continuation):
@@ -57,15 +61,24 @@ def test_a_turn_against_the_opening():
 def test_a_run_evaluates_on_unseen_prompts(normalizer, experiment, tmp_path, capsys):
     folder = tmp_path / "run"
     assert experiment("--steps", 2, "--normalizer", normalizer, "--run-folder", folder) == 0
-    assert "continuing 8 unseen prompts" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "continuing 8 unseen prompts" in printed
+    assert "Figures are means over 7 of 8 unseen prompts (12% have an unknown Z and are left out)." in printed
+    assert "Check KL(p‖π) ≥ -log E_π[b]" in printed
+    assert "2 steps of 16 samples (4 of the base model)" in printed  # one of each prompt, and not none in silence
     records = read_jsonl(folder / "metrics.jsonl")
     last = [r for r in records if r["kind"] == "evaluation"][-1]
     for name in ("satisfaction", "kl_to_base", "entropy", "jensen_shannon", "known"):
         assert np.isfinite(last[name]), name
     contexts = read_jsonl(folder / "contexts.jsonl")
     assert {r["prompt"] for r in contexts} == {f"w2 w3 {word}" for word in WORDS}
-    means = [r["satisfaction"] for r in contexts if r["step"] == 2]
-    np.testing.assert_allclose(np.mean(means), last["satisfaction"], atol=1e-6)
+    known = [np.isfinite(r["log_z"]) for r in contexts if r["step"] == 2]
+    assert np.mean(known) == last["known"] == 7 / 8  # of one prompt no sample has the word
+    means = np.array([r["satisfaction"] for r in contexts if r["step"] == 2])
+    np.testing.assert_allclose(means[known].mean(), last["satisfaction"], atol=1e-6)
+    np.testing.assert_allclose(
+        np.mean([r["log_z"] for r in contexts if r["step"] == 2 and np.isfinite(r["log_z"])]), last["log_z"]
+    )
     assert {r["prompt"] for r in read_jsonl(folder / "samples.jsonl")} <= {f"w2 w3 {word}" for word in WORDS}
     assert (folder / "contexts.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -81,6 +94,7 @@ def test_a_batch_has_the_samples_of_each_prompt_together():
     assert np.asarray(batch.contexts).tolist() == [4] * 6 + [5] * 6 + [6] * 6 + [7] * 6 + [4] * 2 + [5] * 2 + [6] * 2 + [7] * 2
     rollout = programs.to_rollout(batch, np.arange(32, dtype=np.float32))
     assert rollout.contexts.tolist() == [4, 5, 6, 7]
+    assert rollout.strata.tolist() == [[0] * 6 + [1] * 2] * 4
     assert rollout.log_score[1].tolist() == [6, 7, 8, 9, 10, 11, 26, 27]
     for row, i in zip(rollout.tokens, rollout.contexts, strict=True):
         expected = prompts.tokens[i][prompts.where[i]]
@@ -88,6 +102,34 @@ def test_a_batch_has_the_samples_of_each_prompt_together():
     # Scoring the rows again gives the sampler's own log-probability: nothing is shifted by the prompts.
     again = programs.score(model.params, batch.tokens, batch.where)
     np.testing.assert_allclose(again, batch.log_a, atol=1e-4)
+
+
+@pytest.mark.parametrize(("fraction", "of_each"), [(0.0, 0), (0.01, 1), (0.125, 1), (0.5, 2), (0.9, 3)])
+def test_a_share_of_base_samples_is_never_none_and_never_all(fraction, of_each):
+    """A13: an eighth of 4 samples a prompt was rounded to 0, in silence; 0.9 of 4 to 4. Without prompts likewise."""
+    prompts = Prompts(["a", "b", "c", "d"], np.zeros((4, 2), np.int32), np.ones((4, 2), bool), [""] * 4)
+    settings = Settings(samples=16, base_fraction=fraction)
+    assert base_samples(settings, Contexts(prompts, prompts, per_step=4)) == 4 * of_each
+    assert base_samples(Settings(samples=4, base_fraction=fraction), None) == of_each
+    assert base_samples(Settings(samples=4, base_fraction=fraction, algorithm="rloo", divergence="reverse_kl"), None) == 0
+
+
+def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(monkeypatch):
+    """A13: the choice of prompts and row 0 had one key. No row of samples may fold in what chooses them."""
+    settings = Settings(model=str(TINY), samples=32, max_new_tokens=8, base_fraction=0.25)
+    model = load_model(settings)
+    prompts = encode([f"w1 {word}" for word in WORDS], model.tokenizer)
+    programs = make_programs(settings, model, Contexts(prompts, prompts, per_step=4))
+    chosen, rng_key = [], jax.random.key(3)
+    monkeypatch.setattr(
+        jax.random,
+        "choice",
+        lambda key, *args, before=jax.random.choice, **options: chosen.append(key) or before(key, *args, **options),
+    )
+    programs.draw(model.params, rng_key)
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, np.arange(32))
+    assert all((jax.random.key_data(chosen[0]) != jax.random.key_data(row)).any() for row in rows)
+    assert (jax.random.key_data(chosen[0]) != jax.random.key_data(rng_key)).any()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from experiments.lexical_constraint.run import main
 from fjax.training import read_jsonl
 
 from .commands import SMALL, TINY, run
+from .test_conditional import WORDS
 
 LEXICAL = ("lexical_constraint", "--word", "w9", *SMALL)
 
@@ -35,6 +36,25 @@ def test_other_targets(monkeypatch, capsys):
     gender = ("gender_balance", "--woman", "w9 w19", "--man", "w26 w42", "--fit-samples", 128, *SMALL)
     assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", TINY, *gender) == 0
     assert "share of women" in capsys.readouterr().out
+
+
+def test_a_conditional_target_of_the_base_model_itself(monkeypatch, tmp_path, capsys):
+    """B15: of π = a TV is 1 - satisfaction and KL(p‖π) the mean of -log Z_c, on the prompts whose Z is known."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "figures.json"
+    prompts.write_text("".join(f"w2 w3 {word}\n" for word in WORDS))
+    other = tmp_path / "training.txt"
+    other.write_text("".join(f"w1 {word}\n" for word in WORDS))
+    task = ("conditional", "--prompts", other, "--unseen-prompts", prompts, "--prompts-per-step", 4, *SMALL)
+    arguments = (*task, "--eval-samples", 64, "--predicate", "tests.experiments.test_conditional:thrice")
+    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", TINY, "--output", output, *arguments) == 0
+    found = {name: figure["value"] for name, figure in json.loads(output.read_text())["figures"].items()}
+    errors = {name: figure["std_error"] for name, figure in json.loads(output.read_text())["figures"].items()}
+    # 4 standard errors, of the one and of the other figure.
+    least = 4 * np.hypot(errors["total_variation"], errors["satisfaction"])
+    assert abs(found["total_variation"] - (1 - found["satisfaction"])) < min(least, 0.1)
+    assert abs(found["forward_kl"] + found["log_z"]) < 0.1 * found["forward_kl"]
+    assert 0 < found["known"] < 1
+    assert "Check KL(p‖π) ≥ -log E_π[b]" in capsys.readouterr().out
 
 
 def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):

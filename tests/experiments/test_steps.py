@@ -40,10 +40,59 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(flags, monkeypatch, tmp
     assert run(monkeypatch, Config, main, *FREQUENT, *flags, "--steps", 5, "--run-folder", parts, "--resume") == 0
     assert len(figures(parts)) == 5
     assert figures(whole) == figures(parts)
+    # B18: the evaluation that ended the first part was one more, by which --patience stopped elsewhere.
+    assert [r["step"] for r in figures(parts, "evaluation")] == [0, 2, 4, 5]
+    assert repr(figures(whole, "evaluation")) == repr(figures(parts, "evaluation"))  # NaN is not itself
+    assert (whole / "samples.jsonl").read_bytes() == (parts / "samples.jsonl").read_bytes()
     evaluation = figures(whole, "evaluation")[-1]
     assert np.isfinite(evaluation["self_bleu"])
     assert evaluation["perplexity"] > 1
     assert ("alpha" in evaluation) == ("--alpha" in flags)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(Settings(model=str(TINY), max_new_tokens=8))
+
+
+def moved(model, scale=0.3):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + scale * x.std() * rng.normal(size=x.shape).astype(x.dtype), model.params)
+
+
+@pytest.mark.parametrize("flags", [{"base_fraction": 0.25}, {"algorithm": "rloo", "divergence": "reverse_kl"}], ids=str)
+def test_log_q_is_of_the_mixture_that_the_batch_was_drawn_from(flags, tiny):
+    """Of so many rows of the policy and so many of the base model, each scored anew under both."""
+    programs = make_programs(Settings(model=str(TINY), samples=32, max_new_tokens=8, **flags), tiny)
+    params = moved(tiny)
+    batch = jax.device_get(programs.draw(params, jax.random.key(0)))
+    n = batch.from_policy
+    assert n == (24 if "base_fraction" in flags else 32)
+    log_pi, log_a = (np.asarray(programs.score(p, batch.tokens, batch.where), np.float64) for p in (params, tiny.params))
+    assert abs(log_pi - log_a).max() > 0.1  # so that a wrong share would be seen
+    expected = np.log(n / 32 * np.exp(log_pi) + (1 - n / 32) * np.exp(log_a))
+    np.testing.assert_allclose(batch.log_q, expected, atol=2e-5)
+    np.testing.assert_allclose(batch.log_pi, log_pi, atol=2e-5)
+    np.testing.assert_allclose(batch.log_a, log_a, atol=2e-5)
+    strata = programs.to_rollout(batch, batch.log_a).strata
+    assert np.asarray(strata).tolist() == [0] * n + [1] * (32 - n)
+
+
+@pytest.mark.parametrize("flags", [{"overlap": True}, {"proposal": "adaptive"}, {}], ids=("overlap", "adaptive", "policy"))
+def test_every_way_of_drawing_tells_the_update_whose_the_samples_are(flags, tiny):
+    """A6: the default batch has a fixed number of either, and the leave-one-out baseline is unbiased only if it knows."""
+    settings = Settings(model=str(TINY), samples=32, max_new_tokens=8, base_fraction=0.25, **flags)
+    programs, seen = make_programs(settings, tiny), []
+
+    def update(state, rollout):
+        seen.append(rollout.strata)
+        return programs.tuner.update(state, rollout)
+
+    target = Target(lambda _, texts: {}, lambda log_a, _: np.asarray(log_a), headline="")
+    watched = programs._replace(tuner=programs.tuner._replace(update=update))
+    stepper = _steps.online(settings, watched, target, jax.random.key(0))
+    stepper.step(stepper.begin(programs.tuner.init(tiny.params)), 0)
+    assert np.asarray(seen[0]).tolist() == [0] * 24 + [1] * 8
 
 
 def test_the_proposal_is_renewed_only_when_the_policy_is_nearer():
