@@ -6,8 +6,10 @@ shape that it really works on.
 """
 
 import math
+from typing import overload
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from fjax._typing import Array
@@ -66,6 +68,12 @@ def float_dtype(*arrays: Array):
     return jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in arrays))
 
 
+@overload
+def as_mask(where: Array, like: Array, *, name: str = ...) -> Array: ...
+@overload
+def as_mask(where: None, like: Array, *, name: str = ...) -> None: ...
+@overload
+def as_mask(where: Array | None, like: Array, *, name: str = ...) -> Array | None: ...
 def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array | None:
     """``where`` as booleans of the shape of ``like``; integers count where they are not 0. None stays None.
 
@@ -181,6 +189,27 @@ def made(divergence: object) -> None:
         name = getattr(divergence, "__name__", "it")
         raise ValueError(f"divergence must be an FDivergence; {name} is a function that makes one: divergence={name}().")
     raise ValueError(f"divergence must be an FDivergence, as fjax.jensen_shannon() makes one; got {divergence!r}.")
+
+
+def predicted(where: Array, *, start: int = 1) -> Array:
+    """``where``, if it counts no column before ``start``; nothing predicts the token of column 0.
+
+    A traced ``where`` passes: its values are not known yet, and whoever sums over it gives NaN.
+
+    Raises:
+        ValueError: if it counts one, and is not traced.
+
+    >>> predicted(jnp.array([[True, True]]))
+    Traceback (most recent call last):
+    ValueError: where counts column 0 of row 0, ...
+    """
+    if not is_concrete(where) or not (early := np.asarray(where)[..., :start]).any():  # NumPy: within jit, jax would trace
+        return where
+    *row, column = map(int, np.argwhere(early)[0])
+    raise ValueError(
+        f"where counts column {column}{''.join(f' of row {i}' for i in row)}, but nothing predicts a token before column "
+        f"{start}: count completions only, each behind a prompt of at least one token (the end-of-sequence token will do)."
+    )
 
 
 def _given(arrays):
