@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fjax._checks import as_mask, is_concrete
+from fjax._sharding import spread_as
 from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -116,9 +118,9 @@ class _Attention(nn.Module):
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.moveaxis(qkv, (2, 3), (0, 2))
         if cached is not None:
             # Heads before columns: the one-token attention then reads the cache without a transposed copy of it.
-            start = (0, 0, length, 0)
-            k_BxHxTxK = jax.lax.dynamic_update_slice(cached[0], k_BxHxTxK.astype(cached[0].dtype), start)
-            v_BxHxTxK = jax.lax.dynamic_update_slice(cached[1], v_BxHxTxK.astype(cached[1].dtype), start)
+            append = partial(jax.lax.dynamic_update_slice_in_dim, start_index=length, axis=2)
+            k_BxHxTxK = append(cached[0], k_BxHxTxK.astype(cached[0].dtype))
+            v_BxHxTxK = append(cached[1], v_BxHxTxK.astype(cached[1].dtype))
         scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=_wide(self.dtype))
         scores = scores / jnp.sqrt(jnp.asarray(width // heads, scores.dtype))
         # The finite minimum, not -inf: a padded query sees no key at all and must not turn into NaN.
@@ -188,12 +190,12 @@ class _GPT2(nn.Module):
 def _columns(tokens_BxT, where_BxT, cache):
     """Positions of the new tokens, who may see whom, and the mask of real columns, in or out of a cache."""
     if where_BxT is None:
-        where_BxT = jnp.ones(tokens_BxT.shape, bool)
+        where_BxT = jnp.ones_like(tokens_BxT, bool)
     if cache is None:
         where_BxS, length, seen_B = where_BxT, jnp.int32(0), 0
     else:
         seen_B = cache.where.sum(-1, dtype=jnp.int32)[:, None]
-        where_BxS = jax.lax.dynamic_update_slice(cache.where, where_BxT, (0, cache.length))
+        where_BxS = jax.lax.dynamic_update_slice_in_dim(cache.where, where_BxT, cache.length, axis=1)
         length = cache.length
     # Counting real tokens, not columns, makes left padding exact; padding itself reads position 0, unseen by all.
     positions_BxT = jnp.maximum(seen_B + jnp.cumsum(where_BxT, -1, dtype=jnp.int32) - 1, 0)
@@ -222,6 +224,31 @@ def _head(params, hidden_BxTxD):
 def _wide(dtype):
     # Softmax and logits are float32 at least; in float64 nothing is rounded on the way.
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _real(config, tokens, where):
+    """The tokens as int32, which of them are real, and which of these the vocabulary has not: their predictions are NaN.
+
+    What is not real may hold any id, and is read as token 0, which nobody sees.
+    """
+    if jnp.ndim(tokens) != 2:
+        raise ValueError(f"tokens must be [B, T], got {list(jnp.shape(tokens))}; one sequence is tokens[None].")
+    tokens = jnp.asarray(tokens)
+    where = jnp.ones_like(tokens, bool) if where is None else as_mask(where, tokens)
+    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+    unknown = where & ((tokens < 0) | (tokens >= config.vocab_size))
+    return jnp.where(where & ~unknown, tokens, 0).astype(jnp.int32), where, unknown
+
+
+def _check_room(tokens, cache):
+    rows, columns = cache.where.shape
+    # Where the length is traced, a full cache is found by the program, which then gives NaN.
+    filled = int(cache.length) if is_concrete(cache.length) else 0
+    if tokens.shape[1] == 0 or tokens.shape[0] != rows or filled + tokens.shape[1] > columns:
+        raise ValueError(
+            f"The cache has {rows} rows and {columns} columns, {filled} of them known to be filled, and cannot take tokens of "
+            f"shape {list(tokens.shape)}; make it with init_cache for all rows, and for prompt and new tokens together."
+        )
 
 
 def _check_positions(config, time):
@@ -276,8 +303,9 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
     """The teacher-forced model: ``(params, tokens, where, *, start) -> logits`` of the next token, float32.
 
     ``logits[:, i]`` predicts the token of column ``start + i + 1``. Only columns from ``start`` on go through the head.
-    ``where`` marks real tokens and is needed for left padding only: a causal model never sees padding on the right.
-    With ``dropout_key`` the configuration's dropout is on (pre-training); without it there is none.
+    ``where`` marks real tokens and is needed for left padding only: a causal model never sees padding on the right. What is
+    not real may have any id; a real one that the vocabulary has not makes the logits NaN from its column on. With
+    ``dropout_key`` the configuration's dropout is on (pre-training); without it there is none.
 
     Args:
         config: the shape of the model.
@@ -296,21 +324,29 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
     def apply(
         params: Params,
         tokens: Int[Array, "B T"],
-        where: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         *,
         start: int = 0,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B U V"]:
+        tokens, where, unknown = _real(config, tokens, where)
         _check_positions(config, tokens.shape[1])
+        return spread_as(tokens, run, params, tokens, where, unknown, start, dropout_key)
+
+    def run(params, tokens, where, unknown, start, dropout_key):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         hidden, _ = model.apply({"params": params}, tokens, where, None, dropout_key is None, rngs=rngs)
-        return _head(params, hidden[:, start:])
+        logits = _head(params, hidden[:, start:])
+        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0, not 0 · NaN.
+        return jnp.where(jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan, logits)
 
     return apply
 
 
 def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
     """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of the last real token.
+
+    NaN for a row without a real token, or with one that the vocabulary has not.
 
     Args:
         config: the shape of the model.
@@ -328,13 +364,18 @@ def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
     """
     model = _GPT2(config, dtype)
 
-    def apply(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    def apply(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"] | Int[Array, "B T"]) -> Float[Array, "B"]:
+        tokens, where, unknown = _real(config, tokens, where)
         _check_positions(config, tokens.shape[1])
+        return spread_as(tokens, run, params, tokens, where, unknown)
+
+    def run(params, tokens, where, unknown):
         hidden, _ = cast(tuple[Array, None], model.apply({"params": params["transformer"]}, tokens, where, None, True))
         last = tokens.shape[1] - 1 - jnp.argmax(where[:, ::-1], axis=1)
         pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         kernel = params["score"]["kernel"].astype(pooled.dtype)
-        return jnp.matmul(pooled, kernel, preferred_element_type=_wide(pooled.dtype))[:, 0]
+        scores = jnp.matmul(pooled, kernel, preferred_element_type=_wide(pooled.dtype))[:, 0]
+        return jnp.where(where.any(1) & ~unknown.any(1), scores, jnp.nan)
 
     return apply
 
@@ -343,11 +384,18 @@ def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn
     """The cached model: ``(params, tokens, cache, where) -> (logits of the last column, cache)``.
 
     Call it with a whole prompt to prefill and with one column a step to decode; both are the same function. Prompts of
-    different lengths are left-padded, ``where`` marks their real tokens.
+    different lengths are left-padded, ``where`` marks their real tokens, and what is not real may have any id.
+
+    The logits of a row are NaN if its last column is not real, if it has read an id that the vocabulary has not, and past
+    the end of the cache or of the model's positions.
 
     Args:
         config: the shape of the model.
         dtype: of the computation; the logits are float32.
+
+    Raises:
+        ValueError: at trace time, for no token, other rows than the cache's, or more tokens than it has room for; how full it
+            is can be told there only if its length is not traced.
 
     >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
     >>> params, cache = init_params(tiny, jax.random.key(0)), init_cache(tiny, 3, 8)
@@ -358,9 +406,20 @@ def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn
     model = _GPT2(config, dtype)
 
     def apply(
-        params: Params, tokens: Int[Array, "B T"], cache: KVCache, where: Bool[Array, "B T"] | None = None
+        params: Params,
+        tokens: Int[Array, "B T"],
+        cache: KVCache,
+        where: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B V"], KVCache]:
+        tokens, where, unknown = _real(config, tokens, where)
+        _check_room(tokens, cache)
+        # One past the vocabulary is looked up as NaN, and stays in the cache for the tokens that follow.
+        tokens = jnp.where(unknown, config.vocab_size, tokens)
+        return spread_as(tokens, run, params, tokens, where, cache)
+
+    def run(params, tokens, where, cache):
         hidden, longer = cast(tuple[Array, KVCache], model.apply({"params": params}, tokens, where, cache, True))
-        return _head(params, hidden[:, -1:])[:, 0], longer
+        valid = where[:, -1:] & (longer.length <= cache.where.shape[1])
+        return jnp.where(valid, _head(params, hidden[:, -1:])[:, 0], jnp.nan), longer
 
     return apply

@@ -1,5 +1,6 @@
 """The GPT-2 is a probability distribution, causal, and the same with and without its cache."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,109 @@ def test_left_padding_changes_nothing(params):
     where = jnp.broadcast_to(where, padded.shape)
     logits = gpt2.logits_fn(CONFIG)
     np.testing.assert_allclose(logits(params, padded, where, start=4), logits(params, tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [-100, -1, 37, 10**6])
+def test_padding_may_have_any_id(params, padding):
+    """On the left, on the right and in between: logits, their gradient, scores and the cache are those of token 0 there."""
+    tokens, where = tokens_of(), jnp.asarray(np.random.default_rng(1).random((3, 9)) < 0.6).at[:, -1].set(True)
+    padded = jnp.where(where, tokens, padding)
+    decode, cache = gpt2.decode_fn(CONFIG), gpt2.init_cache(CONFIG, 3, 9)
+
+    @jax.jit
+    def everything(params, tokens):
+        log_pi = log_probs.token_log_probs(gpt2.logits_fn(CONFIG)(params, tokens, where), jnp.zeros_like(tokens))
+        scores = gpt2.score_fn(CONFIG)({"transformer": params, "score": {"kernel": jnp.ones((16, 1))}}, tokens, where)
+        return (log_pi * where).sum(), (log_pi, scores, decode(params, tokens, cache, where)[0])
+
+    found, expected = (jax.value_and_grad(everything, has_aux=True)(params, x) for x in (padded, jnp.where(where, tokens, 0)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.isfinite(found[0][0])
+
+
+def test_padding_on_the_right_needs_no_mask(params):
+    """Log-probabilities and gradient are right, though the model is not told where the padding of -100 begins."""
+    tokens, lengths = tokens_of(), np.array([9, 6, 4])
+    where = jnp.asarray((np.arange(9)[None] > 1) & (np.arange(9)[None] < lengths[:, None]))
+    padded = jnp.where(np.arange(9)[None] < lengths[:, None], tokens, -100)
+    score = log_probs.make_log_prob_fn(gpt2.logits_fn(CONFIG))
+
+    def by_hand(params, tokens, where):
+        return log_probs.sequence_log_probs(gpt2.logits_fn(CONFIG)(params, tokens), tokens, where=where)
+
+    for function in (score, by_hand):
+        value_and_grad = jax.jit(jax.value_and_grad(lambda params, x, f=function: f(params, x, where).sum()))
+        jax.tree.map(
+            np.testing.assert_array_equal, value_and_grad(params, padded), value_and_grad(params, jnp.maximum(padded, 0))
+        )
+
+
+@pytest.mark.parametrize("bad", [-100, 37])
+def test_an_id_that_the_vocabulary_has_not_gives_nan_from_there_on(params, bad):
+    """Of its own row, with and without the cache."""
+    tokens = tokens_of().at[1, 4].set(bad)
+    is_nan = np.isnan(gpt2.logits_fn(CONFIG)(params, tokens)).any(-1)
+    assert is_nan.tolist() == [[False] * 9, [False] * 4 + [True] * 5, [False] * 9]
+    decode, cache, found = jax.jit(gpt2.decode_fn(CONFIG)), gpt2.init_cache(CONFIG, 3, 12), []
+    for columns in (tokens[:, :3], *tokens[:, 3:, None].transpose(1, 0, 2)):
+        logits, cache = decode(params, columns, cache)
+        found.append(np.isnan(logits).any(-1))
+    np.testing.assert_array_equal(np.stack(found, 1), is_nan[:, 2:])
+    scores = gpt2.score_fn(CONFIG)(
+        {"transformer": params, "score": {"kernel": jnp.ones((16, 1))}}, tokens, jnp.ones(tokens.shape, bool)
+    )
+    assert np.isnan(scores).tolist() == [False, True, False]
+
+
+def test_nothing_real_has_neither_score_nor_next_token(params):
+    where = jnp.ones((2, 3), jnp.int32).at[1].set(0)
+    scores = gpt2.score_fn(CONFIG)({"transformer": params, "score": {"kernel": jnp.ones((16, 1))}}, tokens_of(2, 3), where)
+    logits, _ = gpt2.decode_fn(CONFIG)(params, tokens_of(2, 3), gpt2.init_cache(CONFIG, 2, 3), where)
+    assert np.isnan(scores).tolist() == np.isnan(logits).all(-1).tolist() == [False, True]
+
+
+def test_past_the_cache_there_is_no_number(params):
+    """An error where the length is known, NaN where it is traced; also past the positions of a cache that is too long."""
+    tokens = tokens_of(2, 3)
+    decode = gpt2.decode_fn(CONFIG)
+    step = jax.jit(decode)
+    with refused("The cache has 2 rows and 2 columns"):
+        step(params, tokens, gpt2.init_cache(CONFIG, 2, 2))
+    _, full = step(params, tokens, gpt2.init_cache(CONFIG, 2, 3))
+    with refused("2 rows and 3 columns, 3 of them known to be filled"):
+        decode(params, tokens[:, :1], full)
+    with refused("The cache has 2 rows"):
+        step(params, tokens[:1], gpt2.init_cache(CONFIG, 2, 3))
+    for _ in range(2):
+        logits, full = step(params, tokens[:, :1], full)
+        assert np.isnan(logits).all()
+    longer = gpt2.GPT2Config(**{**vars(CONFIG), "n_positions": 14})
+    logits, cache = decode(params, tokens_of(2, 12), gpt2.init_cache(longer, 2, 14))
+    assert np.isfinite(logits).all()
+    assert np.isnan(decode(params, tokens[:, :1], cache)[0]).all()
+
+
+def test_float32_under_64_bits(params):
+    """Cached decoding too, with ids of 64 bits; the same numbers in the same dtypes."""
+    tokens, where = np.asarray(tokens_of(3, 4)), np.arange(4)[None] >= np.array([[0], [1], [3]])
+
+    def run(tokens):
+        logits, cache = gpt2.decode_fn(CONFIG)(params, tokens, gpt2.init_cache(CONFIG, 3, 6), jnp.asarray(where))
+        logits_fn = gpt2.logits_fn(CONFIG)(params, tokens, jnp.asarray(where))
+        return logits, logits_fn, *gpt2.decode_fn(CONFIG)(params, tokens[:, :1], cache)
+
+    expected = jax.jit(run)(jnp.asarray(tokens))
+    with jax.enable_x64(True):
+        found = jax.jit(run)(jnp.asarray(tokens, jnp.int64))
+    chex.assert_trees_all_equal_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+def test_one_sequence_is_not_a_batch(params, bare):
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\], got \[5\]"):
+        gpt2.logits_fn(CONFIG)(params, jnp.zeros(5, int))
+    with pytest.raises(ValueError, match="where must have the shape of what it masks"):
+        gpt2.logits_fn(CONFIG)(params, tokens_of(), jnp.ones((1, 9), bool))
 
 
 def test_half_precision_computes_but_float32_comes_out(params):
