@@ -20,6 +20,7 @@ the probability of a token is right to about 1e-7 of its block's. Medians on two
 import jax
 import jax.numpy as jnp
 
+from fjax._checks import float_dtype
 from fjax._typing import Array, Float, Int, PRNGKeyArray
 
 __all__ = ["draw"]
@@ -34,16 +35,22 @@ def draw(rng_key: PRNGKeyArray, logits: Float[Array, "V"]) -> tuple[Int[Array, "
 
     Args:
         rng_key: the key of this row and this step.
-        logits: unnormalised, at least one of them finite; half precision is computed in float32.
+        logits: unnormalised; half precision is computed in float32. Where they are no distribution (all -inf, or NaN or +inf
+            among them) the log-probability is NaN, and the token some id of the vocabulary.
 
     Returns:
         The token (int32) and ``logits[token] - logsumexp(logits)``, in float32 or the wider dtype of the logits.
+
+    Raises:
+        ValueError: if ``logits`` are not one row.
 
     >>> token, log_prob = jax.jit(draw)(jax.random.key(0), jnp.array([-jnp.inf, 2.0, -jnp.inf]))
     >>> int(token), float(log_prob)
     (1, 0.0)
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if jnp.ndim(logits) != 1:
+        raise ValueError(f"logits must be [V], got {list(jnp.shape(logits))}; for rows, map draw over them with jax.vmap.")
+    logits = jnp.asarray(logits, float_dtype(logits))
     between_blocks, within_block = jax.random.uniform(rng_key, (2,), logits.dtype)
     vocabulary = logits.shape[0]
     blocks = jnp.pad(logits, (0, -vocabulary % BLOCK), constant_values=-jnp.inf).reshape(-1, BLOCK)
@@ -51,7 +58,8 @@ def draw(rng_key: PRNGKeyArray, logits: Float[Array, "V"]) -> tuple[Int[Array, "
     masses = jnp.exp(blocks - largest).sum(-1)
     block = _invert(masses, between_blocks)
     column = _invert(jnp.exp(blocks[block] - largest), within_block)
-    return block * BLOCK + column, blocks[block, column] - largest - jnp.log(masses.sum())
+    token = jnp.minimum(block * BLOCK + column, vocabulary - 1)  # padding has no mass, but without any mass is chosen
+    return token, blocks[block, column] - largest - jnp.log(masses.sum())
 
 
 def _invert(weights: Float[Array, "n"], uniform: Float[Array, ""]) -> Int[Array, ""]:

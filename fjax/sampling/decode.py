@@ -6,11 +6,14 @@ distribution that it was really drawn from, after temperature and truncation. So
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fjax._checks import as_mask, float_dtype
+from fjax._sharding import spread_as
 from fjax._typing import Array, Bool, DecodeFn, Float, Int, Params, PRNGKeyArray
 from fjax.sampling.categorical import draw
 from fjax.sampling.transforms import Transform, identity
@@ -72,7 +75,7 @@ def sample(
     samples_per_prompt: int = 1,
     row_ids: Int[Array, "B"] | None = None,
     pad_id: int | None = None,
-    where: Bool[Array, "B P"] | None = None,
+    where: Bool[Array, "B P"] | Int[Array, "B P"] | None = None,
 ) -> Samples:
     """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` until each row has drawn ``eos_id``.
 
@@ -88,7 +91,8 @@ def sample(
         decode_fn: ``(params, tokens, cache, where) -> (logits of the last column, cache)``.
         params: of the model.
         rng_key: of this batch.
-        prompt: left-padded, at least one column; a model that starts from nothing is prompted with its EOS.
+        prompt: at least one column, padded anywhere, with any id; ``decode_fn`` is given it padded on the left, with
+            ``eos_id``. A model that starts from nothing is prompted with its EOS.
         cache: empty, for B rows and at least P + max_new_tokens columns. Its arrays have the batch on axis 0, scalars
             aside; if it has a field ``where`` of ``[B, columns]``, its size is checked.
         max_new_tokens: T, static.
@@ -97,11 +101,12 @@ def sample(
         samples_per_prompt: n continuations of every prompt from one prefill; those of prompt c are rows c·n … c·n + n - 1,
             and equal what n copies of the prompt would give.
         row_ids: of the prompts, 0 … B - 1 by default. Continuation i of a prompt has the id ``row_id · n + i``.
-        pad_id: fills the columns after the end; ``eos_id`` by default.
-        where: True at the real tokens of the prompt, the last column among them; all of them by default.
+        pad_id: fills the columns after the end; ``eos_id`` by default. Any int32: the model never reads it.
+        where: True at the real tokens of the prompt; all of them by default.
 
     Returns:
-        `Samples` of B · n rows.
+        `Samples` of B · n rows. Log-probabilities are NaN where the logits are no distribution, and for the first token of a
+        prompt without a real one.
 
     Raises:
         ValueError: at trace time, for an empty prompt, a cache of another batch or too few columns, an ``eos_id`` outside
@@ -117,17 +122,18 @@ def sample(
     >>> samples.tokens.tolist(), samples.lengths.tolist()
     ([[1, 2, 3, 3], [2, 3, 3, 3]], [3, 2])
     """
-    _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, where)
+    prompt, pad_id = jnp.asarray(prompt), int(eos_id if pad_id is None else pad_id)
+    _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, pad_id)
+    where = as_mask(where, prompt)
+    if where is not None:
+        prompt, where = spread_as(prompt, _pad_left, prompt, where, eos_id)
     logits, cache = decode_fn(params, prompt, cache, where)
     if not 0 <= eos_id < logits.shape[-1]:
         raise ValueError(f"eos_id must be one of the {logits.shape[-1]} tokens of the vocabulary, got {eos_id}.")
-    ids = jnp.arange(prompt.shape[0]) if row_ids is None else row_ids
-    if samples_per_prompt > 1:
-        logits, cache = _repeat_rows((logits, cache), samples_per_prompt)
-        copies = jnp.arange(samples_per_prompt, dtype=ids.dtype)
-        ids = (ids[:, None] * samples_per_prompt + copies[None, :]).ravel()
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, ids)
-    pad_id = eos_id if pad_id is None else pad_id
+    if where is not None:
+        logits = jnp.where(where.any(1)[:, None], logits, jnp.nan)
+    ids = jnp.arange(len(prompt), dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
+    logits, cache, row_keys = spread_as(prompt, partial(_copy_rows, n=samples_per_prompt), logits, cache, rng_key, ids)
     advance = _make_step(transform, eos_id, pad_id, row_keys)
 
     def is_unfinished(carry):
@@ -152,15 +158,17 @@ def _make_step(
     """Draws one token a row from the logits and notes it down, unless the row has ended."""
 
     def advance(progress: _Progress, logits: Float[Array, "B V"]) -> _Progress:
+        return spread_as(logits, note_down, progress, transform(logits.astype(float_dtype(logits))), row_keys)
+
+    def note_down(progress, logits, row_keys):
         step, ended = progress.step, progress.finished
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
-        drawn, log_probs = jax.vmap(draw)(keys, transform(_at_least_float32(logits)))
-        drawn, log_probs = jnp.where(ended, pad_id, drawn), jnp.where(ended, 0.0, log_probs)
+        drawn, log_probs = jax.vmap(draw)(keys, logits)
         return _Progress(
             step=step + 1,
-            last=drawn,
-            tokens=progress.tokens.at[:, step].set(drawn),
-            log_probs=progress.log_probs.at[:, step].set(log_probs),
+            last=drawn,  # also where the row has ended: the model need not know the padding
+            tokens=progress.tokens.at[:, step].set(jnp.where(ended, pad_id, drawn)),
+            log_probs=progress.log_probs.at[:, step].set(jnp.where(ended, 0.0, log_probs)),
             lengths=progress.lengths + ~ended,
             finished=ended | (drawn == eos_id),
         )
@@ -174,21 +182,30 @@ def _no_progress(logits: Float[Array, "B V"], max_new_tokens: int, pad_id: int) 
         step=jnp.int32(0),
         last=jnp.zeros(rows, jnp.int32),
         tokens=jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
-        log_probs=jnp.zeros((rows, max_new_tokens), _at_least_float32(logits).dtype),
+        log_probs=jnp.zeros((rows, max_new_tokens), float_dtype(logits)),
         lengths=jnp.zeros(rows, jnp.int32),
         finished=jnp.zeros(rows, bool),
     )
 
 
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _pad_left(
+    prompt: Int[Array, "B P"], where: Bool[Array, "B P"], pad_id: int
+) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
+    """The real tokens on the right, in their order: what comes next stands beside them, whichever side the padding was on."""
+    where, prompt = jax.lax.sort((where, prompt), dimension=1, is_stable=True, num_keys=1)
+    return jnp.where(where, prompt, pad_id), where
 
 
-def _repeat_rows(tree: Any, times: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0) if jnp.ndim(leaf) else leaf, tree)
+def _copy_rows(logits: Float[Array, "B V"], cache: Any, rng_key: PRNGKeyArray, ids: Int[Array, "B"], *, n: int) -> tuple:
+    """Each row n times, and a key for every copy."""
+    if n > 1:
+        logits, cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0) if jnp.ndim(leaf) else leaf, (logits, cache))
+        ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # id · n must not overflow
+        ids = (ids[:, None] * n + jnp.arange(n, dtype=ids.dtype)[None, :]).ravel()
+    return logits, cache, jax.vmap(jax.random.fold_in, (None, 0))(rng_key, ids)
 
 
-def _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, where):
+def _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, pad_id):
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(
             f"The prompt must be [B, P] with at least one column, got shape {prompt.shape}; "
@@ -200,9 +217,10 @@ def _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids,
             f"got max_new_tokens={max_new_tokens} and samples_per_prompt={samples_per_prompt}."
         )
     rows, columns = prompt.shape
-    for name, array, shape in (("where", where, (rows, columns)), ("row_ids", row_ids, (rows,))):
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for this prompt, got {array.shape}.")
+    if row_ids is not None and jnp.shape(row_ids) != (rows,):
+        raise ValueError(f"row_ids must have shape {(rows,)} for this prompt, got {jnp.shape(row_ids)}.")
+    if not -(2**31) <= pad_id < 2**31:
+        raise ValueError(f"pad_id must be an int32, as the tokens are; got {pad_id}.")
     batches = {leaf.shape[0] for leaf in jax.tree.leaves(cache) if jnp.ndim(leaf)}
     if batches - {rows}:
         raise ValueError(f"The cache is for {sorted(batches)} rows, but the prompt has {rows}.")

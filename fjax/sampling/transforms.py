@@ -42,13 +42,14 @@ def greedy(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
         logits: over the vocabulary, on the last axis.
 
     Returns:
-        0 at the token, -inf elsewhere.
+        0 at the token, -inf elsewhere; NaN at the token where the logits are no distribution.
 
     >>> greedy(jnp.array([1.0, 3.0, 3.0])).tolist()
     [-inf, 0.0, -inf]
     """
     columns = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return jnp.where(columns == jnp.argmax(logits, -1, keepdims=True), jnp.zeros_like(logits), -jnp.inf)
+    zero = jnp.where(logits.max(-1, keepdims=True) > -jnp.inf, jnp.zeros_like(logits), jnp.nan)  # not if all -inf, or any NaN
+    return jnp.where(columns == jnp.argmax(logits, -1, keepdims=True), zero, -jnp.inf)
 
 
 @functools.cache
@@ -169,7 +170,7 @@ def _keep_largest(
     ``is_enough`` must hold for the whole vocabulary, and for every larger set if it does for a smaller.
     """
     values = jax.lax.stop_gradient(logits).astype(jnp.float32)
-    low = jnp.full((*values.shape[:-1], 1), _LOWEST, jnp.int32)
+    low = jnp.full_like(values[..., :1], _LOWEST, jnp.int32)
     high = jnp.full_like(low, _PAST_HIGHEST)
 
     def halve(_, bounds):
@@ -179,7 +180,7 @@ def _keep_largest(
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
-    return jnp.where(values >= _nth_float(low), logits, -jnp.inf)
+    return jnp.where(values < _nth_float(low), -jnp.inf, logits)  # in this direction, NaN stays NaN
 
 
 def _nth_float(order: Array) -> Array:

@@ -99,6 +99,22 @@ def test_extreme_logits_stay_finite(logits):
     assert np.isfinite(log_probs).all()
 
 
+@pytest.mark.parametrize("vocabulary", [1, 5, BLOCK, BLOCK + 3])
+@pytest.mark.parametrize("value", [-np.inf, np.nan, np.inf])
+def test_no_distribution_gives_nan_and_an_id_that_exists(vocabulary, value):
+    """All logits so, and only the last of them; -inf there is an ordinary distribution."""
+    one = jnp.zeros(vocabulary).at[-1].set(value)
+    for logits in (jnp.full(vocabulary, value), one):
+        tokens, log_probs = jax.vmap(draw, (0, None))(keys_of(16), logits)
+        assert ((tokens >= 0) & (tokens < vocabulary)).all()
+        assert np.isnan(log_probs).all() == (not np.isfinite(jax.nn.logsumexp(logits)))
+
+
+def test_rows_are_for_vmap(bare):
+    with pytest.raises(ValueError, match=r"logits must be \[V\], got \[2, 3\].*jax.vmap"):
+        draw(jax.random.key(0), jnp.zeros((2, 3)))
+
+
 def test_half_precision_is_computed_in_float32():
     logits = skewed_logits(300).astype(jnp.bfloat16)
     token, log_prob = jax.jit(draw)(jax.random.key(0), logits)

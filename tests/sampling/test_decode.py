@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fjax.log_probs import make_log_prob_fn, pack
 from fjax.models import gpt2
 from fjax.sampling import Samples, chain, greedy, identity, sample, temperature, top_k, top_p
 
@@ -191,6 +192,100 @@ def test_left_padding_changes_nothing(params):
     np.testing.assert_allclose(padded.log_probs, plain.log_probs, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["right", "both sides", "holes"])
+def test_prompts_may_be_padded_anywhere(params, padding):
+    """With ids that the vocabulary has not: the same samples as from the same prompts padded on the left."""
+    lengths = np.array([1, 2, 3, 5, 4, 2])
+    where = {
+        "right": np.arange(6)[None] < lengths[:, None],
+        "both sides": (np.arange(6)[None] >= 1) & (np.arange(6)[None] <= lengths[:, None]),
+        "holes": np.stack([np.random.default_rng(n).permutation(np.arange(6) < n) for n in lengths]),
+    }[padding]
+    prompt = np.where(where, np.random.default_rng(3).integers(1, 300, (6, 6)), -100)
+    left_where = np.sort(where, axis=1)
+    left = np.full_like(prompt, EOS)
+    left[left_where] = prompt[where]
+    expected = draw_gpt2(params, jax.random.key(2), jnp.asarray(left), where=jnp.asarray(left_where))
+    found = draw_gpt2(params, jax.random.key(2), jnp.asarray(prompt), where=jnp.asarray(where, jnp.int32))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.isfinite(found.log_probs).all()
+
+
+def test_a_prompt_of_nothing_real_has_no_log_prob(params):
+    where = jnp.array([[True, True], [False, False]])
+    samples = draw_gpt2(params, jax.random.key(2), jnp.full((2, 2), 5), where=where)
+    assert np.isnan(samples.sequence_log_probs).tolist() == [False, True]
+    assert ((samples.tokens >= 0) & (samples.tokens < 300)).all()
+
+
+def test_any_padding_behind_the_end(params):
+    """The model never reads it: with -100 there, all else stays as it was."""
+    prompt, where = ragged_prompts()
+    plain = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=greedy)
+    ends = jnp.asarray(plain.tokens[0, 1])
+    plain, padded = (
+        draw_gpt2(params, jax.random.key(0), prompt, where=where, eos_id=int(ends), pad_id=pad) for pad in (None, -100)
+    )
+    assert not plain.where.all()
+    np.testing.assert_array_equal(padded.tokens, jnp.where(plain.where, plain.tokens, -100))
+    np.testing.assert_array_equal(padded.log_probs, plain.log_probs)
+
+
+def test_row_ids_of_few_bits_do_not_overflow(table):
+    draw = partial(sample, toy_decode, max_new_tokens=6, eos_id=EOS, samples_per_prompt=3)
+    first, second = (
+        draw(table, jax.random.key(0), jnp.ones((2, 1), int), memory(2, 7), row_ids=jnp.array([100, 14], dtype))
+        for dtype in (jnp.int8, jnp.int32)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("transform", [temperature(0.3), top_p(0.8), TRANSFORM])
+def test_half_precision_logits_are_rescored_as_they_were_drawn(table, transform):
+    """The sampler's log-probabilities are those of `make_log_prob_fn` under the same transform, of bfloat16 logits too."""
+
+    def half_decode(table, tokens, cache, where=None):
+        logits, cache = toy_decode(table, tokens, cache, where)
+        return logits.astype(jnp.bfloat16), cache
+
+    def half_logits(table, tokens, where=None, *, start=0):
+        return table[jnp.arange(tokens.shape[1])[None], tokens][:, start:].astype(jnp.bfloat16)
+
+    draw = partial(sample, half_decode, max_new_tokens=6, eos_id=EOS, transform=transform, samples_per_prompt=50)
+    samples = draw(table, jax.random.key(1), jnp.array([[1]]), memory(1, 7))
+    tokens, where = pack(jnp.ones((50, 1), int), samples.tokens, where=samples.where)
+    rescored = make_log_prob_fn(half_logits, transform=transform)(table, tokens, where)
+    np.testing.assert_allclose(samples.sequence_log_probs, rescored, atol=1e-6)
+
+
+def test_nan_logits_give_nan_log_probs_and_ids_that_exist(table):
+    samples = sample(
+        toy_decode,
+        table.at[1].set(jnp.nan),
+        jax.random.key(1),
+        jnp.ones((50, 1), int),
+        memory(50, 5),
+        max_new_tokens=4,
+        eos_id=EOS,
+    )
+    went_on = np.asarray(samples.lengths) > 1
+    assert np.isnan(samples.sequence_log_probs).tolist() == went_on.tolist()
+    assert went_on.any()
+    assert ((samples.tokens >= 0) & (samples.tokens < V)).all()
+
+
+def test_float32_under_64_bits_draws_the_same(params, bare):
+    """With ids of 64 bits, NumPy's among them; log-probabilities in float32."""
+    prompt, where = ragged_prompts()
+    expected = draw_gpt2(params, jax.random.key(0), prompt, where=where, samples_per_prompt=2)
+    with jax.enable_x64(True):
+        wide = jnp.asarray(prompt, jnp.int64)
+        found = draw_gpt2(params, jax.random.key(0), wide, where=where, samples_per_prompt=2, pad_id=np.int64(EOS))
+    chex.assert_trees_all_equal_dtypes(found, expected)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
+
+
 def test_samples_of_a_prompt_equal_copies_of_it(params):
     prompt, where = ragged_prompts()
     shared = draw_gpt2(params, jax.random.key(0), prompt, where=where, samples_per_prompt=3)
@@ -263,10 +358,14 @@ def test_one_compilation_for_all_keys_prompts_and_equal_transforms(table):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
         ({"eos_id": V}, f"one of the {V} tokens of the vocabulary, got {V}"),
+        ({"eos_id": -1}, f"one of the {V} tokens of the vocabulary, got -1"),
+        ({"pad_id": 2**31}, "pad_id must be an int32, as the tokens are; got 2147483648"),
+        ({"row_ids": jnp.arange(3)}, "row_ids must have shape (2,) for this prompt, got (3,)"),
+        ({"where": jnp.ones((2, 1), bool)}, "where must have the shape of what it masks, [2, 2]; got [2, 1]"),
         ({"cache": memory(3, 6)}, "The cache is for [3] rows, but the prompt has 2"),
     ],
 )
-def test_misuse_is_named_when_tracing(table, changes, message):
+def test_misuse_is_named_when_tracing(table, changes, message, bare):
     arguments = {"prompt": jnp.ones((2, 2), int), "cache": memory(2, 6), "max_new_tokens": 4, "eos_id": EOS} | changes
     prompt, cache = arguments.pop("prompt"), arguments.pop("cache")
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -123,6 +123,17 @@ def test_under_vmap(transform):
     np.testing.assert_array_equal(jax.vmap(jax.vmap(transform))(logits), transform(logits))
 
 
+@pytest.mark.parametrize("transform", [greedy, temperature(0.5), top_k(2), top_p(0.5), chain(top_k(3), top_p(0.9))])
+@pytest.mark.parametrize("logits", [[0.0, jnp.nan, 2.0, 1.0], [jnp.nan] * 4, [-jnp.inf] * 4])
+def test_what_is_no_distribution_does_not_become_one(transform, logits):
+    """NaN is neither dropped nor chosen with certainty: whoever normalises gets NaN."""
+    assert np.isnan(jax.nn.log_softmax(transform(jnp.array(logits)))).any()
+
+
+def test_greedy_takes_a_certain_token():
+    assert greedy(jnp.array([0.0, jnp.inf, -jnp.inf])).tolist() == [-np.inf, 0.0, -np.inf]
+
+
 def test_double_precision(x64):
     logits = jnp.asarray(np.random.default_rng(3).normal(size=20))
     for transform in (top_k(5), top_p(0.5), temperature(0.5), greedy):
