@@ -1,5 +1,6 @@
 """From a command line to a configuration to an exit status, with errors a person can act on."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,11 +32,14 @@ def run(config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str, c
         module: what the command is called.
         computes: whether it takes an accelerator if there is one, rather than only reading and drawing what runs have left.
     """
+    # What orbax logs of a failure, pages from each of its threads, it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     with handled_by(interrupt), lasting_output():
         try:
-            status = _run(config, main, module, computes)
-            sys.stdout.flush()
-            return status
+            try:
+                return _run(config, main, module, computes)
+            finally:
+                sys.stdout.flush()
         except Interrupted as signal:
             print(f"Interrupted at once ({signal}); what had been saved before is there for --resume.", file=sys.stderr)
             return signal.status
@@ -82,11 +86,13 @@ def _sentence(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(cause):
             return "There is not enough memory: take fewer --samples, or a smaller --microbatch-size or model."
-        if "No space left on device" in str(cause) or getattr(cause, "errno", None) == ENOSPC:
+        ours = isinstance(cause, OSError) and cause.errno is None  # a sentence of the library's
+        if os.strerror(ENOSPC) in str(cause):
             where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
-            return f"{os.strerror(ENOSPC)}{where}: free some, and go on with --resume from what had been saved before."
+            said = str(cause).rstrip(".") if ours else f"{os.strerror(ENOSPC)}{where}"
+            return f"{said}. Free some, and go on with --resume from what had been saved before."
         if isinstance(cause, OSError):
-            return f"{type(cause).__name__}: {cause}"
+            return str(cause) if ours else f"{type(cause).__name__}: {cause}"
     return None
 
 

@@ -5,11 +5,12 @@ first signal raises `Interrupted`, so that what was opened is closed; within `gr
 run saves. One more is always heard sooner than the one before.
 """
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -89,6 +90,14 @@ def graceful_stop() -> Iterator[Stop]:
         yield stop
 
 
+class Nowhere(io.TextIOBase):
+    """A text stream that loses what is written."""
+
+    def write(self, text: str) -> int:
+        """As if it had been."""
+        return len(text)
+
+
 class Output:
     """A text stream that outlives its reader: that is a hang-up then, as when a terminal is closed, and no error."""
 
@@ -114,10 +123,11 @@ class Output:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         with suppress(OSError, ValueError):
-            os.dup2(nowhere.fileno(), self._stream.fileno())  # what its buffer still has goes there, when the process ends
-        self._stream = nowhere
+            os.dup2(nowhere, self._stream.fileno())  # what its buffer still has goes there, when the process ends
+        os.close(nowhere)
+        self._stream = Nowhere()
         with suppress(OSError):
             print("Nobody reads any more what is printed: stopping.", file=sys.stderr)
         signal.raise_signal(signal.SIGHUP)
@@ -126,16 +136,13 @@ class Output:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Within it printing does not fail: not for want of a reader, of a stream, or of a character in its encoding."""
-    with ExitStack() as opened:
-        before = sys.stdout, sys.stderr
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is None:  # closed by whoever started us
-                stream = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-            setattr(sys, name, Output(stream))
-        try:
-            yield
-        finally:
-            sys.stdout, sys.stderr = before
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # None if it was closed by whoever started us.
+    sys.stdout, sys.stderr = (Output(Nowhere() if stream is None else stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

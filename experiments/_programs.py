@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -345,5 +346,7 @@ def decode(model: PretrainedModel, tokens: AnyArray, where: AnyArray) -> list[st
 
 
 def export(folder: Path, params: Params, model: PretrainedModel) -> None:
-    """The aligned model as a Hugging Face folder."""
+    """The aligned model as a Hugging Face folder; what an export that was killed left beside it goes."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
     fjax.save_pretrained(folder, params, model.config, model.tokenizer)

@@ -141,7 +141,7 @@ def without_encoding(path: Path) -> list[int]:
             "read_text",
             "write_text",
         ):
-            ours = ast.unparse(node.func) == "write_text"  # of experiments/_run_folder.py
+            ours = ast.unparse(node.func) in ("write_text", "os.open")  # the former of experiments/_run_folder.py
             modes = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
             binary = any(re.fullmatch(r"'[rwax+]*b[rwax+]*'", mode) for mode in modes)
             if not ours and not binary and "encoding" not in {keyword.arg for keyword in node.keywords}:

@@ -308,11 +308,13 @@ JSON = '{"metadata": ["' + "x" * 5000 + '"]}\n'
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (FULL, "No space left on device (/a/b): free some, and go on with --resume"),
-        (caused_by(ValueError(JSON), FULL), "No space left on device (/a/b): free some"),
-        (ValueError(f"{JSON} [Errno 28] No space left on device"), "No space left on device: free some"),
+        (FULL, "No space left on device (/a/b). Free some, and go on with --resume"),
+        (caused_by(ValueError(JSON), FULL), "No space left on device (/a/b). Free some"),
+        (ValueError(f"{JSON} [Errno 28] No space left on device"), "No space left on device. Free some"),
         (PermissionError(EACCES, "Permission denied", "/a/b"), "PermissionError: [Errno 13] Permission denied: '/a/b'"),
         (FileNotFoundError(ENOENT, "No such file or directory", "/a"), "FileNotFoundError: [Errno 2] No such file"),
+        (OSError("A checkpoint could not be written to /a: No space left on device."), "to /a: No space left on device. Free"),
+        (OSError("The run is in use."), "The run is in use."),
         (MemoryError(), "There is not enough memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "There is not enough memory"),
         (RunError(JSON), '{"metadata": ["xxx'),
@@ -393,5 +395,5 @@ def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monke
     monkeypatch.setattr("jax.devices", lambda: [device] * there)
     monkeypatch.setattr("jax.device_count", lambda: there)
     assert hardware().endswith(said)
-    describe_run(tmp_path, {}, experiment="x")
+    describe_run(tmp_path, {}, experiment="x", digests={})
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["devices"] == [kind]
