@@ -28,7 +28,7 @@ def one_axis(**arrays: Array | None) -> tuple:
     ['float32', 'float32']
     """
     given = _given(arrays)
-    if any(jnp.ndim(x) != 1 for x in given.values()):
+    if any(np.ndim(x) != 1 for x in given.values()):
         raise ValueError(
             f"{_listed(given)} must be one number a sample, of shape [N]; got {_shapes(given)}. For several contexts or "
             "groups, map the function over them with jax.vmap."
@@ -50,7 +50,7 @@ def same_shape(**arrays: Array | None) -> tuple:
     ValueError: chosen_log_pi and rejected_log_pi must have one shape; got [3] and [3, 1]. ...
     """
     given = _given(arrays)
-    if len({jnp.shape(x) for x in given.values()}) > 1:
+    if len({np.shape(x) for x in given.values()}) > 1:
         raise ValueError(
             f"{_listed(given)} must have one shape; got {_shapes(given)}. They are not broadcast: for several contexts or "
             "groups, map the function over them with jax.vmap."
@@ -91,7 +91,7 @@ def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array |
     if where is None:
         return None
     where = jnp.asarray(where)
-    if where.shape != jnp.shape(like):
+    if where.shape != np.shape(like):
         raise ValueError(
             f"{name} must have the shape of what it masks, {_shape(like)}; got {_shape(where)}. For several contexts or "
             "groups, map the function over them with jax.vmap."
@@ -117,7 +117,7 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
     [[[-1.0, 0.0]], [[True, False]]]
     """
     kept = same_shape(**arrays)
-    if jnp.ndim(kept[0]) != 2:
+    if np.ndim(kept[0]) != 2:
         raise ValueError(
             f"{_listed(arrays)} must be one number a token, of shape [N, T]; got {_shapes(arrays)}. For several contexts or "
             "groups, map the function over them with jax.vmap."
@@ -166,7 +166,7 @@ def one_number(**values: float | Array) -> None:
     ValueError: log_beta must be one number, got shape [3]. For several, map the function over them with jax.vmap.
     """
     for name, value in values.items():
-        if jnp.shape(value) != ():
+        if np.shape(value) != ():
             raise ValueError(
                 f"{name} must be one number, got shape {_shape(value)}. For several, map the function over them with jax.vmap."
             )
@@ -227,4 +227,4 @@ def _shapes(given) -> str:
 
 
 def _shape(x) -> str:
-    return str(list(jnp.shape(x)))
+    return str(list(np.shape(x)))

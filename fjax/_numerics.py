@@ -51,7 +51,9 @@ def deviations(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> t
     """
     size = keep(jnp.abs(x), where, jnp.inf)
     finite = jnp.isfinite(size)
-    reference = jnp.where(finite.any(), x[jnp.argmin(jnp.where(finite, size, jnp.inf))], 0.0)
+    smallest = size == jnp.where(finite, size, jnp.inf).min(initial=jnp.inf)
+    # By sums and minima only: an entry cannot be picked out of rows that are spread over an explicit mesh.
+    reference = jnp.where(finite.any(), jnp.where(smallest, x, jnp.inf).min(initial=jnp.inf), 0.0)
     deviation = keep(x - reference, where, 0.0)
     rounding = 4 * jnp.finfo(x.dtype).eps * keep(jnp.abs(x), where, 0.0).max(initial=0.0)
     # NaN and inf are above it: they stay, for the caller to see.

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fjax._checks import as_mask, float_dtype, one_axis
 from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.divergences import FDivergence, exact_divergence
 from fjax.surrogates import Baseline, surrogate_loss
@@ -119,12 +120,16 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
 
     Source: chain rule of probability.
     """
-    first_row = [sum(vocab_size**i for i in range(length)) for length in range(max_tokens + 1)]
+    first_row = _first_rows(vocab_size, max_tokens)
 
     def log_prob_fn(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        if tokens.shape[1] != max_tokens:
-            raise ValueError(f"The table is for {max_tokens} tokens, got {tokens.shape[1]} columns.")
-        table = jax.nn.log_softmax(params)
+        if np.ndim(tokens) != 2 or tokens.shape[1] != max_tokens:
+            raise ValueError(f"The table is for {max_tokens} tokens, got tokens of shape {list(np.shape(tokens))}.")
+        if np.shape(params) != (first_row[-1], vocab_size):
+            raise ValueError(f"The table is [{first_row[-1]}, {vocab_size}], got params {list(np.shape(params))}.")
+        where = jnp.asarray(as_mask(where, tokens))
+        tokens = jnp.where(where, tokens, 0)  # what is not counted may be no token at all
+        table = jax.nn.log_softmax(jnp.asarray(params, float_dtype(params)))
         prefix, total = jnp.zeros(tokens.shape[0], tokens.dtype), jnp.zeros(tokens.shape[0], table.dtype)
         for position in range(max_tokens):
             step = table[first_row[position] + prefix, tokens[:, position]]
@@ -157,17 +162,29 @@ def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Flo
 
     Source: Korbak et al. 2022 (arXiv 2205.11275), appendix; soft values as in Levine 2018.
     """
-    columns = space.tokens.shape[1]
-    first_row = [sum(vocab_size**i for i in range(length)) for length in range(columns + 1)]
-    top = jnp.max(log_p)
-    mass = jnp.zeros((first_row[-1], vocab_size), log_p.dtype)
+    (log_p,) = _over(space, log_p=log_p)
+    first_row = _first_rows(vocab_size, space.tokens.shape[1])
+    values = jnp.full((first_row[-1], vocab_size), -jnp.inf, log_p.dtype)
     prefix = jnp.zeros(space.tokens.shape[0], space.tokens.dtype)
-    for position in range(columns):
+    for position in range(space.tokens.shape[1]):
         token = space.tokens[:, position]
-        share = jnp.where(space.where[:, position], jnp.exp(log_p - top), 0.0)
-        mass = mass.at[first_row[position] + prefix, token].add(share)
+        share = jnp.where(space.where[:, position], log_p, -jnp.inf)
+        values = _scatter_log_sum(values, first_row[position] + prefix, token, share)
         prefix = prefix * vocab_size + token
-    return jnp.where(mass.sum(axis=1, keepdims=True) > 0, jnp.log(mass), 0.0)
+    return jnp.where(jnp.isneginf(values).all(axis=1, keepdims=True), 0.0, values)
+
+
+def _scatter_log_sum(values, rows, columns, log_terms):
+    """Sets each entry to the log of the sum of its terms, each sum in units of its own largest term."""
+    top = jax.lax.stop_gradient(values.at[rows, columns].max(log_terms))
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    total = jnp.zeros_like(values).at[rows, columns].add(jnp.exp(log_terms - top[rows, columns]))
+    return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, values)
+
+
+def _first_rows(vocab_size, max_tokens):
+    """Where in the table the prefixes of each length begin, and its number of rows."""
+    return [sum(vocab_size**i for i in range(length)) for length in range(max_tokens + 1)]
 
 
 def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
@@ -178,6 +195,7 @@ def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
 
     Source: definition; Go et al. 2023, section 2.
     """
+    (log_score,) = one_axis(log_score=log_score)
     return jax.nn.logsumexp(log_score)
 
 
@@ -203,6 +221,7 @@ def exact_gradient(
 
     Source: Go et al. 2023, equation 1.
     """
+    (log_p,) = _over(space, log_p=log_p)
 
     def value(params):
         return exact_divergence(log_prob_fn(params, *space), log_p, divergence=divergence)
@@ -235,7 +254,8 @@ def expected_gradient(
         samples: n. There are S^n tuples.
 
     Raises:
-        ValueError: if there are more than a million tuples.
+        ValueError: if there are more than a million tuples, an array has not one number a member of the space, or the loss
+            not one a sample.
 
     >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
     >>> space = sequences(2, 1, eos_id=0)
@@ -245,7 +265,10 @@ def expected_gradient(
 
     Source: Go et al. 2023, theorem 1, read backwards.
     """
+    log_p, log_q = _over(space, log_p=log_p, log_q=log_q)
     size = space.tokens.shape[0]
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
     _refuse_large(size**samples, f"{samples}-tuples of {size} sequences")
     log_sampled = jax.lax.stop_gradient(log_prob_fn(params, *space)) if log_q is None else log_q
     tuples = jnp.indices((size,) * samples).reshape(samples, -1).T
@@ -258,7 +281,10 @@ def expected_gradient(
         log_pi = log_prob_fn(params, *space)
 
         def of_tuple(rows):
-            return loss(log_pi[rows], log_p[rows], None if log_q is None else log_q[rows]).mean()
+            losses = loss(log_pi[rows], log_p[rows], None if log_q is None else log_q[rows])
+            if losses.shape != rows.shape:
+                raise ValueError(f"The loss gives one number a sample, {samples} here; got shape {list(losses.shape)}.")
+            return losses.mean()
 
         return jnp.sum(probability * jax.vmap(of_tuple)(tuples))
 
@@ -306,6 +332,15 @@ def expected_surrogate_gradient(
         return surrogate_loss(log_pi, log_p, log_q, divergence=divergence, baseline=baseline, clip=clip)
 
     return expected_gradient(loss, log_prob_fn, params, space, log_p, log_q, samples=samples)
+
+
+def _over(space, **arrays):
+    """Arrays with one number a member of the space, at the door."""
+    kept = one_axis(**arrays)
+    for name, x in zip(arrays, kept, strict=True):
+        if x is not None and x.shape != space.tokens.shape[:1]:
+            raise ValueError(f"The space has {space.tokens.shape[0]} members, but {name} the shape {list(x.shape)}.")
+    return kept
 
 
 def _refuse_large(rows, what):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fjax._checks import as_mask
 from fjax._optional import import_optional
 from fjax._typing import Array, Bool, Int
 from fjax.estimators import Estimate, estimate_mean
@@ -17,7 +18,10 @@ from fjax.estimators import Estimate, estimate_mean
 __all__ = ["Rouge", "bleu", "distinct_n", "rouge", "self_bleu"]
 
 
-def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: Bool[Array, "N T"] | np.ndarray) -> float:
+_Mask = Bool[Array, "N T"] | Int[Array, "N T"] | np.ndarray
+
+
+def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) -> float:
     """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats, near 0 if all samples are alike.
 
     Counted over the whole set, so it falls as the set grows: compare sets of one size only. (Averaged over samples, as
@@ -32,7 +36,7 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: Bool[Ar
         The ratio; NaN if no sample has n tokens.
 
     Raises:
-        ValueError: if n is below 1.
+        ValueError: if n is below 1, or tokens and where are not both ``[N, T]``.
 
     >>> tokens = np.array([[1, 2, 1, 2], [1, 2, 3, 0]])
     >>> distinct_n(tokens, n=2, where=np.array([[True] * 4, [True] * 3 + [False]]))        # 12 21 12, 12 23
@@ -45,7 +49,7 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: Bool[Ar
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
-def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: Bool[Array, "N T"] | np.ndarray) -> float:
+def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mask) -> float:
     """Mean BLEU of each sample with all the others as references: near 0 if they share nothing, 1 if all are alike.
 
     Of one sample it is min(1, exp(1 - r/c)) (Π_k m_k/c_k)^(1/n), with c tokens, r those of the reference nearest in
@@ -65,7 +69,7 @@ def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: Bool
         The mean; NaN if fewer than two samples have tokens.
 
     Raises:
-        ValueError: if n is below 1.
+        ValueError: if n is below 1, or tokens and where are not both ``[N, T]``.
 
     >>> tokens = np.array([[1, 2, 3, 4], [1, 2, 3, 5]])
     >>> round(self_bleu(tokens, n=2, where=np.ones((2, 4), bool)) ** 2, 6)                    # 3/4 · 2/3
@@ -161,8 +165,11 @@ def _check_pairs(texts: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError(f"There must be one reference a text, got {len(texts)} texts and {len(references)} references.")
 
 
-def _rows(tokens: Int[Array, "N T"] | np.ndarray, where: Bool[Array, "N T"] | np.ndarray) -> list[list[int]]:
-    return [row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(where), strict=True)]
+def _rows(tokens: Int[Array, "N T"] | np.ndarray, where: _Mask) -> list[list[int]]:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape != np.shape(where):
+        raise ValueError(f"tokens and where must be [N, T]; got {list(tokens.shape)} and {list(np.shape(where))}.")
+    return [row[keep].tolist() for row, keep in zip(tokens, np.asarray(as_mask(jnp.asarray(where), jnp.asarray(tokens))), strict=True)]
 
 
 def _grams(row: list[int], n: int) -> Iterator[tuple[int, ...]]:

@@ -9,13 +9,16 @@ the base under moments *and* a hard constraint.
 Source: Khalifa et al. 2021 (GDC, arXiv 2012.11635); Korbak et al. 2022 (arXiv 2205.11275).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fjax._checks import float_dtype, positive, same_shape
 from fjax._numerics import ess_of, gather
-from fjax._typing import Array, Bool, Float
+from fjax._typing import Array, Bool, Float, Int
 
 __all__ = [
     "MomentFit",
@@ -27,8 +30,13 @@ __all__ = [
     "smoothed",
 ]
 
+# Accelerators multiply float32 in fewer bits unless told otherwise: moments would be met to three digits only.
+_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-def pointwise(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"]) -> Float[Array, "*n"]:
+Satisfied = Bool[Array, "*n"] | Int[Array, "*n"] | Float[Array, "*n"]
+
+
+def pointwise(log_a: Float[Array, "*n"], satisfied: Satisfied) -> Float[Array, "*n"]:
     """The base model restricted to what satisfies a constraint: P(x) = a(x) b(x), b(x) ∈ {0, 1}.
 
     Its normaliser is Z = E_a[b], the base rate of the constraint. KL(p‖a) = -log Z: of all distributions that
@@ -36,7 +44,7 @@ def pointwise(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"]) -> Float[
 
     Args:
         log_a: log-probability of each sample under the base model, in nats; or another target's log-score.
-        satisfied: b(x).
+        satisfied: b(x). Integers count where they are not 0; floats are b itself, 0.0 or 1.0.
 
     Returns:
         ``log_a`` where satisfied, -inf elsewhere.
@@ -49,11 +57,11 @@ def pointwise(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"]) -> Float[
 
     Source: Khalifa et al. 2021 (GDC, arXiv 2012.11635), section 2.
     """
-    _same_shape(log_a, satisfied, "satisfied")
-    return jnp.where(satisfied, log_a, -jnp.inf)
+    log_a, b = _satisfied(log_a, satisfied)
+    return jnp.where(b == 0, -jnp.inf, log_a + jnp.log(jnp.where(b == 0, 1.0, b)))
 
 
-def smoothed(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"], *, epsilon: float) -> Float[Array, "*n"]:
+def smoothed(log_a: Float[Array, "*n"], satisfied: Satisfied, *, epsilon: float | Float[Array, ""]) -> Float[Array, "*n"]:
     """A constraint that may be violated at a price: P(x) = a(x)·(b(x) + ε).
 
     Positive wherever the base is, so that reverse KL, Pearson's χ², Jeffreys and α ≥ 1 are finite. Its normaliser is
@@ -61,7 +69,7 @@ def smoothed(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"], *, epsilon
 
     Args:
         log_a: log-probability under the base model, in nats; or another target's log-score.
-        satisfied: b(x).
+        satisfied: b(x), see `pointwise`.
         epsilon: ε > 0.
 
     Raises:
@@ -72,13 +80,14 @@ def smoothed(log_a: Float[Array, "*n"], satisfied: Bool[Array, "*n"], *, epsilon
 
     Source: Go et al. 2023, appendix on reverse KL, in another form; mathematics: mixture of a·b and ε·a.
     """
-    _same_shape(log_a, satisfied, "satisfied")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}; without it the target is `pointwise`.")
-    return log_a + jnp.log(satisfied.astype(log_a.dtype) + epsilon)
+    positive(epsilon=epsilon)  # at 0 the target would be `pointwise`
+    log_a, b = _satisfied(log_a, satisfied)
+    return log_a + jnp.log(b + epsilon)
 
 
-def reward_tilted(log_a: Float[Array, "*n"], rewards: Float[Array, "*n"], *, beta: float) -> Float[Array, "*n"]:
+def reward_tilted(
+    log_a: Float[Array, "*n"], rewards: Float[Array, "*n"], *, beta: float | Float[Array, ""]
+) -> Float[Array, "*n"]:
     """The optimum of RL with a KL penalty: P(x) = a(x)·exp(r(x)/β).
 
     max_π E_π[r] - β KL(π‖a) is reached at p and equals β log Z; J(π) = β log Z - β KL(π‖p) for every π. So RLHF is reverse
@@ -97,9 +106,8 @@ def reward_tilted(log_a: Float[Array, "*n"], rewards: Float[Array, "*n"], *, bet
 
     Source: Korbak et al. 2022 (arXiv 2205.11275), section 2; Ziegler et al. 2019.
     """
-    _same_shape(log_a, rewards, "rewards")
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}: at 0 the target would be the best single sample.")
+    positive(beta=beta)  # at 0 the target would be the best single sample
+    log_a, rewards = same_shape(log_a=log_a, rewards=rewards)
     return log_a + rewards / beta
 
 
@@ -110,13 +118,20 @@ def product_of_experts(log_scores: Float[Array, "M *n"], *, weights: Float[Array
         log_scores: one target a row, log P_m(x).
         weights: w_m ≥ 0; None means all 1. An expert of weight 0 has no say, not even a veto.
 
+    Raises:
+        ValueError: if there is not one weight an expert.
+
     >>> product_of_experts(jnp.array([[-1.0, -2.0], [-3.0, -jnp.inf]])).tolist()
     [-4.0, -inf]
 
     Source: Hinton 2002.
     """
+    log_scores = jnp.asarray(log_scores, float_dtype(log_scores))
     if weights is None:
         return log_scores.sum(axis=0)
+    weights = jnp.asarray(weights, float_dtype(log_scores, weights))
+    if log_scores.ndim == 0 or weights.shape != log_scores.shape[:1]:
+        raise ValueError(f"One weight an expert: got {_shape(log_scores)} log-scores and {_shape(weights)} weights.")
     weights = weights.reshape(-1, *[1] * (log_scores.ndim - 1))
     return jnp.where(weights == 0, 0.0, weights * jnp.where(weights == 0, 0.0, log_scores)).sum(axis=0)
 
@@ -134,14 +149,19 @@ def exponential_family(
         features: φ(x).
         coefficients: λ. inf stands for the hard constraint that a Boolean feature be 1, -inf that it be 0.
 
+    Raises:
+        ValueError: if features are not one row a sample, or coefficients not one a feature.
+
     >>> features = jnp.array([[1.0, 0.0], [1.0, 1.0]])
     >>> exponential_family(jnp.zeros(2), features, jnp.array([0.5, -jnp.inf])).tolist()
     [0.5, -inf]
 
     Source: Khalifa et al. 2021, section 2.2; Csiszár 1975.
     """
+    features, coefficients = _by_feature(features, coefficients=coefficients)
+    log_a = _one_a_row(features, log_a=log_a)
     hard = jnp.isinf(coefficients)[None]
-    soft = features @ jnp.where(hard[0], 0.0, coefficients)
+    soft = _dot(features, jnp.where(hard[0], 0.0, coefficients))
     wanted = jnp.where(coefficients > 0, 1.0, 0.0)[None]
     return jnp.where((hard & (features != wanted)).any(axis=1), -jnp.inf, log_a + soft)
 
@@ -151,14 +171,17 @@ class MomentFit(NamedTuple):
 
     Attributes:
         coefficients: λ; ±inf for a Boolean feature whose moment is exactly 1 or 0, a hard constraint.
-        std_error: of λ, from the spread of the samples; NaN where λ is infinite.
+        std_error: of λ, from the spread of the samples; NaN where λ is infinite or the moment unreachable. inf where the
+            samples cannot tell the feature from a combination of others, as of two that are always equal: the distribution
+            is known, but many λ give it, of which this is one.
         residual: the moments reached minus those asked for.
         ess: effective sample size of the tilted samples: near 1, the fit rests on a single one.
         log_z: log E_a[exp(λ·φ)], with the hard constraints inside the mean.
         steps: Newton steps taken.
         converged: whether the residual is within the tolerance.
-        unreachable: features whose moment is not strictly inside the range of what the samples have: one that never fires,
-            say. Moments that no mixture of samples has, each for itself in range, show as ``converged`` False.
+        unreachable: features whose moment is not strictly inside the range of what those samples have that satisfy the hard
+            constraints: one that never fires there, say. Their λ is 0. Moments that no mixture of samples has, each for
+            itself in range, show as ``converged`` False.
     """
 
     coefficients: Float[Array, "K"]
@@ -197,7 +220,7 @@ def fit_coefficients(
         A `MomentFit`. Standard errors are those of a sandwich estimator, in which the weights count as samples of q.
 
     Raises:
-        ValueError: if there is not one moment a feature.
+        ValueError: if there is not one moment a feature, or one log-weight a sample.
 
     >>> fit = fit_coefficients(jnp.array([[1.0], [0.0], [0.0], [0.0]]), jnp.array([0.5]))
     >>> bool(fit.converged), round(float(fit.coefficients[0]), 4)                        # logit 0.5 - logit 0.25
@@ -205,24 +228,26 @@ def fit_coefficients(
 
     Source: Khalifa et al. 2021, section 2.2, by Newton's method in place of gradient descent.
     """
-    if features.shape[1] != moments.shape[0]:
-        raise ValueError(f"One moment a feature: got {features.shape[1]} features and {moments.shape[0]} moments.")
+    features, moments = _by_feature(features, moments=moments)
+    if log_weights is None:
+        log_weights = jnp.zeros_like(features[:, 0])
+    log_weights = _one_a_row(features, log_weights=log_weights)
     tolerance = tolerance or (1e-10 if features.dtype == jnp.float64 else 1e-5)
-    log_weights = jnp.zeros_like(features[:, 0]) if log_weights is None else log_weights
-    features, log_weights = gather(features, axis_name), gather(log_weights, axis_name)
+    features, log_weights = _whole(gather(features, axis_name)), _whole(gather(log_weights, axis_name))
     log_weights = log_weights - jax.nn.logsumexp(log_weights)
+    features = jnp.where(jnp.isneginf(log_weights)[:, None], 0.0, features)  # of what has no weight they may be anything
     hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_weights)
     scaled, scale = _standardize(features, moments, log_base, ~hard & ~unreachable)
     solution, steps = _newton(log_base, scaled, tolerance, max_steps)
     std_error, residual, ess, log_tilted = _describe_fit(log_base, scaled, solution)
     soft = solution / scale  # 0 for what is hard or out of reach
-    reached = jax.nn.softmax(log_base + scaled @ solution) @ features
+    reached = _dot(jax.nn.softmax(log_base + _dot(scaled, solution)), features)
     return MomentFit(
         coefficients=jnp.where(hard, jnp.where(moments == 1, jnp.inf, -jnp.inf), soft),
-        std_error=jnp.where(hard, jnp.nan, std_error / scale),
+        std_error=jnp.where(hard | unreachable, jnp.nan, std_error / scale),
         residual=reached - moments,
         ess=ess,
-        log_z=log_tilted + soft @ moments,
+        log_z=log_tilted + _dot(soft, moments),
         steps=steps,
         converged=(jnp.abs(residual) <= tolerance).all() & ~unreachable.any() & satisfiable,
         unreachable=unreachable,
@@ -231,17 +256,19 @@ def fit_coefficients(
 
 def _constraints(features, moments, log_weights):
     """Which moments are hard, which out of reach; the samples that satisfy all the hard ones; whether there are any."""
-    present = ~jnp.isneginf(log_weights)[:, None]
-    boolean = (~present | (features == 0) | (features == 1)).all(axis=0)
+    present = ~jnp.isneginf(log_weights)
+    boolean = (~present[:, None] | (features == 0) | (features == 1)).all(axis=0)
     hard = boolean & ((moments == 0) | (moments == 1))
-    low = jnp.min(jnp.where(present, features, jnp.inf), axis=0)
-    high = jnp.max(jnp.where(present, features, -jnp.inf), axis=0)
-    outside, at_the_edge = (moments < low) | (moments > high), (moments == low) | (moments == high)
-    unreachable = outside | (at_the_edge & ~hard)
     allowed = ~(hard[None] & (features != moments[None])).any(axis=1)
-    satisfiable = (allowed & present[:, 0]).any()
+    satisfiable = (allowed & present).any()
     # No sample satisfies them all: the rest is fitted to all samples, and the failure reported.
     log_base = jnp.where(allowed | ~satisfiable, log_weights, -jnp.inf)
+    possible = ~jnp.isneginf(log_base)[:, None]
+    low = jnp.min(jnp.where(possible, features, jnp.inf), axis=0)
+    high = jnp.max(jnp.where(possible, features, -jnp.inf), axis=0)
+    # A feature that is constant has its moment by itself.
+    inside = ((low < moments) & (moments < high)) | ((low == moments) & (moments == high))
+    unreachable = ~inside & ~(hard & (low <= moments) & (moments <= high))
     return hard, unreachable, log_base, satisfiable
 
 
@@ -249,22 +276,22 @@ def _standardize(features, moments, log_base, free):
     """Features minus their moments in units of their spread, and the unit; 0 for those that are not free."""
     shifted = jnp.where(free[None], features - moments[None], 0.0)
     weights = jax.nn.softmax(log_base)
-    spread = jnp.sqrt(weights @ (shifted - (weights @ shifted)[None]) ** 2)
+    spread = jnp.sqrt(_dot(weights, (shifted - _dot(weights, shifted)[None]) ** 2))
     scale = jnp.where(spread > 0, spread, 1.0)
     return shifted / scale[None], scale
 
 
 def _newton(log_base, features, tolerance, max_steps):
     """Minimises log Σ w exp(λ·φ), where the gradient is the tilted mean and the Hessian the tilted covariance."""
-    ridge = 1e-9 if features.dtype == jnp.float64 else 1e-5
+    ridge = _ridge(features.dtype)
 
     def value(solution):
-        return jax.nn.logsumexp(log_base + features @ solution)
+        return jax.nn.logsumexp(log_base + _dot(features, solution))
 
     def moments(solution):
-        weights = jax.nn.softmax(log_base + features @ solution)
-        mean = weights @ features
-        return mean, (features.T * weights[None]) @ features - mean[:, None] * mean[None]
+        weights = jax.nn.softmax(log_base + _dot(features, solution))
+        mean = _dot(weights, features)
+        return mean, _dot(features.T * weights[None], features) - mean[:, None] * mean[None]
 
     def unfinished(state):
         _, mean, _, steps, stuck = state
@@ -273,13 +300,13 @@ def _newton(log_base, features, tolerance, max_steps):
     def step(state):
         solution, mean, covariance, steps, _ = state
         size = jnp.trace(covariance) / covariance.shape[0]
-        direction = -jnp.linalg.solve(covariance + ridge * (size + ridge) * jnp.eye(mean.shape[0]), mean)
+        direction = -jnp.linalg.solve(covariance + ridge * (size + ridge) * jnp.eye(mean.shape[0], dtype=mean.dtype), mean)
         # A limit in standard deviations: moments outside the convex hull pull λ to infinity.
         direction = direction / jnp.maximum(1.0, jnp.abs(direction).max() / 10)
         here = value(solution)
         sizes = 0.5 ** jnp.arange(20, dtype=mean.dtype)
         values = jax.lax.map(lambda scale: value(solution + scale * direction), sizes)
-        best = sizes[jnp.argmax(values <= here + 1e-4 * sizes * (mean @ direction) + 4 * jnp.finfo(mean.dtype).eps)]
+        best = sizes[jnp.argmax(values <= here + 1e-4 * sizes * _dot(mean, direction) + 4 * jnp.finfo(mean.dtype).eps)]
         solution = solution + best * direction
         return solution, *moments(solution), steps + 1, jnp.abs(best * direction).max() == 0
 
@@ -293,19 +320,70 @@ def _newton(log_base, features, tolerance, max_steps):
 
 def _describe_fit(log_base, features, solution):
     """Standard errors, remaining gradient, effective sample size and log-sum at the solution."""
-    log_tilted = log_base + features @ solution
+    log_tilted = log_base + _dot(features, solution)
     weights = jax.nn.softmax(log_tilted)
-    mean = weights @ features
+    mean = _dot(weights, features)
     centred = features - mean[None]
-    covariance = (centred.T * weights[None]) @ centred
-    # A feature without spread has coefficient 0, exactly; the unit on its diagonal only keeps the inverse.
-    inverse = jnp.linalg.inv(covariance + jnp.diag(jnp.where(jnp.diag(covariance) > 0, 0.0, 1.0)))
-    spread = (centred.T * weights[None] ** 2) @ centred
+    inverse, determined = _inverse(_dot(centred.T * weights[None], centred))
+    spread = _dot(centred.T * weights[None] ** 2, centred)
     ess = ess_of(log_tilted)
-    error = jnp.sqrt(jnp.diag(inverse @ spread @ inverse) / (1 - 1 / jnp.maximum(ess, 1 + 1e-6)))
-    return error, mean, ess, jax.nn.logsumexp(log_tilted)
+    variance = jnp.diag(_dot(_dot(inverse, spread), inverse)) / (1 - 1 / jnp.maximum(ess, 1 + 1e-6))
+    return jnp.where(determined, jnp.sqrt(variance), jnp.inf), mean, ess, jax.nn.logsumexp(log_tilted)
 
 
-def _same_shape(log_a, other, name):
-    if log_a.shape != other.shape:
-        raise ValueError(f"log_a and {name} describe the same samples, got {log_a.shape}, {other.shape}.")
+def _inverse(covariance):
+    """Its inverse over all that has spread, and which features have no part in a combination without any."""
+    unit = jnp.sqrt(jnp.diag(covariance))
+    unit = jnp.where(unit > 0, unit, 1.0)
+    values, vectors = jnp.linalg.eigh(covariance / (unit[:, None] * unit[None]))
+    flat = values <= _ridge(covariance.dtype)
+    inverse = _dot(vectors * jnp.where(flat, 0.0, 1 / jnp.where(flat, 1.0, values))[None], vectors.T)
+    share = _dot(vectors**2, flat.astype(vectors.dtype))
+    return inverse / (unit[:, None] * unit[None]), share < jnp.sqrt(jnp.finfo(share.dtype).eps)
+
+
+def _ridge(dtype):
+    """What an eigenvalue of a correlation matrix is lost in, of rounding."""
+    return 1e-9 if dtype == jnp.float64 else 1e-5
+
+
+def _whole(x):
+    """On each device of a mesh with explicit axes, where jax would ask of every sum over samples how it is to be sharded."""
+    mesh = jax.typeof(x).sharding.mesh
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if explicit else x
+
+
+def _satisfied(log_a, satisfied):
+    """Log a and b(x) as floats; integers are masks, and count once."""
+    satisfied = jnp.asarray(satisfied)
+    if not jnp.issubdtype(satisfied.dtype, jnp.floating):
+        satisfied = satisfied != 0
+    return same_shape(log_a=log_a, satisfied=satisfied)
+
+
+def _by_feature(features, **of_each):
+    """Features ``[N, K]``, and what there is one of for each, in a common dtype."""
+    ((name, values),) = of_each.items()
+    if np.ndim(features) != 2 or np.ndim(values) != 1 or np.shape(features)[1] != np.shape(values)[0]:
+        raise ValueError(
+            f"features must be [N, K], one row a sample, and {name} [K], one a feature; got {_shape(features)} and "
+            f"{_shape(values)}. For several contexts, map the function over them with jax.vmap."
+        )
+    dtype = float_dtype(features, values)
+    return jnp.asarray(features, dtype), jnp.asarray(values, dtype)
+
+
+def _one_a_row(features, **arrays):
+    """One number for each row of the features, in their dtype."""
+    ((name, values),) = arrays.items()
+    if np.shape(values) != features.shape[:1]:
+        raise ValueError(
+            f"{name} must be one number a row of features, which are {_shape(features)}; got {_shape(values)}. For several "
+            "contexts, map the function over them with jax.vmap."
+        )
+    return jnp.asarray(values, float_dtype(features, values))
+
+
+def _shape(x) -> str:
+    return str(list(np.shape(x)))

@@ -101,5 +101,64 @@ def test_what_cannot_be_listed_is_refused():
     small = world()
     with refused("8-tuples of 7 sequences"):
         enumeration.expected_gradient(lambda log_pi, *_: log_pi, *small[:3], small.log_p, samples=8)
-    with refused("table is for 2 tokens, got 3 columns"):
+    with refused(r"table is for 2 tokens, got tokens of shape \[1, 3\]"):
         small.log_prob_fn(small.params, jnp.zeros((1, 3), int), jnp.ones((1, 3), bool))
+
+
+@pytest.mark.parametrize("depth", [120.0, 1000.0])
+def test_a_factorised_target_stays_in_log_space(depth):
+    """Regression: a prefix of e^-120 had logits of -inf. Below it everything is known to full precision."""
+    log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 2)
+    space = enumeration.sequences(3, 2, eos_id=0)
+    rare = (space.tokens[:, 0] == 2) & space.where[:, 1]
+    log_p = jnp.where(rare, -depth, 0.0) + jnp.arange(7.0) / 4
+    log_p = log_p - enumeration.exact_log_z(log_p)
+    params = enumeration.factorize(log_p, space, vocab_size=3)
+    assert np.isfinite(params).all()
+    np.testing.assert_allclose(log_prob_fn(params, *space), log_p, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(params[2 + 1]), jax.nn.softmax(log_p[rare]), rtol=1e-5)
+    gradient = jax.grad(lambda x: log_prob_fn(enumeration.factorize(x, space, vocab_size=3), *space)[2])(log_p)
+    assert np.isfinite(gradient).all()
+
+
+def test_what_the_target_never_does_stays_impossible():
+    log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 2)
+    space = enumeration.sequences(3, 2, eos_id=0)
+    log_p = jnp.where(space.tokens[:, 0] == 2, -jnp.inf, -jnp.log(4.0))
+    params = enumeration.factorize(log_p, space, vocab_size=3)
+    np.testing.assert_allclose(log_prob_fn(params, *space), log_p, atol=1e-6)
+    assert params[3].tolist() == [0, 0, 0]
+    gradient = jax.grad(lambda x: enumeration.factorize(x, space, vocab_size=3)[0, 0])(log_p)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_table_is_of_one_shape_and_masks_may_be_integers(bare):
+    log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
+    space = enumeration.sequences(3, 2, eos_id=0)
+    for params in (jnp.zeros((prefixes - 1, 3)), jnp.zeros((prefixes, 4))):
+        with pytest.raises(ValueError, match=r"The table is \[4, 3\]"):  # reads beyond it would be clamped
+            log_prob_fn(params, *space)
+    params = jnp.asarray(np.random.default_rng(0).normal(size=(prefixes, 3)), jnp.bfloat16)
+    expected = log_prob_fn(params.astype(jnp.float32), *space)
+    padded = jnp.where(space.where, space.tokens, -100)
+    found = log_prob_fn(params, padded, space.where.astype(int))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(jax.grad(lambda x: log_prob_fn(x, padded, space.where).sum())(params)).all()
+
+
+def test_arrays_are_of_the_space_and_losses_one_a_sample(bare):
+    small = world()
+    arguments = (lambda log_pi, *_: log_pi, *small[:3])
+    with pytest.raises(ValueError, match=r"7 members, but log_p the shape \[5\]"):
+        enumeration.expected_gradient(*arguments, small.log_p[:5])
+    with pytest.raises(ValueError, match=r"log_p and log_q must have one shape"):
+        enumeration.expected_gradient(*arguments, small.log_p, small.log_q[:1])
+    with pytest.raises(ValueError, match=r"jax\.vmap"):
+        enumeration.exact_gradient(*small[:3], small.log_p[None], divergence=divergences.forward_kl())
+    with pytest.raises(ValueError, match=r"7 members, but log_p the shape \[6\]"):
+        enumeration.factorize(small.log_p[:6], small.space, vocab_size=3)
+    with pytest.raises(ValueError, match=r"one number a sample, 2 here; got shape \[2, 2\]"):
+        enumeration.expected_gradient(lambda log_pi, log_p, _: log_pi[:, None] - log_p, *small[:3], small.log_p, samples=2)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        enumeration.expected_gradient(*arguments, small.log_p, samples=0)

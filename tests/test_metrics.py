@@ -4,6 +4,7 @@ import math
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,6 +58,24 @@ def test_self_bleu_leaves_empty_samples_out_and_needs_two():
     where = np.array([[True] * 3, [True] * 3, [False] * 3])
     assert self_bleu(tokens, where=where) == self_bleu(tokens[:2], where=where[:2])
     assert math.isnan(self_bleu(tokens[1:], where=where[1:]))
+
+
+@pytest.mark.parametrize("metric", [distinct_n, self_bleu])
+def test_masks_of_integers_are_masks_and_shapes_are_checked(metric, bare):
+    """Regression: integers picked rows by number, so that one 2-gram of [1, 2, 3] was counted twice: ½ in place of 1."""
+    tokens, where = random_set(0)
+    expected = metric(tokens, n=2, where=where)
+    for mask in (where.astype(int), 3 * where.astype(np.uint8), where.tolist(), jnp.asarray(where), jnp.asarray(where, int)):
+        assert metric(tokens, n=2, where=mask) == expected
+        assert metric(tokens.tolist(), n=2, where=mask) == expected
+    assert distinct_n([[1, 2, 3]], n=2, where=[[1, 1, 1]]) == 1
+    for wrong in (where[0], where[:1], where[:, :1], where[..., None]):
+        with pytest.raises(ValueError, match=r"tokens and where must be \[N, T\]"):
+            metric(tokens, n=2, where=wrong)
+    with pytest.raises(ValueError, match=r"tokens and where must be \[N, T\]"):
+        metric(tokens[0], n=2, where=where[0])
+    with pytest.raises(ValueError, match="must be booleans"):
+        metric(tokens, n=2, where=where.astype(float))
 
 
 def test_self_bleu_of_a_whole_evaluation_is_quick():

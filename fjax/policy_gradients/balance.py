@@ -81,7 +81,7 @@ def f_regularized_optimum(
 ) -> Float[Array, "S"]:
     """argmax_π E_π[r] - β D_f(π‖a) over a listed space: π*(x) = a(x) (f')^{-1}((r(x) - λ)/β). Stopped.
 
-    λ is found by bisection, such that π* sums to 1. Where f'(0) is finite, as for Pearson's χ², π* is 0 where the reward is
+    λ is such that π* sums to 1, found by bisection. Where f'(0) is finite, as for Pearson's χ², π* is 0 where the reward is
     too low.
 
     Args:
@@ -112,29 +112,32 @@ def f_regularized_optimum(
         raise ValueError(f"{divergence.name} has no inverse derivative, and so no optimum in closed form.")
     beta = jax.lax.stop_gradient(jnp.asarray(beta, log_a.dtype))
     possible = ~jnp.isneginf(log_a) & ~jnp.isneginf(rewards)
-    safe_a, safe_rewards = (jnp.where(possible, x, 0.0) for x in (log_a, rewards))
+    best = jnp.max(jnp.where(possible, rewards, -jnp.inf))
+    behind = jnp.where(possible, rewards - best, 0.0)
 
-    def unnormalised(shift):
-        return jnp.where(possible, safe_a + _log_ratio((safe_rewards - shift) / beta, divergence), -jnp.inf)
+    def unnormalised(top):
+        """Log a·ratio, given the log-ratio of the best: λ itself would lose it, for r - λ may be e^-120."""
+        slope = behind / beta + divergence.derivative(top)
+        log_ratio = jnp.where(behind == 0, top, _log_ratio(slope, divergence))
+        return jnp.where(possible, jnp.where(possible, log_a, 0.0) + log_ratio, -jnp.inf)
 
     def halve(_, ends):
         low, high = ends
         middle = 0.5 * (low + high)
         over = jax.nn.logsumexp(unnormalised(middle)) > 0
-        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+        return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
-    # Where one sample alone would have all the mass the sum is at least 1; where the best has a ratio of 1, at most 1.
-    alone = rewards - beta * divergence.derivative(-safe_a)
-    together = rewards - beta * divergence.derivative(jnp.zeros_like(log_a))
-    ends = (jnp.max(jnp.where(possible, x, -jnp.inf)) for x in (alone, together))
-    _, shift = jax.lax.fori_loop(0, steps, halve, tuple(ends))
-    return jax.nn.log_softmax(unnormalised(shift))
+    # No ratio is above that of the best, and so it is at least 1; and it cannot have more than all of the mass.
+    highest = -jnp.max(jnp.where(possible & (behind == 0), log_a, -jnp.inf))
+    top, _ = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))
+    return jax.nn.log_softmax(unnormalised(top))
 
 
 def _log_ratio(slope, divergence):
     """Log of (f')^{-1}: of its closed form where that is a number, by bisection for log t where it has left the floats."""
     ratio = divergence.inverse_derivative(slope)
-    ordinary = (ratio >= jnp.finfo(ratio.dtype).tiny) & jnp.isfinite(ratio)
+    limit = 0.9 * jnp.log(jnp.finfo(ratio.dtype).max)
+    ordinary = (ratio > jnp.exp(-limit)) & (ratio < jnp.exp(limit))
 
     def halve(_, ends):
         low, high = ends

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fjax._checks import as_mask, as_token_arrays, float_dtype, is_concrete, one_axis, one_number, positive, same_shape
 from fjax._numerics import centred, count, gather
@@ -30,7 +31,7 @@ def reinforce(
     Source: Williams 1992.
     """
     log_pi, rewards = same_shape(log_pi=log_pi, rewards=rewards)
-    if jnp.shape(baseline) != ():
+    if np.shape(baseline) != ():
         rewards, baseline = same_shape(rewards=rewards, baseline=jnp.asarray(baseline))
     return -jax.lax.stop_gradient(rewards - baseline) * log_pi
 
@@ -252,10 +253,10 @@ def gspo(
 def _group(token_log_pi, token_log_q, rewards, where):
     """The arrays of a group at the door."""
     token_log_pi, token_log_q, where = as_token_arrays(where, token_log_pi=token_log_pi, token_log_q=token_log_q)
-    if jnp.shape(rewards) != where.shape[:1]:
+    if np.shape(rewards) != where.shape[:1]:
         raise ValueError(
             f"rewards must be one number a sequence, {list(where.shape[:1])} for tokens of shape {list(where.shape)}; got "
-            f"{list(jnp.shape(rewards))}. For several groups, map the function over them with jax.vmap."
+            f"{list(np.shape(rewards))}. For several groups, map the function over them with jax.vmap."
         )
     rewards = jnp.asarray(rewards, float_dtype(token_log_pi, rewards))
     return token_log_pi, jax.lax.stop_gradient(token_log_q), rewards, where

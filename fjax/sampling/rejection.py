@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fjax._numerics import mean_and_error
+from fjax._checks import one_axis, one_number, same_shape
+from fjax._numerics import gather, mean_and_error
 from fjax._typing import Array, Float, PRNGKeyArray
 from fjax.estimators import Estimate, effective_sample_size
 
@@ -39,11 +40,16 @@ def log_acceptance(log_score: Float[Array, "*n"], log_q: Float[Array, "*n"], *, 
         log_q: their log-probabilities under q.
         log_beta: log β.
 
+    Raises:
+        ValueError: if the shapes differ, or log β is not one number.
+
     >>> log_acceptance(jnp.array([-1.0, -jnp.inf]), jnp.array([-2.0, -2.0]), log_beta=0.0).tolist()
     [0.0, -inf]
 
     Source: Eikema et al. 2022, algorithm 1.
     """
+    one_number(log_beta=log_beta)
+    log_score, log_q = same_shape(log_score=log_score, log_q=log_q)
     return jnp.minimum(log_score - log_q - log_beta, 0.0)
 
 
@@ -65,11 +71,15 @@ def accept(
     Returns:
         Booleans ``[N]``.
 
+    Raises:
+        ValueError: see `log_acceptance`.
+
     >>> accept(jax.random.key(0), jnp.array([0.0, -jnp.inf]), jnp.zeros(2), log_beta=0.0).tolist()
     [True, False]
 
     Source: Eikema et al. 2022, algorithm 1.
     """
+    log_score, log_q = one_axis(log_score=log_score, log_q=log_q)
     coins = jax.random.uniform(rng_key, log_q.shape, log_q.dtype)
     return jnp.log(coins) < log_acceptance(log_score, log_q, log_beta=log_beta)
 
@@ -80,6 +90,7 @@ def estimate_rejection(
     *,
     log_beta: float | Float[Array, ""],
     log_z: Estimate | None = None,
+    axis_name: str | None = None,
 ) -> RejectionEstimate:
     """Acceptance rate and bound on TV(p, p_β) from proposals, accepted or not.
 
@@ -92,9 +103,13 @@ def estimate_rejection(
         log_q: their log-probabilities under q.
         log_beta: log β.
         log_z: an estimate of log Z, whose error is counted as independent of that of Z_β; None means from these samples.
+        axis_name: mapped axis over which the samples are spread.
 
     Returns:
         A `RejectionEstimate`; the bound is NaN while no sample has P > 0. Its standard error is that of a ratio (delta method).
+
+    Raises:
+        ValueError: if the shapes are not one number a sample, or log β is not one number.
 
     >>> estimate = estimate_rejection(jnp.log(jnp.array([2.0, 1.0])), jnp.zeros(2), log_beta=0.0)
     >>> float(estimate.acceptance_rate.value), round(float(estimate.tv_bound.value), 6)
@@ -102,6 +117,7 @@ def estimate_rejection(
 
     Source: Eikema et al. 2022, section 3.
     """
+    log_score, log_q = (gather(x, axis_name) for x in one_axis(log_score=log_score, log_q=log_q))
     rate = jnp.exp(log_acceptance(log_score, log_q, log_beta=log_beta))
     value, error = mean_and_error(rate)
     acceptance = Estimate(value, error, jnp.asarray(log_q.shape[0], log_q.dtype))

@@ -1,0 +1,75 @@
+"""Quasi-rejection: what the estimates say of their own error, checked from both sides; exactness is in the catalogue."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from fjax.estimators import Estimate
+from fjax.sampling import accept, estimate_rejection, log_acceptance
+
+RUNS, N = 3000, 300
+LOG_BETA = 0.2
+
+
+def proposals():
+    """Batches of proposals from a q of six members, and the truth."""
+    rng = np.random.default_rng(0)
+    q, score = rng.dirichlet(2 * np.ones(6)), rng.uniform(size=6) * np.array([1, 1, 0, 1, 1, 1])
+    rows = jax.random.categorical(jax.random.key(0), jnp.log(jnp.asarray(q)), shape=(RUNS, N))
+    z_beta = np.minimum(score, np.exp(LOG_BETA) * q).sum()
+    with np.errstate(divide="ignore"):
+        logs = jnp.log(jnp.asarray(score))[rows], jnp.log(jnp.asarray(q))[rows]
+    return *logs, z_beta / np.exp(LOG_BETA), score.sum(), 1 - z_beta / score.sum()
+
+
+def check_error(estimate: Estimate, truth: float):
+    """Over 3000 batches the spread of the values is what their errors say: the ratio of the variances is 1 ± 5 of its errors.
+
+    That ratio has a relative error of √(2/3000) = 2.6 %, to which comes 1 % for the bias of a ratio of means of 300.
+    """
+    value, error = np.asarray(estimate.value), np.asarray(estimate.std_error)
+    assert value.var() / (error**2).mean() == pytest.approx(1, abs=5 * np.sqrt(2 / RUNS) + 0.01)
+    assert abs(value.mean() - truth) < 5 * value.std() / np.sqrt(RUNS) + 0.1 * value.std()  # a bias of order 1/n
+
+
+def test_standard_errors_are_neither_too_small_nor_too_large(x64):
+    log_score, log_q, rate, z, bound = proposals()
+    estimate = jax.vmap(lambda p, q: estimate_rejection(p, q, log_beta=LOG_BETA))(log_score, log_q)
+    check_error(estimate.acceptance_rate, rate)
+    check_error(estimate.tv_bound, bound)
+    assert (estimate.acceptance_rate.ess == N).all()
+    # With log Z from elsewhere its error counts too: of a size with that of Z_β itself, so that neither could be missing.
+    noise = 0.05
+    log_z = np.log(z) + noise * np.random.default_rng(1).normal(size=RUNS)
+
+    def with_z(p, q, log_z):
+        known = Estimate(log_z, jnp.asarray(noise), jnp.asarray(100.0))
+        return estimate_rejection(p, q, log_beta=LOG_BETA, log_z=known).tv_bound
+
+    estimate = jax.vmap(with_z)(log_score, log_q, jnp.asarray(log_z))
+    check_error(estimate, bound)
+    certain = jax.vmap(lambda p, q: with_z(p, q, jnp.log(z)))(log_score, log_q)
+    assert certain.value.var() < 0.9 * estimate.value.var()
+
+
+def test_coins_fall_as_often_as_they_should():
+    """In half precision too, where a coin of bfloat16 would have 256 sides only. 5 standard errors."""
+    log_score, log_q, rate, *_ = proposals()
+    for dtype in (jnp.float32, jnp.bfloat16):
+        scores = log_score.ravel().astype(dtype), log_q.ravel().astype(dtype)
+        expected = float(jnp.exp(log_acceptance(*scores, log_beta=LOG_BETA)).mean())
+        kept = float(accept(jax.random.key(1), *scores, log_beta=LOG_BETA).mean())
+        assert abs(kept - expected) < 5 * np.sqrt(rate * (1 - rate) / (RUNS * N))
+
+
+def test_proposals_may_be_spread_over_devices():
+    log_score, log_q, *_ = proposals()
+    rows = PartitionSpec("rows")
+    spread = jax.shard_map(
+        lambda p, q: estimate_rejection(p, q, log_beta=LOG_BETA, axis_name="rows"),
+        mesh=Mesh(np.array(jax.devices()[:4]), ("rows",)), in_specs=rows, out_specs=PartitionSpec(),
+    )  # fmt: skip
+    expected = estimate_rejection(log_score[0], log_q[0], log_beta=LOG_BETA)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.jit(spread)(log_score[0], log_q[0]), expected)
