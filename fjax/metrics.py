@@ -169,7 +169,8 @@ def _rows(tokens: Int[Array, "N T"] | np.ndarray, where: _Mask) -> list[list[int
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape != np.shape(where):
         raise ValueError(f"tokens and where must be [N, T]; got {list(tokens.shape)} and {list(np.shape(where))}.")
-    return [row[keep].tolist() for row, keep in zip(tokens, np.asarray(as_mask(jnp.asarray(where), jnp.asarray(tokens))), strict=True)]
+    counted = np.asarray(as_mask(jnp.asarray(where), jnp.asarray(tokens)))
+    return [row[keep].tolist() for row, keep in zip(tokens, counted, strict=True)]
 
 
 def _grams(row: list[int], n: int) -> Iterator[tuple[int, ...]]:

@@ -229,12 +229,10 @@ def fit_coefficients(
     Source: Khalifa et al. 2021, section 2.2, by Newton's method in place of gradient descent.
     """
     features, moments = _by_feature(features, moments=moments)
-    if log_weights is None:
-        log_weights = jnp.zeros_like(features[:, 0])
-    log_weights = _one_a_row(features, log_weights=log_weights)
+    logs = _one_a_row(features, log_weights=jnp.zeros_like(features[:, 0]) if log_weights is None else log_weights)
     tolerance = tolerance or (1e-10 if features.dtype == jnp.float64 else 1e-5)
-    features, log_weights = _whole(gather(features, axis_name)), _whole(gather(log_weights, axis_name))
-    log_weights = log_weights - jax.nn.logsumexp(log_weights)
+    features, logs = _whole(gather(features, axis_name)), _whole(gather(logs, axis_name))
+    log_weights = logs - jax.nn.logsumexp(logs)
     features = jnp.where(jnp.isneginf(log_weights)[:, None], 0.0, features)  # of what has no weight they may be anything
     hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_weights)
     scaled, scale = _standardize(features, moments, log_base, ~hard & ~unreachable)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from fjax import divergences, estimators, surrogates
+from fjax import divergences, enumeration, estimators, policy_gradients, preferences, surrogates, targets
+from fjax.sampling import rejection
 
 pytestmark = pytest.mark.usefixtures("bare")
 
-MODULES = (divergences, estimators, surrogates)
-N, C = 8, 4  # samples, which eight devices can share, and contexts
+MODULES = (divergences, estimators, surrogates, policy_gradients, preferences, targets, enumeration, rejection)
+N, C, T, K = 8, 4, 3, 2  # samples, which eight devices can share, contexts, tokens, features
 F = divergences.jensen_shannon()
 
 
@@ -91,7 +92,92 @@ DOORS: dict[str, Door] = {
         partial(surrogates.surrogate_loss, divergence=F, baseline=surrogates.leave_one_out), *three
     ),
 }  # fmt: skip
-NO_ARRAYS_OF_SAMPLES = {"log_mean_estimate"}  # what takes a state, or an option that may be an array
+
+pair = ("chosen_log_pi", "rejected_log_pi", "chosen_log_a", "rejected_log_a")
+listed = ("log_pi", "log_a", "rewards")
+
+
+def group(call: Callable, *of_tokens: str, of_sequences: tuple[str, ...] = ()) -> Door:
+    """A row whose arrays are one number a token, the mask among them, and some one a sequence."""
+    shapes = dict.fromkeys((*of_tokens, "where"), (N, T)) | dict.fromkeys(of_sequences, (N,))
+    return Door(call, shapes, mask="where")
+
+
+def fields(fit: targets.MomentFit):
+    return fit.coefficients, fit.residual, fit.log_z
+
+
+SPACE = enumeration.sequences(3, 2, eos_id=0)
+table, prefixes = enumeration.tabular_log_prob_fn(3, 2)
+policy = (table, jnp.arange(3.0 * prefixes).reshape(prefixes, 3) % 0.7, SPACE)
+of_space = {"log_p": (7,), "log_q": (7,)}
+DOORS |= {
+    "k1": samples(policy_gradients.k1, "log_pi", "log_a", of="entries"),
+    "k2": samples(policy_gradients.k2, "log_pi", "log_a", of="entries"),
+    "k3": samples(policy_gradients.k3, "log_pi", "log_a", of="entries"),
+    "k_estimator": samples(partial(policy_gradients.k_estimator, divergence=F), "log_pi", "log_a", of="entries"),
+    "divergence_penalty": samples(
+        partial(policy_gradients.divergence_penalty, divergence=F), "log_pi", "log_a", "log_q", of="entries"
+    ),
+    "kl_reward_to_go": group(policy_gradients.kl_reward_to_go, "token_log_pi", "token_log_a"),
+    "reinforce": samples(policy_gradients.reinforce, "log_pi", "rewards", of="entries"),
+    "reinforce.baseline": samples(policy_gradients.reinforce, "log_pi", "rewards", "baseline", of="entries"),
+    "rloo": samples(policy_gradients.rloo, "log_pi", "rewards"),
+    "group_advantages": samples(policy_gradients.group_advantages, "rewards", mask="where"),
+    "ppo_clip": samples(policy_gradients.ppo_clip, "log_pi", "log_q", "advantages", of="entries"),
+    **{
+        call.__name__: group(
+            partial(call, max_tokens=T) if call is policy_gradients.dr_grpo else call,
+            "token_log_pi", "token_log_q", of_sequences=("rewards",),
+        )
+        for call in (policy_gradients.grpo, policy_gradients.dr_grpo, policy_gradients.gspo)
+    },
+    "trajectory_balance": samples(policy_gradients.trajectory_balance, "log_pi", "log_score"),
+    "f_trajectory_balance": samples(partial(policy_gradients.f_trajectory_balance, divergence=F), "log_pi", "log_p"),
+    "f_regularized_optimum": samples(
+        partial(policy_gradients.f_regularized_optimum, beta=0.5, divergence=F), "log_a", "rewards"
+    ),
+    "dpo": samples(partial(preferences.dpo, beta=0.1), *pair, of="entries"),
+    "f_dpo": samples(partial(preferences.f_dpo, beta=0.1, divergence=F), *pair, of="entries"),
+    "chi_po": samples(partial(preferences.chi_po, beta=0.1), *pair, of="entries"),
+    "ipo": samples(partial(preferences.ipo, beta=0.1), *pair, of="entries"),
+    "exo_pair": samples(partial(preferences.exo_pair, beta=0.1), *pair, of="entries"),
+    "exo": samples(partial(preferences.exo, beta=0.1, reward_beta=1.0), *listed),
+    "f_po": samples(partial(preferences.f_po, beta=0.1, reward_beta=1.0, divergence=F), *listed),
+    "pointwise": samples(lambda log_a, satisfied: targets.pointwise(log_a, satisfied > -2), "log_a", "satisfied", of="entries"),
+    "smoothed": samples(
+        lambda log_a, satisfied: targets.smoothed(log_a, satisfied > -2, epsilon=0.5), "log_a", "satisfied", of="entries"
+    ),
+    "reward_tilted": samples(partial(targets.reward_tilted, beta=0.5), "log_a", "rewards", of="entries"),
+    "exponential_family": Door(
+        targets.exponential_family, {"log_a": (N,), "features": (N, K), "coefficients": (K,)}
+    ),
+    "fit_coefficients": Door(
+        lambda features, moments: fields(targets.fit_coefficients(features, moments + 1)), {"features": (N, K), "moments": (K,)}
+    ),
+    "fit_coefficients.weighted": Door(
+        lambda features, log_weights: fields(
+            targets.fit_coefficients(features, jnp.array([-2.5, -2.5], jnp.float32), log_weights=log_weights)
+        ),
+        {"features": (N, K), "log_weights": (N,)},
+    ),
+    "factorize": Door(lambda log_p: enumeration.factorize(log_p, SPACE, vocab_size=3), {"log_p": (7,)}),
+    "exact_log_z": samples(enumeration.exact_log_z, "log_score"),
+    "exact_gradient": Door(lambda log_p: enumeration.exact_gradient(*policy, log_p, divergence=F), {"log_p": (7,)}),
+    "expected_gradient": Door(
+        lambda log_p, log_q: enumeration.expected_gradient(lambda x, *_: x, *policy, log_p, log_q), of_space
+    ),
+    "expected_surrogate_gradient": Door(
+        lambda log_p, log_q: enumeration.expected_surrogate_gradient(*policy, log_p, log_q, divergence=F), of_space
+    ),
+    "log_acceptance": samples(partial(rejection.log_acceptance, log_beta=0.5), "log_score", "log_q", of="entries"),
+    "accept": samples(
+        lambda log_score, log_q: rejection.accept(jax.random.key(0), log_score, log_q, log_beta=0.5).astype(jnp.float32),
+        "log_score", "log_q",
+    ),
+    "estimate_rejection": samples(partial(rejection.estimate_rejection, log_beta=0.5), "log_score", "log_q"),
+}  # fmt: skip
+NO_ARRAYS_OF_SAMPLES = {"log_mean_estimate", "product_of_experts"}  # what takes a state, or an option that may be an array
 
 
 def takes_arrays(function) -> bool:
@@ -187,7 +273,7 @@ def test_everything_but_float64_is_computed_in_float32(name, dtype):
 def test_three_hundred_samples_of_int8_are_counted(name):
     """Regression: 300 is no int8."""
     door = DOORS[name]
-    many = door._replace(arrays={key: (300, *shape[1:]) for key, shape in door.arrays.items()})
+    many = door._replace(arrays={key: (300, *shape[1:]) if shape[0] == N else shape for key, shape in door.arrays.items()})
     jax.tree.map(np.testing.assert_array_equal, door.call(**values(many, dtype="int8")), door.call(**values(many)))
 
 
@@ -222,4 +308,16 @@ def test_a_mask_of_floats_is_refused():
 
 
 def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7), a, b)
+
+
+@each_door
+def test_float32_stays_float32_in_64_bit_mode(name, x64):
+    """As with JAX_ENABLE_X64=1, where a plain `jnp.zeros` or `arange` inside would be of 64 bits."""
+    door = DOORS[name]
+    with jax.enable_x64(False):
+        arrays = values(door)
+        expected = door.call(**arrays)
+    found = door.call(**arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
