@@ -232,9 +232,9 @@ def fit_coefficients(
     logs = _one_a_row(features, log_weights=jnp.zeros_like(features[:, 0]) if log_weights is None else log_weights)
     tolerance = tolerance or (1e-10 if features.dtype == jnp.float64 else 1e-5)
     features, logs = _whole(gather(features, axis_name)), _whole(gather(logs, axis_name))
-    log_weights = logs - jax.nn.logsumexp(logs)
-    features = jnp.where(jnp.isneginf(log_weights)[:, None], 0.0, features)  # of what has no weight they may be anything
-    hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_weights)
+    log_w: Array = logs - jax.nn.logsumexp(logs)
+    features = jnp.where(jnp.isneginf(log_w)[:, None], 0.0, features)  # of what has no weight they may be anything
+    hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_w)
     scaled, scale = _standardize(features, moments, log_base, ~hard & ~unreachable)
     solution, steps = _newton(log_base, scaled, tolerance, max_steps)
     std_error, residual, ess, log_tilted = _describe_fit(log_base, scaled, solution)
