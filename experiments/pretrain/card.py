@@ -17,6 +17,7 @@ from . import data, train
 from .config import Config
 
 NEW_TOKENS = 64
+"""Of a sample of the card, at most; fewer where the model has no room for them."""
 
 
 def write(
@@ -49,7 +50,7 @@ def write(
         gpt2=bits_per_byte(nats, split.held_out),
         five_gram=bits_per_byte(five_gram_nats, split.held_out),
         ended=float(np.mean(samples.finished)),
-        new_tokens=NEW_TOKENS,
+        new_tokens=_new_tokens(shipped),
         samples="\n".join(f"- {t}" for t in texts[:10]),
         **{name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
     )
@@ -71,13 +72,18 @@ def bits_per_byte(nats_per_sentence: float, sentences: list[str]) -> float:
 
 def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samples:
     prompt = jnp.full((rows, 1), shipped.tokenizer.eos_token_id, jnp.int32)
-    cache = shipped.init_cache(rows, 1 + NEW_TOKENS)
+    new_tokens = _new_tokens(shipped)
+    cache = shipped.init_cache(rows, 1 + new_tokens)
 
     def draw(params, rng_key, prompt, cache):
         eos_id = shipped.tokenizer.eos_token_id
-        return sample(shipped.decode_fn, params, rng_key, prompt, cache, max_new_tokens=NEW_TOKENS, eos_id=eos_id)
+        return sample(shipped.decode_fn, params, rng_key, prompt, cache, max_new_tokens=new_tokens, eos_id=eos_id)
 
     return jax.jit(draw)(shipped.params, jax.random.key(seed), prompt, cache)
+
+
+def _new_tokens(shipped: huggingface.PretrainedModel) -> int:
+    return min(NEW_TOKENS, shipped.config.n_positions - 1)
 
 
 def _command(config: Config) -> str:

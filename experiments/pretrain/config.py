@@ -25,7 +25,7 @@ class Config:
     n_head: int = 4
     """Attention heads; must divide the width."""
     n_positions: int = 128
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens; a multiple of 8."""
     dropout: float = 0.0
     """Dropout while training. In three epochs it costs more time than it gains; use 0.1 from five epochs on."""
     epochs: int = 3
@@ -51,3 +51,5 @@ class Config:
             raise ValueError(f"--n-head must divide --n-embd, got {self.n_head} and {self.n_embd}.")
         if self.vocab_size <= 256:
             raise ValueError(f"--vocab-size must be above the 256 bytes, got {self.vocab_size}.")
+        if self.n_positions % 8:
+            raise ValueError(f"--n-positions must be a multiple of 8, as the widths of batches are; got {self.n_positions}.")

@@ -1,7 +1,9 @@
 """Sentences of the review corpora: read, filter, split, tokenise, and put into batches of like length."""
 
+import contextlib
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,8 @@ def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> 
             sentence = " ".join(line.split())
             if min_words <= len(sentence.split()) <= max_words:
                 (apart if held_out(sentence) else train).add(sentence)
+    if not train or not apart:
+        raise RunError(f"The archives in {folder} have {len(train)} sentences to train on and {len(apart)} held out: too few.")
     return Split(sorted(train), sorted(apart))
 
 
@@ -45,7 +49,7 @@ def read_labels(folder: Path) -> dict[str, int]:
     if not path.is_file():
         raise RunError(f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder with --corpora.")
     texts = {}
-    with zipfile.ZipFile(path) as archive:
+    with _opened(path) as archive:
         for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
             for line in archive.read(f"sentence_polarity/{name}").decode("latin-1").splitlines():
                 texts[" ".join(line.split())] = label
@@ -64,10 +68,20 @@ def _lines(path: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
             f"No corpus at {path}. Put the archives {', '.join(CORPORA)} into one folder and name it with --corpora; "
             "they are what NLTK's downloader calls movie_reviews, sentence_polarity and subjectivity."
         )
-    with zipfile.ZipFile(path) as archive:
+    with _opened(path) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith(prefixes) and not name.endswith("/"):
                 yield from archive.read(name).decode("latin-1").splitlines()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.args[0]
+        raise RunError(f"{path} is not the whole archive that it should be: {reason}. Get it again.") from error
 
 
 def train_tokenizer(sentences: list[str], *, vocab_size: int) -> Tokenizer:
@@ -82,6 +96,8 @@ def train_tokenizer(sentences: list[str], *, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences, trainer)
+    # A sentence that spells the end token has its characters: only `encode` says where one ends.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments._run_folder import RunError
 from fjax.models import gpt2
 from fjax.training import Checkpoints, JsonlLogger
 
@@ -74,12 +75,31 @@ def _progress() -> Progress:
     return Progress(*columns, TextColumn("{task.fields[nats]:.3f} nats a token"), console=console)
 
 
+def check_rows(config: Config, rows: list[np.ndarray], held_out: list[np.ndarray]) -> None:
+    """Whether there are steps to take, and no sentence is too long, before minutes are spent.
+
+    Raises:
+        RunError: if not.
+    """
+    if len(rows) < config.batch_size:
+        raise RunError(f"There are {len(rows)} sentences to train on, fewer than --batch-size {config.batch_size}.")
+    steps = config.epochs * (len(rows) // config.batch_size)
+    if steps <= config.warmup_steps:
+        raise RunError(
+            f"The training has {steps} steps, no more than --warmup-steps {config.warmup_steps}. Take fewer of these."
+        )
+    longest = max(map(len, rows + held_out))
+    if longest > config.n_positions:
+        raise RunError(f"The longest sentence has {longest} tokens, more than --n-positions {config.n_positions}. Take more.")
+
+
 def main(config: Config) -> int:
     config.run_folder.mkdir(parents=True, exist_ok=True)
     split = data.read_sentences(config.corpora)
     tokenizer = data.train_tokenizer(split.train, vocab_size=config.vocab_size)
     rows, held_out = data.encode(tokenizer, split.train), data.encode(tokenizer, split.held_out)
     console.print(f"{len(rows)} training and {len(held_out)} held-out sentences.")
+    check_rows(config, rows, held_out)
     params, seconds = fit(config, rows)
     console.print("Counting the 5-gram.")
     five_gram = ngram.fit(rows, order=5, vocab_size=config.vocab_size)

@@ -52,6 +52,11 @@ def train(corpora: Path, folder: Path) -> None:
     """Fine-tunes the built-in model with a scalar head by logistic regression, and reports the held-out accuracy."""
     base = fjax.from_pretrained(BUILT_IN)
     training, apart = read_snippets(corpora, base.tokenizer)
+    if len(training.rows) < BATCH_SIZE or not apart.rows:
+        raise RunError(
+            f"The archive in {corpora} has {len(training.rows)} labelled snippets to train on and {len(apart.rows)} held out: "
+            "too few for a reward model."
+        )
     limit = base.config.n_positions
     params = {"transformer": base.params, "score": {"kernel": jnp.zeros((base.config.n_embd, 1))}}
     score_fn = gpt2.score_fn(base.config)

@@ -93,6 +93,7 @@ def needs_more_than_its_range(command: str, name: str, number: float) -> bool:
     return (command, name, number) in {
         ("pretrain", "n_embd", 1),
         ("pretrain", "n_head", 1024),
+        ("pretrain", "n_positions", 2),
         ("pretrain", "vocab_size", 2),
         ("kl_gradients", "vocab_size", 2**20),
         ("kl_gradients", "max_tokens", 16),
