@@ -379,20 +379,30 @@ def _finish(run: Run, progress: Progress, step: int, begun: float) -> None:
         _save(run, progress, begun)
     else:  # --stop-below or --patience ended it at an evaluation
         after = _measure(run, progress, step)
-    best, params = nearest(run), progress.state.params
-    if best not in (None, step):
-        params = run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params
+    best, params = _nearest_params(run, progress, step)
     run.checkpoints.wait()
     export(run.folder / "model", params, run.model)
     records = read_jsonl(run.folder / "metrics.jsonl")
     _plots.write(run.folder, records, run.target)
     _report.write(run.folder)
     run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
-    if best not in (None, step):
+    if best != step:
         unit, _ = _evaluate.distances(run.kept.records, run.settings.divergence)
         run.display.say(
             f"The model is that of step {best}, where {_evaluate.NAMES[unit]} was lowest; the table is of step {step}."
         )
+
+
+def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Params]:
+    """The saved step that is nearest to the target, and the policy there; the last one where that checkpoint is damaged."""
+    best = nearest(run)
+    if best in (None, step):
+        return step, progress.state.params
+    try:
+        return best, run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params
+    except OSError as error:
+        run.display.warn(f"{error} The model is that of the last step, {step}, though it was nearer at step {best}.")
+        return step, progress.state.params
 
 
 def evaluations(records: list[dict]) -> dict[int, dict]:

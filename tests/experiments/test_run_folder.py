@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import fjax
-from experiments import _inputs, _run_folder
+from experiments import _inputs, _loop, _run_folder
 from experiments._run_folder import RunError, check_none_saved, locked, open_run
 from experiments.compare import run as compare
 from experiments.compare.config import Config as Comparison
@@ -274,11 +275,16 @@ def figures(folder: Path) -> list[str]:
     return [repr({k: v for k, v in record.items() if k != "seconds"}) for record in records]  # of NaN as of others
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(experiment, tmp_path, capsys):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(experiment, tmp_path, capsys, monkeypatch):
     """To the same end, bit for bit; and when none is whole, it says so. Nothing is in its files twice."""
-    folder = tmp_path / "run"
+    folder, reads = tmp_path / "run", []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
     arguments = (*FREQUENT, "--checkpoint-every", 2, "--run-folder", folder, "--steps", 4)
     assert experiment(*arguments) == 0
+    # At the beginning and for the report, but at no save and no evaluation: each would take longer than the one before.
+    assert reads.count("metrics.jsonl") <= 4
+    assert reads.count("samples.jsonl") == 1
     assert not (folder / "lock").exists()
     whole, first = figures(folder), fjax.from_pretrained(folder / "model").params
     samples = (folder / "samples.jsonl").read_bytes()
@@ -296,6 +302,26 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(experiment, tmp_
         path.write_bytes(b"{}")
     assert experiment(*arguments, "--resume") == 2
     assert f"All checkpoints of {folder} are damaged. Delete it" in error_of(capsys)
+
+
+def test_a_damaged_best_checkpoint_is_not_exported():
+    """After all the work there is a model, and a word about which."""
+    said = []
+
+    def restore(like, *, step):
+        raise OSError(f"The checkpoint of step {step} is damaged.")
+
+    run = SimpleNamespace(
+        settings=SimpleNamespace(divergence="jensen_shannon"),
+        kept=SimpleNamespace(records={step: {"step": step, "jensen_shannon": value} for step, value in ((2, 0.1), (4, 0.2))}),
+        checkpoints=SimpleNamespace(steps=[2, 4], restore=restore),
+        display=SimpleNamespace(warn=said.append),
+    )
+    last = SimpleNamespace(state=SimpleNamespace(params={"w": 4}), proposal=None, ahead=None)
+    assert _loop._nearest_params(run, last, 4) == (4, {"w": 4})
+    assert said == [
+        "The checkpoint of step 2 is damaged. The model is that of the last step, 4, though it was nearer at step 2."
+    ]
 
 
 def test_changed_weights_and_another_tree_are_told_apart(experiment, tmp_path, capsys):

@@ -363,6 +363,6 @@ def test_a_save_that_fails_is_forgotten(tmp_path):
 
 def test_metrics_that_are_not_numbers_are_never_best(tmp_path):
     with Checkpoints(tmp_path, keep=1, score=lambda metrics: metrics["distance"]) as checkpoints:
-        for step, distance in enumerate([1.0, float("nan"), 2.0, float("inf"), float("nan")]):
+        for step, distance in enumerate([float("nan"), 1.0, float("nan"), 2.0, float("inf")]):
             checkpoints.save(step, {"i": jnp.int32(step)}, metrics={"distance": distance}, wait=True)
-        assert (checkpoints.best, checkpoints.steps) == (0, [0, 4])
+        assert (checkpoints.best, checkpoints.steps) == (1, [1, 4])
