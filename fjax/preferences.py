@@ -13,7 +13,7 @@ Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290); Wang et al. 2024 (f-DPO, a
 import jax
 import jax.numpy as jnp
 
-from fjax._checks import is_concrete, one_axis, one_number, positive, same_shape
+from fjax._checks import is_concrete, made, one_axis, one_number, positive, same_shape
 from fjax._typing import Array, Float
 from fjax.divergences import FDivergence, exact_divergence
 
@@ -307,6 +307,7 @@ def _check_limit(**limits):
 
 
 def _check_admissible(divergence):
+    made(divergence)
     with jax.ensure_compile_time_eval():
         at_zero = divergence.derivative(jnp.asarray(-jnp.inf))
     if not is_concrete(at_zero):  # an α that is annealed

@@ -199,7 +199,7 @@ def fit_coefficients(
     moments: Float[Array, "K"],
     *,
     log_weights: Float[Array, "N"] | None = None,
-    tolerance: float | None = None,
+    tolerance: float | Float[Array, ""] | None = None,
     max_steps: int = 100,
     axis_name: str | None = None,
 ) -> MomentFit:
@@ -230,7 +230,9 @@ def fit_coefficients(
     """
     features, moments = _by_feature(features, moments=moments)
     logs = _one_a_row(features, log_weights=jnp.zeros_like(features[:, 0]) if log_weights is None else log_weights)
-    tolerance = tolerance or (1e-10 if features.dtype == jnp.float64 else 1e-5)
+    if tolerance is None:
+        tolerance = 1e-10 if features.dtype == jnp.float64 else 1e-5
+    positive(tolerance=tolerance)
     features, logs = _whole(gather(features, axis_name)), _whole(gather(logs, axis_name))
     log_w: Array = logs - jax.nn.logsumexp(logs)
     features = jnp.where(jnp.isneginf(log_w)[:, None], 0.0, features)  # of what has no weight they may be anything

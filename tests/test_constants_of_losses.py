@@ -169,3 +169,19 @@ def test_several_numbers_for_an_option_are_refused(name, bare):
         several = (jnp.ones((N, 1)), 0.2) if option == "clip" else jnp.full((N, 1), value)
         with pytest.raises(ValueError, match=rf"{option} must be one number"):
             call.function(*arrays(call.arrays), **call.options | {option: several})
+
+
+UNCALLED = {
+    "k_estimator": lambda f: policy_gradients.k_estimator(*arrays(listed[:2]), divergence=f),
+    "divergence_penalty": lambda f: policy_gradients.divergence_penalty(*arrays(listed[:2]), divergence=f),
+    "f_trajectory_balance": lambda f: policy_gradients.f_trajectory_balance(*arrays(("log_pi", "log_p")), divergence=f),
+    "f_regularized_optimum": lambda f: policy_gradients.f_regularized_optimum(*arrays(listed[1:]), beta=0.5, divergence=f),
+    "f_dpo": lambda f: preferences.f_dpo(*arrays(pair), beta=0.5, divergence=f),
+    "f_po": lambda f: preferences.f_po(*arrays(listed), beta=0.5, reward_beta=0.7, divergence=f),
+}
+
+
+@pytest.mark.parametrize("name", UNCALLED)
+def test_a_divergence_that_was_not_called_gets_a_sentence(name, bare):
+    with pytest.raises(ValueError, match=r"jensen_shannon\(\)"):
+        UNCALLED[name](divergences.jensen_shannon)

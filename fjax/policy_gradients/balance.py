@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fjax._checks import one_axis, one_number, positive
+from fjax._checks import made, one_axis, one_number, positive
 from fjax._numerics import gather
 from fjax._typing import Array, Float
 from fjax.divergences import FDivergence
@@ -106,6 +106,7 @@ def f_regularized_optimum(
 
     Source: Wang et al. 2024 (f-DPO, arXiv 2309.16240), theorem 1; Huang et al. 2024 for χ².
     """
+    made(divergence)
     positive(beta=beta)
     log_a, rewards = jax.lax.stop_gradient(one_axis(log_a=log_a, rewards=rewards))
     if divergence.inverse_derivative is None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fjax._checks import as_token_arrays, same_shape
+from fjax._checks import as_token_arrays, made, same_shape
 from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence, reverse_kl
 from fjax.surrogates import score_weights
@@ -80,6 +80,7 @@ def k_estimator(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"], *, diverg
 
     Source: Schulman 2020, last section (Bregman divergence of f at 1).
     """
+    made(divergence)
     log_u = _log_ratio(log_pi, log_a)
     slope = divergence.derivative(jnp.zeros_like(log_u))
     tangent = -jnp.expm1(jnp.minimum(-log_u, MAX_EXPONENT))  # (u - 1)/u
@@ -161,6 +162,7 @@ def _log_ratio(log_pi, log_a):
 
 def flat_at_one(divergence: FDivergence) -> FDivergence:
     """The same divergence with f'(1) = 0: f(t) - f'(1)(t - 1)."""
+    made(divergence)
     slope = divergence.derivative
     return divergence._replace(derivative=lambda log_t: slope(log_t) - slope(jnp.zeros_like(log_t)))
 
