@@ -9,10 +9,15 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 10.0
+"""Seconds that a command has to end when it is interrupted at once."""
+
+_timers: list[threading.Timer] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,8 +40,15 @@ def leave_at_once(number: int, _: object) -> None:
 
 
 def interrupt(number: int, _: object) -> None:
-    """A handler: raises, and the next signal does not wait for what that leads to."""
+    """A handler: raises, and neither the next signal nor the clock waits for what that leads to.
+
+    An exception that happens to arise within a callback, or while an object is destroyed, is lost.
+    """
     handle(leave_at_once)
+    last = threading.Timer(PATIENCE, leave_at_once, (number, None))
+    last.daemon = True
+    last.start()
+    _timers.append(last)
     raise Interrupted(number)
 
 
@@ -53,6 +65,8 @@ def handled_by(handler: Callable) -> Iterator[None]:
     try:
         yield
     finally:
+        while _timers:  # whatever was raised has come this far
+            _timers.pop().cancel()
         for number, earlier in before.items():
             signal.signal(number, earlier)
 

@@ -113,6 +113,17 @@ def test_a_signal_during_imports_cannot_be_swallowed(number, tmp_path):
     assert (ended.stdout, ended.stderr) == ("", f"Interrupted at once ({number.name}).\n")
 
 
+def test_an_interruption_that_is_lost_ends_the_process_all_the_same():
+    code = (
+        "import signal, time\nfrom experiments import _endings\n_endings.PATIENCE = 0.2\n"
+        "with _endings.handled_by(_endings.interrupt):\n"
+        "    try:\n        signal.raise_signal(signal.SIGTERM)\n    except BaseException:\n        pass\n"
+        "    time.sleep(20)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (143, "Interrupted at once (SIGTERM).\n")
+
+
 def test_importing_experiments_otherwise_takes_no_signal_over():
     command = [sys.executable, "-c", "import signal, experiments; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "True\n"
