@@ -204,11 +204,22 @@ def _aligned(logits, tokens):
 
 def _counted(logits, tokens, where, transform=None):
     """Log-probability of each token, 0 where not counted: there, neither logits nor ids are looked at."""
-    # The first of two `where`: what passes the second would still be multiplied by its gradient 0, and be NaN.
-    logits = jnp.where(where[..., None], logits, 0.0)
+    logits = _without_gradient_elsewhere(logits, where)
     if transform is not None:
         logits = transform(logits)
     return jnp.where(where, token_log_probs(logits, jnp.where(where, tokens, 0)), 0.0)
+
+
+@jax.custom_jvp
+def _without_gradient_elsewhere(logits, where):
+    """The logits; the usual double `where` for gradients, but without its pass over the vocabulary where there are none."""
+    return logits
+
+
+@_without_gradient_elsewhere.defjvp
+def _(primals, tangents):
+    logits, where = primals
+    return logits, jnp.where(where[..., None], tangents[0], 0.0)  # of what is masked, 0 · NaN arrives here
 
 
 def _make_counted_fn(logits_fn, start, transform):

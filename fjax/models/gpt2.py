@@ -337,8 +337,10 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         hidden, _ = model.apply({"params": params}, tokens, where, None, dropout_key is None, rngs=rngs)
         logits = _head(params, hidden[:, start:])
-        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0, not 0 · NaN.
-        return jnp.where(jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan, logits)
+        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0, not 0 · NaN. In a branch:
+        # a select over the vocabulary would be paid by every scoring.
+        nan_from_there = partial(jnp.where, jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan)
+        return jax.lax.cond(unknown.any(), nan_from_there, lambda logits: logits, logits)
 
     return apply
 
