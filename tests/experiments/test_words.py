@@ -17,6 +17,7 @@ from experiments._words import contains_any
         ("カメラ", "ｶﾒﾗで撮った"),
         ("หนัง", "ดูหนังสนุก"),
         ("great", "电影great很好"),
+        ("电影", "great电影great"),
         ("café", unicodedata.normalize("NFD", "a café .")),
         (unicodedata.normalize("NFD", "café"), "a café ."),
         (" great", "a great film"),
