@@ -141,7 +141,7 @@ def test_what_is_complete_is_not_run_again(tmp_path):
     longer, *_ = planned(tmp_path, "ppo", more=("--steps", "4"))
     assert not is_complete(longer)
     with JsonlLogger(longer.place.folder / "metrics.jsonl") as logger:
-        logger.log({"kind": "evaluation", "step": 4, "samples": 64})
+        logger.log({"kind": "evaluation", "step": 4, "samples": 64, "seconds": 9.0})
     assert is_complete(longer)  # although config.json is that of the first two steps
 
 
@@ -365,7 +365,7 @@ def test_the_later_of_two_records_of_a_step_counts(tmp_path):
     folder = tmp_path / "a-seed0"
     write_run(folder, {"divergence": "forward_kl", "seed": 0}, last=figures_of(0.5))
     with JsonlLogger(folder / "metrics.jsonl") as logger:
-        logger.log({"kind": "evaluation", "step": 2, "samples": 32, "satisfaction": 0.9})
+        logger.log({"kind": "evaluation", "step": 2, "samples": 32, "seconds": 9.0, "satisfaction": 0.9})
     read = results.read_result(Place("a", 0, folder))
     assert [record["satisfaction"] for record in read.evaluations] == [0.25, 0.9]
     assert [record["step"] for record in read.steps] == [1, 2]
@@ -439,6 +439,7 @@ def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, c
     assert {folder: (folder / "metrics.jsonl").read_bytes() for folder in before} == before
     last = read_jsonl(left.place.folder / "metrics.jsonl")[-1]
     assert (last["step"], last["samples"]) == (2, 32)
+    assert last["entropy_ess"] == 32  # described by --eval-samples of the policy, as any other objective
     text = (tmp_path / "table.md").read_text()
     mean, deviation = np.mean([0.6, last["satisfaction"]]), np.std([0.6, last["satisfaction"]], ddof=1)
     assert f"| js | {mean:.3f} ± {deviation:.3f} |" in text
