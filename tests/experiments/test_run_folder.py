@@ -103,13 +103,15 @@ def test_a_run_in_use_is_refused_and_that_of_a_dead_process_taken_over(tmp_path,
     folder = tmp_path / "run"
     command = [sys.executable, "-c", HOLDS, folder, json.dumps(CONFIG)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
-        in_use = f"is in use by process {process.pid} on host {socket.gethostname()}"
-        for resume in (True, False):
-            with pytest.raises(RunError, match=in_use), opened(run_folder=str(folder), resume=resume):
-                pass
-        process.kill()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            in_use = f"is in use by process {process.pid} on host {socket.gethostname()}"
+            for resume in (True, False):
+                with pytest.raises(RunError, match=in_use), opened(run_folder=str(folder), resume=resume):
+                    pass
+        finally:
+            process.kill()
     with opened(run_folder=str(folder), resume=True):
         assert f"in use by process {process.pid}, which is gone" in capsys.readouterr().out
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
