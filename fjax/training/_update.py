@@ -1,17 +1,20 @@
 """What all online tuners share: the pull-back of weights through log π, the running log Z, and what there is to see."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
+from fjax._checks import float_dtype
+from fjax._typing import Array, Bool, Float, Int, Params
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
-from fjax.surrogates import pseudo_rewards
-from fjax.training.rollout import Rollout
+from fjax.surrogates import leave_one_out, pseudo_rewards
+from fjax.training.rollout import Rollout, together
 from fjax.training.state import TrainState
 
 
@@ -28,9 +31,13 @@ class StepInfo(NamedTuple):
         log_z: the running estimate of log Z, this batch included.
         reward_mean: mean pseudo-reward -f'(π/p), after clipping.
         reward_std: its standard deviation over the batch.
-        clipped_fraction: share of samples whose f' was clipped (of PPO: tokens whose ratio was); each biases the gradient.
-        importance_ess: effective sample size of π/q: N when the samples are the policy's own.
-        finite: False if the gradient was not. Then the update left everything but ``step`` as it was.
+        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. Of PPO: share of tokens whose ratio
+            lay outside of [1-ε, 1+ε'], on either side, over all minibatches.
+        importance_ess: effective sample size of π/q: N when the samples are the policy's own, less the further they are not.
+        finite: False if the gradient was not, or if one of ``contexts`` does not exist (where they are known before the
+            program runs, that is an error). Then the update left everything but ``step`` as it was. Usual reasons: an infinite
+            f'; a NaN in the rollout; ``where`` that counts a column which nothing predicts, such as column 0 of a language
+            model, for log π is NaN then (`fjax.make_log_prob_fn`).
     """
 
     loss: Float[Array, ""]
@@ -64,12 +71,14 @@ class Scores(NamedTuple):
         log_q: under the distribution that was sampled from.
         known: whether the Z of a context is.
         log_z: the estimate itself; one for all contexts, or one for each.
+        valid: whether the contexts are some that there are.
     """
 
     log_p: Float[Array, "C N"]
     log_q: Float[Array, "C N"]
     known: Bool[Array, "C 1"]
     log_z: Estimate
+    valid: Bool[Array, ""]
 
 
 def init_log_z(log_z: RunningLogMean, num_contexts: int | None):
@@ -78,63 +87,144 @@ def init_log_z(log_z: RunningLogMean, num_contexts: int | None):
     return state if num_contexts is None else jax.tree.map(lambda x: jnp.repeat(x[None], num_contexts, axis=0), state)
 
 
-def update_log_z(log_z: RunningLogMean, state, rollout: Rollout) -> tuple[object, Scores]:
+def update_log_z(log_z: RunningLogMean, state, rollout: Rollout, num_contexts: int | None) -> tuple[object, Scores]:
     """Takes the weights P/q in, each into the Z of its context, and normalises the scores by what is known then."""
-    log_score, log_q = (x.reshape(-1, x.shape[-1]) for x in (rollout.log_score, rollout.log_q))
-    if rollout.contexts is None:
+    _check_log_z(log_z, state, num_contexts)
+    log_score, log_q, valid = rollout.log_score, rollout.log_q, jnp.array(True)
+    if num_contexts is None:
         state = log_z.update(state, (log_score - log_q).ravel())
         z = log_z.estimate(state)
     else:
-        rows = jax.vmap(log_z.update)(jax.tree.map(lambda x: x[rollout.contexts], state), log_score - log_q)
-        state = jax.tree.map(lambda all_rows, some: all_rows.at[rollout.contexts].set(some), state, rows)
-        z = jax.vmap(log_z.estimate)(rows)
+        contexts = jnp.asarray(rollout.contexts)
+        exists = (contexts >= 0) & (contexts < num_contexts)
+        valid = exists.all()
+        # An index past the end is dropped when written to. A negative one would be that of another context.
+        ids = jnp.where(exists, contexts, num_contexts)
+        state = _into_contexts(log_z, state, ids, log_score - log_q)
+        z = jax.vmap(log_z.estimate)(jax.tree.map(lambda x: x[ids], state))
     value = jnp.broadcast_to(z.value.reshape(-1, 1), (log_q.shape[0], 1))
     known = ~jnp.isneginf(value)
     log_p = jnp.where(known, log_score - jnp.where(known, value, 0.0), -jnp.inf)
-    return state, Scores(log_p, log_q, known, z)
+    return state, Scores(log_p, log_q, known, z, valid)
+
+
+def _check_log_z(log_z: RunningLogMean, state, num_contexts: int | None) -> None:
+    expected = jax.eval_shape(lambda: init_log_z(log_z, num_contexts))
+    shapes, expected = (jax.tree.map(jnp.shape, tree) for tree in (state, expected))
+    if shapes != expected:
+        raise ValueError(
+            f"The state is that of another tuner: its log_z has the shapes {shapes}, and with num_contexts={num_contexts} "
+            f"they are {expected}. Begin with the state that this tuner's init returns."
+        )
+
+
+def _into_contexts(log_z: RunningLogMean, state, ids: Int[Array, "C"], log_weights: Float[Array, "C N"]):
+    """The rows in turn, since several may be of one context."""
+
+    def add(state, row):
+        index, log_weights = row
+        updated = log_z.update(jax.tree.map(lambda x: x[index], state), log_weights)
+        return jax.tree.map(lambda rows, one: rows.at[index].set(one, mode="drop"), state, updated), None
+
+    return jax.lax.scan(add, state, (ids, log_weights))[0]
+
+
+def as_log_probs(log_prob_fn: Callable, *, of_tokens: bool = False) -> Callable:
+    """The user's function, held to one number a sequence, or a token, in float32 at least; 0 for tokens not counted."""
+
+    def checked(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]):
+        log_pi = log_prob_fn(params, tokens, where)
+        expected = tokens.shape if of_tokens else tokens.shape[:1]
+        if getattr(log_pi, "shape", None) != expected:
+            given = f"shape {list(log_pi.shape)}" if hasattr(log_pi, "shape") else f"a {type(log_pi).__name__}"
+            raise ValueError(
+                f"The policy's function must return one log-probability a {'token' if of_tokens else 'sequence'}, for tokens "
+                f"of shape {list(tokens.shape)} an array of shape {list(expected)}; it returned {given}."
+            )
+        log_pi = jnp.asarray(log_pi, float_dtype(log_pi))
+        return jnp.where(where, log_pi, 0.0) if of_tokens else log_pi
+
+    return checked
 
 
 def pull_back(
-    log_prob_fn: LogProbFn,
+    log_prob_fn: Callable[..., Array],
     params: Params,
-    rollout: Rollout,
-    weigh: Callable[[Float[Array, "N"]], Float[Array, "N"]],
+    tokens: Int[Array, "*c N T"],
+    where: Bool[Array, "*c N T"],
+    weigh: Callable[[Float[Array, "M *t"]], Float[Array, "M *t"]],
     microbatch_size: int | None,
-    log_pi: Float[Array, "N"] | None = None,
-) -> tuple[Float[Array, "N"], Float[Array, "N"], Params]:
+    log_pi: Float[Array, "M"] | None = None,
+) -> tuple[Float[Array, "M *t"], Float[Array, "M *t"], Params]:
     """(log π, weights of it, Σ weights · ∇log π), through all samples at once or in parts.
 
     ``weigh`` is given the log π of all samples either way; ``log_pi`` spares the extra pass that parts need.
     """
-    tokens, where = (x.reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where))
+    tokens, where = (x.reshape(-1, x.shape[-1]) for x in (tokens, where))
     if microbatch_size is None or microbatch_size >= tokens.shape[0]:
-        log_pi, back = jax.vjp(lambda params: log_prob_fn(params, tokens, where), params)
+        spread, back = jax.vjp(lambda params: log_prob_fn(params, tokens, where), params)
+        log_pi = together(spread)
         weights = weigh(log_pi)
-        return log_pi, weights, back(weights)[0]
-    return _in_parts(log_prob_fn, params, tokens, where, weigh, microbatch_size, log_pi)
-
-
-def _in_parts(log_prob_fn, params, tokens, where, weigh, size, log_pi):
-    """The same through ``size`` samples at a time; a last part that is not full repeats samples with weight 0."""
-    n = tokens.shape[0]
-    parts = -(-n // size)
-    rows = (jnp.arange(parts * size) % n).reshape(parts, size)
-
-    def score(part):
-        return log_prob_fn(params, tokens[part], where[part])
-
+        return log_pi, weights, back(_as(weights, spread))[0]
+    tokens, where = together(tokens), together(where)
     if log_pi is None:
-        log_pi = jax.lax.map(score, rows).reshape(-1)[:n]
+        log_pi = score(log_prob_fn, params, tokens, where, microbatch_size)
     weights = weigh(log_pi)
-    padded = jnp.where(jnp.arange(parts * size) < n, weights[rows.ravel()], 0.0).reshape(parts, size)
+    return log_pi, weights, _sum_of_parts(log_prob_fn, params, tokens, where, weights, microbatch_size)
+
+
+def score(
+    log_prob_fn: Callable[..., Array],
+    params: Params,
+    tokens: Int[Array, "N T"],
+    where: Bool[Array, "N T"],
+    microbatch_size: int | None,
+) -> Float[Array, "N *t"]:
+    """Log π, through all samples at once or in parts."""
+    n = tokens.shape[0]
+    if microbatch_size is None or microbatch_size >= n:
+        return log_prob_fn(params, tokens, where)
+    log_pi = jax.lax.map(lambda rows: log_prob_fn(params, tokens[rows], where[rows]), _parts(n, microbatch_size))
+    return log_pi.reshape(-1, *log_pi.shape[2:])[:n]
+
+
+def _parts(n: int, size: int) -> Int[Array, "P B"]:
+    """Rows of each part; a last one that is not full repeats the first samples."""
+    parts = -(-n // size)
+    return (jnp.arange(parts * size) % n).reshape(parts, size)
+
+
+def _sum_of_parts(log_prob_fn, params, tokens, where, weights, size) -> Params:
+    """Σ weights · ∇log π, ``size`` samples at a time."""
+    rows = _parts(len(tokens), size)
+    padded = weights[rows.ravel()].at[len(tokens) :].set(0.0).reshape(*rows.shape, *weights.shape[1:])
 
     def add(grads, part):
         rows, weights = part
-        _, back = jax.vjp(lambda params: log_prob_fn(params, tokens[rows], where[rows]), params)
-        return jax.tree.map(jnp.add, grads, back(weights)[0]), None
+        log_pi, back = jax.vjp(lambda params: log_prob_fn(params, tokens[rows], where[rows]), params)
+        more = back(_as(weights, log_pi))[0]
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), grads, more), None
 
-    grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (rows, padded))
-    return log_pi, weights, grads
+    # In float32 at least, for in bfloat16 small parts are lost in a large sum; then as the whole batch would give it.
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, float_dtype(x)), params)
+    grads, _ = jax.lax.scan(add, zeros, (rows, padded))
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), grads, params)
+
+
+def norm(grads: Params) -> Float[Array, ""]:
+    """Of all entries together, in float32 at least: the squares of half-precision numbers soon over- and underflow."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(float_dtype(x)), grads))
+
+
+def _as(x: Array, like: Array) -> Array:
+    """In the dtype, and under explicit sharding in the place, of what it belongs to."""
+    x = x.astype(like.dtype)
+    return x if together(like) is like else jax.sharding.reshard(x, jax.typeof(like).sharding)
+
+
+def told(baseline, strata: Int[Array, "N"] | None):
+    """Leave-one-out has to know which samples are whose; every other baseline is the user's."""
+    return partial(baseline, strata=strata) if baseline is leave_one_out and strata is not None else baseline
 
 
 def describe(
@@ -144,13 +234,13 @@ def describe(
     grads: Params,
     *,
     divergence: FDivergence,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
 ) -> StepInfo:
     """The figures of a step whose gradient is Σ weights · ∇log π."""
     by_context = log_pi.reshape(scores.log_q.shape)
     rewards = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence, clip=clip)
     free = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = norm(grads)
     away = jax.vmap(lambda *x: estimate_divergence(*x, divergence=divergence))(by_context, scores.log_p, scores.log_q)
     known = scores.known[:, 0]
     return StepInfo(
@@ -163,7 +253,7 @@ def describe(
         reward_std=rewards.std(),
         clipped_fraction=jnp.mean(rewards != free, dtype=rewards.dtype),
         importance_ess=effective_sample_size(log_pi - scores.log_q.ravel()),
-        finite=jnp.isfinite(grad_norm) & jnp.isfinite(weights).all(),
+        finite=jnp.isfinite(grad_norm) & jnp.isfinite(weights).all() & scores.valid,
     )
 
 
@@ -180,17 +270,33 @@ def _over_contexts(estimate: Estimate, known: Bool[Array, "C"], *, unknown: floa
     return Estimate(jnp.where(some, value, unknown), jnp.where(some, std_error, jnp.inf), estimate.ess.sum())
 
 
-def check_microbatch_size(microbatch_size: int | None) -> None:
-    """A number of samples, or None."""
-    if microbatch_size is not None and microbatch_size < 1:
-        raise ValueError(f"microbatch_size must be at least 1, or None for the whole batch; got {microbatch_size}.")
+_KINDS = {"optimizer": optax.GradientTransformation, "divergence": FDivergence, "log_z": RunningLogMean}
 
 
-def first_state(
-    params: Params, optimizer: optax.GradientTransformation, log_z: RunningLogMean, num_contexts: int | None = None
-) -> TrainState:
-    """Step 0."""
-    # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model.
-    params = jax.tree.map(jnp.copy, params)
-    step: Int[Array, ""] = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, optimizer.init(params), init_log_z(log_z, num_contexts))
+def check_options(*, microbatch_size: int | None = None, num_contexts: int | None = None, **parts: object) -> None:
+    """What all tuners are made of; above all, whether the functions that make a part were called.
+
+    Raises:
+        ValueError: if a part has not the functions of its kind, or a number is not one of how many.
+    """
+    for name, given in parts.items():
+        kind = _KINDS[name]
+        if not all(hasattr(given, field) for field in kind._fields):
+            function = getattr(given, "__name__", None)
+            hint = f"the function {function}: call it" if function else repr(given)
+            raise ValueError(f"{name} must be a {kind.__name__}, got {hint}.")
+    if microbatch_size is not None:
+        check_counts(microbatch_size=microbatch_size)
+    if num_contexts is not None:
+        check_counts(num_contexts=num_contexts)
+
+
+def check_counts(**counts: int) -> None:
+    """Options that say how many.
+
+    Raises:
+        ValueError: if one is not an integer of at least 1.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be at least 1, a whole number; got {value!r}.")

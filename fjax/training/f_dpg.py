@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fjax._checks import one_number
 from fjax._typing import Array, Float, LogProbFn, Params
 from fjax.divergences import FDivergence
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import Baseline, centred_weights, leave_one_out, score_weights
-from fjax.training._update import StepInfo, Tuner, check_microbatch_size, describe, first_state, pull_back, update_log_z
-from fjax.training.rollout import Rollout
-from fjax.training.state import TrainState, advance
+from fjax.training._update import (
+    StepInfo,
+    Tuner,
+    as_log_probs,
+    check_options,
+    describe,
+    init_log_z,
+    pull_back,
+    told,
+    update_log_z,
+)
+from fjax.training.rollout import Rollout, checked_rollout
+from fjax.training.state import TrainState, advance, first_state
 
 
 def fdpg(
@@ -25,9 +36,9 @@ def fdpg(
     optimizer: optax.GradientTransformation,
     *,
     divergence: FDivergence,
-    baseline: float | Baseline = leave_one_out,
+    baseline: float | Float[Array, ""] | Baseline = leave_one_out,
     log_z: RunningLogMean = running_log_mean(),
-    clip: tuple[float, float] | None = None,
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
     microbatch_size: int | None = None,
     on_policy: bool = False,
     num_contexts: int | None = None,
@@ -39,17 +50,17 @@ def fdpg(
     change its direction. Until some sample has P > 0, Z is unknown and the gradient is zero.
 
     Args:
-        log_prob_fn: the policy, ``(params, tokens, where) -> log π``; see `fjax.make_log_prob_fn`.
+        log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence; see `fjax.make_log_prob_fn`.
         optimizer: any optax transformation; it is given a gradient to descend.
         divergence: which f.
-        baseline: B, see `fjax.surrogate_loss`.
+        baseline: B, see `fjax.surrogate_loss`. `fjax.leave_one_out`, the default, is told the rollout's ``strata``.
         log_z: how log Z is tracked.
         clip: (lowest, highest) value of f'. Biases, and reports how often.
         microbatch_size: samples that go through the policy at once; None means all. The result is the same up to
             rounding, also where it does not divide N; memory falls, and log π is computed twice.
         on_policy: trust that q = π and take π/q to be exactly 1. In micro-batches this saves the extra pass.
         num_contexts: how many contexts there are, of conditional targets p_c = P_c/Z_c. The rollout's arrays then have a
-            leading axis C, baselines are of one context each, and the state holds a log Z for every context; the gradient
+            leading axis C, baselines are of one row each, and the state holds a log Z for every context; the gradient
             estimates that of E_c D_f(π(·|c)‖p_c), and a context whose Z_c is unknown adds nothing. None: one Z, also for a
             rollout of contexts, whose joint target p(c, x) ∝ P_c(x) then favours those with a large Z_c.
 
@@ -57,7 +68,9 @@ def fdpg(
         The `Tuner`.
 
     Raises:
-        ValueError: if ``microbatch_size`` is below 1; at trace time for leave-one-out of a single sample.
+        ValueError: for options that are not what they should be, such as a ``divergence`` that was not called; at trace time
+            for a rollout whose shapes do not belong together, contexts that do not exist (if known by then, see
+            `StepInfo`), and leave-one-out of a single sample.
 
     >>> from fjax import enumeration, jensen_shannon
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
@@ -72,38 +85,35 @@ def fdpg(
 
     Source: Go et al. 2023, algorithm 1.
     """
-    check_microbatch_size(microbatch_size)
+    check_options(
+        optimizer=optimizer, divergence=divergence, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts
+    )
+    if not callable(baseline):
+        one_number(baseline=baseline)
+    log_prob_fn = as_log_probs(log_prob_fn)
 
     def init(params: Params) -> TrainState:
-        return first_state(params, optimizer, log_z, num_contexts)
+        return first_state(params, optimizer, init_log_z(log_z, num_contexts))
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
-        _check_contexts(rollout, num_contexts)
-        z_state, scores = update_log_z(log_z, state.log_z, rollout)
+        rollout = checked_rollout(rollout, num_contexts)
+        z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
 
-        def weigh_context(log_pi: Float[Array, "N"], log_p: Float[Array, "N"], log_q: Float[Array, "N"]):
+        def weigh_context(log_pi, log_p, log_q, strata):
             sampled_from = None if on_policy else log_q
             weights = score_weights(log_pi, log_p, sampled_from, divergence=divergence, clip=clip)
-            return centred_weights(weights, log_pi, sampled_from, baseline=baseline)
+            return centred_weights(weights, log_pi, sampled_from, baseline=told(baseline, strata))
 
         def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
-            weights = jax.vmap(weigh_context)(log_pi.reshape(scores.log_q.shape), scores.log_p, scores.log_q)
+            by_context = log_pi.reshape(scores.log_q.shape)
+            weights = jax.vmap(weigh_context)(by_context, scores.log_p, scores.log_q, rollout.strata)
             return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
 
         known_log_pi = scores.log_q.ravel() if on_policy else None
-        log_pi, weights, grads = pull_back(log_prob_fn, state.params, rollout, weigh, microbatch_size, known_log_pi)
+        log_pi, weights, grads = pull_back(
+            log_prob_fn, state.params, rollout.tokens, rollout.where, weigh, microbatch_size, known_log_pi
+        )
         info = describe(log_pi, scores, weights, grads, divergence=divergence, clip=clip)
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
     return Tuner(init, update)
-
-
-def _check_contexts(rollout: Rollout, num_contexts: int | None) -> None:
-    if num_contexts is None:
-        return
-    if rollout.contexts is None or rollout.log_q.shape[:-1] != rollout.contexts.shape:
-        given = "no contexts" if rollout.contexts is None else f"contexts of shape {rollout.contexts.shape}"
-        raise ValueError(
-            f"A tuner with num_contexts={num_contexts} needs rollouts with one entry of contexts for each row of samples; got "
-            f"log_q of shape {rollout.log_q.shape} and {given}."
-        )

@@ -8,7 +8,6 @@ Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Schulman et al. 2017 (PPO
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,28 @@ from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.divergences import reverse_kl
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import leave_one_out
-from fjax.training._update import StepInfo, Tuner, check_microbatch_size, describe, first_state, pull_back, update_log_z
-from fjax.training.rollout import Rollout
-from fjax.training.state import TrainState, advance
+from fjax.training._update import (
+    StepInfo,
+    Tuner,
+    as_log_probs,
+    check_counts,
+    check_options,
+    describe,
+    init_log_z,
+    norm,
+    pull_back,
+    score,
+    told,
+    update_log_z,
+)
+from fjax.training.rollout import Rollout, checked_rollout, together
+from fjax.training.state import TrainState, advance, first_state
 
 TokenLogProbFn = Callable[[Params, Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
 """(params, tokens, where) -> log-probability of each token, 0 where not counted."""
+
+# A reward is the difference of two sums over tokens; each is wrong by some units in its last place.
+_ROUNDINGS = 16
 
 
 def rloo(
@@ -38,17 +53,19 @@ def rloo(
     """REINFORCE with a leave-one-out baseline and the KL penalty as k1 in the reward: mean of -(R_i - B_i) log π(x_i).
 
     R = log P - log π, stopped. The gradient estimates that of KL(π‖p), without bias and whatever Z is: sample for sample it
-    is that of `fjax.fdpg` with reverse KL on the policy's own samples. The samples must be the policy's own.
+    is that of `fjax.fdpg` with reverse KL on the policy's own samples. Those of another q are weighted with π/q, which is 1
+    for the policy's own; far from them ``importance_ess`` is small, and the gradient noise. Where the R of a row differ by no
+    more than rounding, the gradient is exactly 0.
 
     Args:
-        log_prob_fn: the policy, ``(params, tokens, where) -> log π``.
+        log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence.
         optimizer: any optax transformation.
         log_z: how log Z is tracked, for the figures of `StepInfo` alone.
         microbatch_size: see `fjax.fdpg`.
-        num_contexts: see `fjax.fdpg`; baselines are of one context each.
+        num_contexts: see `fjax.fdpg`; baselines are of one row each.
 
     Raises:
-        ValueError: if ``microbatch_size`` is below 1; at trace time for a single sample.
+        ValueError: as of `fjax.fdpg`.
 
     >>> from fjax import enumeration
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
@@ -62,25 +79,21 @@ def rloo(
 
     Source: Ahmadian et al. 2024 (arXiv 2402.14740), section 3; Korbak et al. 2022 (arXiv 2205.11275) for P.
     """
-    check_microbatch_size(microbatch_size)
+    check_options(optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts)
+    log_prob_fn = as_log_probs(log_prob_fn)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
-        z_state, scores = update_log_z(log_z, state.log_z, rollout)
-        log_score = rollout.log_score.reshape(scores.log_q.shape)
+        rollout = checked_rollout(rollout, num_contexts)
+        z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
 
         def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
-            def loss(log_pi):
-                by_context = log_pi.reshape(log_score.shape)
-                rewards = log_score - jax.lax.stop_gradient(by_context)
-                return jax.vmap(policy_gradients.rloo)(by_context, rewards).mean()
+            return -_advantages(log_pi, rollout).ravel() / log_pi.size
 
-            return jax.grad(loss)(log_pi)
-
-        log_pi, weights, grads = pull_back(log_prob_fn, state.params, rollout, weigh, microbatch_size)
+        log_pi, weights, grads = pull_back(log_prob_fn, state.params, rollout.tokens, rollout.where, weigh, microbatch_size)
         info = describe(log_pi, scores, weights, grads, divergence=reverse_kl())
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(lambda params: first_state(params, optimizer, log_z, num_contexts), update)
+    return Tuner(lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update)
 
 
 def ppo(
@@ -89,27 +102,30 @@ def ppo(
     *,
     epochs: int = 2,
     minibatches: int = 4,
-    clip: tuple[float, float] = (0.2, 0.2),
+    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.2, 0.2),
     log_z: RunningLogMean = running_log_mean(),
+    microbatch_size: int | None = None,
     num_contexts: int | None = None,
 ) -> Tuner:
     """PPO without a critic: ``epochs`` passes over the samples in minibatches, with `fjax.policy_gradients.ppo_clip` a token.
 
-    The advantage of all tokens of a sample is R_i - B_i, R = log P - log π with the KL penalty in it, B the mean of the other
-    samples, divided by the standard deviation of the batch. The first gradient of an update is that of KL(π‖p) in
-    direction; the later ones, at ratios other than 1, are of no fixed objective: that is the trust region.
+    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo`, divided by the standard deviation of the batch,
+    π being the policy before the update; the ratios that are clipped are those to this policy. The first gradient of an
+    update is that of KL(π‖p) in direction; the later ones, at ratios other than 1, are of no fixed objective: that is the
+    trust region. Where the R of each row differ by no more than rounding, nothing moves.
 
     Args:
-        token_log_prob_fn: the policy, `fjax.log_probs.make_token_log_prob_fn`.
+        token_log_prob_fn: the policy, one number a token; see `fjax.log_probs.make_token_log_prob_fn`.
         optimizer: any optax transformation; it is called ``epochs · minibatches`` times an update.
         epochs: passes over the samples.
         minibatches: of a pass; they must divide the number of samples.
         clip: (ε, ε'), see `fjax.policy_gradients.ppo_clip`.
         log_z: how log Z is tracked, for the figures of `StepInfo` alone.
-        num_contexts: see `fjax.fdpg`; baselines are of one context each.
+        microbatch_size: samples of a minibatch that go through the policy at once, see `fjax.fdpg`.
+        num_contexts: see `fjax.fdpg`; baselines are of one row each.
 
     Raises:
-        ValueError: for epochs or minibatches below 1; at trace time, if the samples cannot be divided.
+        ValueError: as of `fjax.fdpg`; at trace time, if the samples cannot be divided into minibatches.
 
     >>> from fjax import enumeration, log_probs
     >>> uniform = lambda params, tokens, where=None, *, start=0: params[tokens[:, start:]]
@@ -123,47 +139,61 @@ def ppo(
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ahmadian et al. 2024 for the baseline in place of a critic.
     """
-    if epochs < 1 or minibatches < 1:
-        raise ValueError(f"epochs and minibatches must be at least 1, got {epochs} and {minibatches}.")
+    check_options(optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts)
+    check_counts(epochs=epochs, minibatches=minibatches)
+    token_log_prob_fn = as_log_probs(token_log_prob_fn, of_tokens=True)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
-        z_state, scores = update_log_z(log_z, state.log_z, rollout)
-        tokens, where = (x.reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where))
-        old = token_log_prob_fn(state.params, tokens, where)
+        rollout = checked_rollout(rollout, num_contexts)
+        z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
+        tokens, where = (together(x).reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where))
+        old = score(token_log_prob_fn, state.params, tokens, where, microbatch_size)
         log_pi = old.sum(-1)
-        shape = scores.log_q.shape
-        advantages = _advantages(log_pi.reshape(shape), rollout.log_score.reshape(shape)).ravel()
+        advantages = _advantages(log_pi, rollout).ravel()
+        advantages = advantages / (jnp.std(advantages) + 1e-6)
 
-        def loss(params: Params, rows: Int[Array, "B"]):
-            new, counted = token_log_prob_fn(params, tokens[rows], where[rows]), where[rows]
-            gain = jnp.where(counted, advantages[rows, None], 0.0)
-            moved = jnp.abs(new - old[rows]) > jnp.log1p(clip[1])
-            clipped = jnp.mean(moved, where=counted)
-            return policy_gradients.ppo_clip(new, old[rows], gain, clip=clip).sum(-1).mean(), clipped
+        def one_minibatch(state: TrainState, rows: Int[Array, "B"]):
+            counted = where[rows]
 
-        rows = _minibatches(state.step, log_pi.shape[0], epochs, minibatches)
-        moved, (norms, clipped, finite) = jax.lax.scan(partial(_one_minibatch, loss, optimizer), state, rows)
-        finite = finite.all() & jnp.isfinite(advantages).all()
+            def loss(new: Float[Array, "B T"]) -> Float[Array, ""]:
+                gain = jnp.where(counted, advantages[rows, None], 0.0)
+                return policy_gradients.ppo_clip(new, old[rows], gain, clip=clip).sum(-1).mean()
+
+            new, _, grads = pull_back(token_log_prob_fn, state.params, tokens[rows], counted, jax.grad(loss), microbatch_size)
+            ratio, grad_norm = jnp.exp(new - old[rows]), norm(grads)
+            outside = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])) & counted
+            moved = advance(state, grads, optimizer, finite=jnp.isfinite(grad_norm), log_z=state.log_z)
+            return moved, (grad_norm, outside.sum(), counted.sum())
+
+        rows = _minibatches(state.step, log_pi.size, epochs, minibatches)
+        moved, (norms, outside, counted) = jax.lax.scan(one_minibatch, state, rows)
         info = describe(log_pi, scores, -advantages / advantages.size, {}, divergence=reverse_kl())
-        info = info._replace(grad_norm=norms.mean(), clipped_fraction=clipped.mean(), finite=finite)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved._replace(log_z=z_state), state)
+        info = info._replace(
+            grad_norm=norms.mean(),
+            clipped_fraction=outside.sum() / jnp.maximum(counted.sum(), 1),
+            finite=info.finite & jnp.isfinite(norms).all(),
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), moved._replace(log_z=z_state), state)
         return kept._replace(step=state.step + 1), info
 
-    return Tuner(lambda params: first_state(params, optimizer, log_z, num_contexts), update)
+    return Tuner(lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update)
 
 
-def _one_minibatch(loss, optimizer, state, rows):
-    (_, clipped), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm)
-    return advance(state, grads, optimizer, finite=finite, log_z=state.log_z), (norm, clipped, finite)
+def _advantages(log_pi: Float[Array, "M"], rollout: Rollout) -> Float[Array, "C N"]:
+    """π/q · (R - B): R = log P - log π, stopped, and B the mean of the row's others."""
+    log_pi = jax.lax.stop_gradient(log_pi).reshape(rollout.log_q.shape)
+    rewards = jax.vmap(_rewards)(log_pi, rollout.log_score)
+    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata)(rewards))(rewards, rollout.strata)
+    return (rewards - others) * jnp.exp(log_pi - rollout.log_q)
 
 
-def _advantages(log_pi: Float[Array, "C N"], log_score: Float[Array, "C N"]) -> Float[Array, "C N"]:
-    """R minus the mean of the context's others, in units of the spread over all."""
+def _rewards(log_pi: Float[Array, "N"], log_score: Float[Array, "N"]) -> Float[Array, "N"]:
+    """Log P - log π, all the same where they differ by no more than rounding, which would else be scaled to full size."""
     rewards = log_score - log_pi
-    centred = rewards - jax.vmap(leave_one_out)(rewards)
-    return centred / (jnp.std(centred) + 1e-6)
+    largest = jnp.maximum(abs(log_score), abs(log_pi)).max()
+    rounding = _ROUNDINGS * jnp.finfo(rewards.dtype).eps * largest
+    alike = jnp.isfinite(largest) & (rewards.max() - rewards.min() <= rounding)
+    return jnp.where(alike, rewards[0], rewards)
 
 
 def _minibatches(step: Int[Array, ""], samples: int, epochs: int, minibatches: int) -> Int[Array, "M B"]:

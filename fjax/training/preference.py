@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fjax._checks import as_mask, same_shape
 from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
-from fjax.training._update import check_microbatch_size, pull_back
-from fjax.training.rollout import Rollout
-from fjax.training.state import TrainState, advance
+from fjax.training._update import as_log_probs, check_options, norm, pull_back
+from fjax.training.rollout import checked_tokens, together
+from fjax.training.state import TrainState, advance, first_state
 
 PairLoss = Callable[[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]], Float[Array, "N"]]
 """(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a) -> one loss a pair."""
@@ -52,7 +53,9 @@ class PairInfo(NamedTuple):
         chosen_log_ratio: mean log π/a of the chosen answers. DPO often lowers it, and the rejected one's further.
         rejected_log_ratio: mean log π/a of the rejected answers.
         grad_norm: of the whole gradient, before the optimiser.
-        finite: False if the loss or its gradient was not. Then the update left everything but ``step`` as it was.
+        finite: False if the loss or its gradient was not. Then the update left everything but ``step`` as it was. Usual
+            reasons: a log_a of -inf or NaN; ``where`` that counts a column which nothing predicts, such as column 0 of a
+            language model, for log π is NaN then (`fjax.make_log_prob_fn`).
     """
 
     loss: Float[Array, ""]
@@ -98,7 +101,7 @@ def preference_tuner(
         The `PairTuner`. The ``log_z`` of its states is empty; ``update`` leaves whatever is there as it is.
 
     Raises:
-        ValueError: if ``microbatch_size`` is below 1.
+        ValueError: for options that are not what they should be; at trace time for pairs whose shapes do not belong together.
 
     >>> from functools import partial
     >>> from fjax import enumeration, preferences
@@ -114,38 +117,55 @@ def preference_tuner(
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
     """
-    check_microbatch_size(microbatch_size)
+    check_options(optimizer=optimizer, microbatch_size=microbatch_size)
+    log_prob_fn = as_log_probs(log_prob_fn)
 
     def init(params: Params) -> TrainState:
-        # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model.
-        params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), log_z=())
+        return first_state(params, optimizer)
 
     def update(state: TrainState, pairs: PairBatch) -> tuple[TrainState, PairInfo]:
+        pairs = _checked(pairs)
+
         def mean_loss(log_pi: Float[Array, "M"]) -> Float[Array, ""]:
             chosen_log_pi, rejected_log_pi = jnp.split(log_pi, 2)
             return loss(chosen_log_pi, rejected_log_pi, pairs.chosen_log_a, pairs.rejected_log_a).mean()
 
-        # The gradient by log π, pulled back: one pass through the policy for both answers of all pairs.
-        log_pi, _, grads = pull_back(log_prob_fn, state.params, _rows(pairs), jax.grad(mean_loss), microbatch_size)
+        # All chosen answers, then all rejected ones: one pass through the policy for both answers of all pairs.
+        tokens = jnp.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
+        where = jnp.concatenate([pairs.chosen_where, pairs.rejected_where])
+        # The gradient by log π, pulled back.
+        log_pi, _, grads = pull_back(log_prob_fn, state.params, tokens, where, jax.grad(mean_loss), microbatch_size)
         info = _describe(log_pi, pairs, mean_loss(log_pi), grads)
         return advance(state, grads, optimizer, finite=info.finite, log_z=state.log_z), info
 
     return PairTuner(init, update)
 
 
-def _rows(pairs: PairBatch) -> Rollout:
-    """All chosen answers, then all rejected ones, as samples of the base model."""
-    tokens = jnp.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
-    where = jnp.concatenate([pairs.chosen_where, pairs.rejected_where])
-    log_a = jnp.concatenate([pairs.chosen_log_a, pairs.rejected_log_a])
-    return Rollout(tokens, where, log_q=log_a, log_score=log_a)
+def _checked(pairs: PairBatch) -> PairBatch:
+    """The same as arrays of JAX, the numbers in float32 at least."""
+    chosen, rejected = (checked_tokens(getattr(pairs, name), name=name) for name in ("chosen_tokens", "rejected_tokens"))
+    shapes = {name: jnp.shape(x) for name, x in pairs._asdict().items()}
+    n_t = shapes["chosen_tokens"]
+    if len(n_t) != 2 or 0 in n_t or any(shape != (n_t[:1] if "log_a" in name else n_t) for name, shape in shapes.items()):
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(
+            "A PairBatch has tokens and where of shape [N, T], chosen and rejected ones padded to the same T, and log_a of "
+            f"shape [N], N being at least 1. Got {given}."
+        )
+    log_as = same_shape(chosen_log_a=pairs.chosen_log_a, rejected_log_a=pairs.rejected_log_a)
+    return PairBatch(
+        chosen,
+        as_mask(pairs.chosen_where, chosen, name="chosen_where"),
+        rejected,
+        as_mask(pairs.rejected_where, rejected, name="rejected_where"),
+        *map(together, log_as),
+    )
 
 
 def _describe(log_pi: Float[Array, "M"], pairs: PairBatch, loss: Float[Array, ""], grads: Params) -> PairInfo:
     chosen_log_pi, rejected_log_pi = jnp.split(log_pi, 2)
     chosen, rejected = chosen_log_pi - pairs.chosen_log_a, rejected_log_pi - pairs.rejected_log_a
-    margins, grad_norm = chosen - rejected, optax.tree.norm(grads)
+    margins, grad_norm = chosen - rejected, norm(grads)
     return PairInfo(
         loss=loss,
         accuracy=jnp.mean(margins > 0, dtype=margins.dtype),

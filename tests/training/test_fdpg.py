@@ -1,6 +1,7 @@
 """The tuner's gradient is the exact one, whole or in parts; and nothing is lost when a batch says nothing or too much."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from fjax import enumeration, forward_kl, jensen_shannon, reverse_kl, surrogates
-from fjax.training import Rollout, fdpg
-from tests.cases import each, each_target, refused, world
+from fjax import enumeration, forward_kl, jensen_shannon, reverse_kl, surrogates, total_variation
+from fjax.estimators import Estimate, RunningLogMean, log_mixture
+from fjax.training import Rollout, fdpg, rloo
+from tests.cases import CASES, each, each_target, name, refused, world
 
 DESCENT = optax.sgd(1.0)
 
@@ -162,6 +164,90 @@ def test_training_reaches_the_target(case, x64):
     assert info.divergence.value[0] > 0.01
     assert abs(info.divergence.value[-1]) < 0.02 * info.divergence.value[0]
     np.testing.assert_allclose(small.log_prob_fn(state.params, *small.space), small.log_p, atol=2e-2)
+
+
+def known_z():
+    """log Z = 0, for log_score = log p: what is left is the gradient's own bias."""
+    zero = jnp.zeros(())
+    return RunningLogMean(lambda: zero, lambda state, _: state, lambda state: Estimate(state, zero, zero))
+
+
+def expected_step(n, m, divergence, *, hard, with_strata, make=fdpg):
+    """The tuner's mean gradient over every batch of n samples of the policy and m of a base model, and the exact one."""
+    space = enumeration.sequences(3, 1, eos_id=0)
+    log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 1)
+    params = jnp.array([[0.5, -0.2, 0.1]])
+    log_pi, log_a = log_prob_fn(params, *space), jnp.log(jnp.array([0.2, 0.1, 0.7]))
+    log_p = jnp.log(jnp.array([0.0 if hard else 0.3, 0.5, 0.5 if hard else 0.2]))
+    rows = jnp.asarray(list(itertools.product(range(3), repeat=n + m)))
+    strata = jnp.array([0] * n + [1] * m)
+    weights = jnp.exp(jnp.where(strata == 0, log_pi[rows], log_a[rows]).sum(1))
+    log_q = log_mixture(log_pi, log_a, base_fraction=m / (n + m))
+    options = {} if divergence is None else {"divergence": divergence}
+    tuner = make(log_prob_fn, DESCENT, log_z=known_z(), **options)
+
+    def gradient(rows):
+        batch = Rollout(space.tokens[rows], space.where[rows], log_q[rows], log_p[rows], None, strata if with_strata else None)
+        return params - tuner.update(tuner.init(params), batch)[0].params
+
+    # Not compiled: many divergences, each used once.
+    exact = enumeration.exact_gradient(log_prob_fn, params, space, log_p, divergence=divergence or reverse_kl())
+    return jnp.tensordot(weights, jax.vmap(gradient)(rows), 1), exact
+
+
+PAPER = [case for case in CASES[:4] if case.allows_zeros]
+BATCHES = [(2, 2, case) for case in CASES] + [(n, m, case) for n, m in [(2, 1), (4, 1)] for case in PAPER]
+
+
+@pytest.mark.parametrize(("n", "m", "case"), BATCHES, ids=[f"{n}-{m}-{name(case)}" for n, m, case in BATCHES])
+def test_the_expected_step_on_a_stratified_batch_is_exact(n, m, case, x64):
+    """n samples of the policy and m of the base model, always so many: what a run with a defensive share has in each batch."""
+    found, exact = expected_step(n, m, case.divergence, hard=case.allows_zeros, with_strata=True)
+    assert abs(exact).max() > 1e-3
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [total_variation, jensen_shannon])
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (4, 1), (2, 2)])
+def test_without_strata_it_is_biased(n, m, make, x64):
+    found, exact = expected_step(n, m, make(), hard=True, with_strata=False)
+    assert abs(found - exact).max() > 1e-3 * abs(exact).max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 0), (2, 1), (2, 2)])
+def test_the_expected_rloo_step_is_exact_whatever_the_samples_are_from(n, m, x64):
+    found, exact = expected_step(n, m, None, hard=False, with_strata=True, make=rloo)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
+
+
+def test_the_figures_of_a_step_by_hand(x64):
+    """Each against its formula in NumPy, on four samples off-policy, one of them ruled out."""
+    small, divergence, clip = world(), jensen_shannon(), (-0.5, 0.3)
+    rows = np.array([1, 3, 4, 6])
+    log_q, log_score = np.log([0.1, 0.3, 0.2, 0.25]), np.append(np.log([0.2, 0.05, 0.5]), -np.inf)
+    rollout = Rollout(*(x[rows] for x in small.space), jnp.asarray(log_q), jnp.asarray(log_score))
+    _, info = gradient(fdpg(small.log_prob_fn, DESCENT, divergence=divergence, clip=clip), small.params, rollout)
+    log_pi = np.asarray(small.log_pi)[rows]
+    ratio = np.exp(log_score - log_q)  # P/q
+    z, rho = ratio.mean(), np.exp(log_pi - log_q)
+    np.testing.assert_allclose(info.log_z.value, np.log(z))
+    np.testing.assert_allclose(info.log_z.std_error, ratio.std(ddof=1) / 2 / z)
+    np.testing.assert_allclose(info.log_z.ess, ratio.sum() ** 2 / (ratio**2).sum())
+    np.testing.assert_allclose(info.importance_ess, rho.sum() ** 2 / (rho**2).sum())
+    t = np.exp(log_pi) / np.maximum(np.exp(log_score) / z, 1e-300)
+    free = 0.5 * np.log(2 * t / (1 + t))  # f' of Jensen–Shannon
+    slope = np.clip(free, *clip)
+    np.testing.assert_allclose(info.clipped_fraction, (free != slope).mean())
+    assert 0 < (free < clip[0]).sum() < 4
+    assert 0 < (free > clip[1]).sum() < 4
+    np.testing.assert_allclose(info.reward_mean, -slope.mean())
+    np.testing.assert_allclose(info.reward_std, slope.std())
+    terms = rho * 0.5 * (np.log(2 * t / (1 + t)) + np.log(2 / (1 + t)) / t)  # (π/q) f(t)/t
+    np.testing.assert_allclose(info.divergence.value, terms.mean())
+    np.testing.assert_allclose(info.divergence.std_error, terms.std(ddof=1) / 2)
+    weights = rho * slope
+    weights = (weights - rho * (weights.sum() - weights) / 3) / 4
+    np.testing.assert_allclose(info.loss, (weights * log_pi).sum())
 
 
 def test_misuse_is_refused():

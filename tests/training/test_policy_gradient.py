@@ -1,5 +1,7 @@
 """RLOO and PPO with the KL penalty in the reward: the gradient of reverse KL, exactly, and a trust region around it."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 from fjax import enumeration, leave_one_out, policy_gradients, reverse_kl, surrogate_loss
 from fjax.training import Rollout, fdpg, ppo, rloo
+from fjax.training.policy_gradient import _minibatches
 from tests.cases import refused, world
 
 DESCENT = optax.sgd(1.0)
@@ -86,6 +89,137 @@ def test_the_first_ppo_step_has_the_direction_of_rloo(x64):
     np.testing.assert_allclose(cosine, 1, atol=1e-10)
     np.testing.assert_allclose(info.grad_norm, optax.tree.norm(moved), atol=1e-12)
     assert info.clipped_fraction == 0
+    # In size, too: in units of the spread of R - B.
+    rewards = rollout.log_score - log_pi
+    spread = jnp.std(rewards - leave_one_out(rewards))
+    np.testing.assert_allclose(moved * spread, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_samples_of_another_distribution_are_weighted(name, x64):
+    """By the sum over the whole space, as if drawn uniformly: π/q·(R - B)∇log π."""
+    small = world()
+    rollout = Rollout(*small.space, jnp.full(7, -np.log(7)), small.log_p + 0.7)
+    tuner = rloo(small.log_prob_fn, DESCENT) if name == "rloo" else ppo(token_log_prob_fn, DESCENT, epochs=1, minibatches=1)
+    moved, info = step(tuner, small.params, rollout)
+    advantages = (small.log_p - small.log_pi) - leave_one_out(small.log_p - small.log_pi)
+    weights = -jnp.exp(small.log_pi) * advantages
+    expected = jax.grad(lambda params: (weights * small.log_prob_fn(params, *small.space)).sum())(small.params)
+    scale = 1.0 if name == "rloo" else jnp.std(7 * weights)
+    np.testing.assert_allclose(moved * scale, expected, atol=1e-5)
+    np.testing.assert_allclose(info.importance_ess, 1 / jnp.sum(jnp.exp(2 * small.log_pi)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+@pytest.mark.parametrize("num_contexts", [None, 2])
+def test_equal_rewards_move_nothing(name, num_contexts):
+    """Adam would make full-size steps of rounding noise. R = 0.1 for all, but for rounding."""
+    small = world()
+    rollout = samples(small)
+    rollout = rollout._replace(log_score=rollout.log_q + 0.1)
+    assert len(np.unique(rollout.log_score - rollout.log_q)) > 1
+    optimizer = optax.adam(0.1)
+    make = functools.partial(rloo, small.log_prob_fn) if name == "rloo" else functools.partial(ppo, token_log_prob_fn)
+    tuner = make(optimizer, num_contexts=num_contexts)
+    if num_contexts:
+        rollout = jax.tree.map(lambda x: x.reshape(2, 32, *x.shape[1:]), rollout)
+        rollout = rollout._replace(contexts=jnp.arange(2), log_score=rollout.log_score + jnp.array([[0.0], [5.0]]))
+    moved, info = step(tuner, small.params, rollout)
+    assert info.finite
+    np.testing.assert_array_equal(moved, 0)
+    # A real difference, be it of a thousandth, is seen.
+    more = 1e-3 * (rollout.tokens == 1).any(-1)
+    moved, _ = step(tuner, small.params, rollout._replace(log_score=rollout.log_score + more))
+    assert abs(moved).max() > 0.01
+
+
+def by_hand(deltas):
+    """A table of log-probabilities, one a token, whatever the prefix; and an "optimiser" that adds a constant each time."""
+    change = optax.GradientTransformation(lambda params: (), lambda grads, state, params=None: (jnp.asarray(deltas), state))
+    return lambda params, tokens, where: jnp.where(where, params[tokens], 0.0), change
+
+
+@pytest.mark.parametrize(
+    ("clip", "outside"), [((0.2, 0.2), {0, 1}), ((0.1, 0.4), {1}), ((0.4, 0.1), {0}), ((0.4, 0.4), set()), ((2.0, 9.0), set())]
+)
+def test_the_clipped_fraction_counts_tokens_beyond_either_bound(clip, outside):
+    """Token 0 becomes 1.35 times as probable, token 1 0.74 times, token 2 stays; seen by the second pass over the samples."""
+    function, change = by_hand([0.3, -0.3, 0.01])
+    tokens = jnp.array([[0, 0, 1, 2], [2, 1, 0, 0], [2, 2, 2, 1], [1, 0, 0, 0]])
+    where = jnp.array([[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool)
+    rollout = Rollout(tokens, where, jnp.zeros(4), jnp.array([0.0, 1.0, 2.0, 4.0]))
+    _, info = step(ppo(function, change, epochs=2, minibatches=1, clip=clip), jnp.zeros(3), rollout)
+    second = np.isin(tokens, list(outside)) & np.asarray(where)
+    np.testing.assert_allclose(info.clipped_fraction, second.sum() / where.sum() / 2, rtol=1e-6)
+
+
+def test_a_batch_without_tokens_has_no_clipped_fraction_of_nan():
+    function, change = by_hand([0.0, 0.0, 0.0])
+    rollout = Rollout(jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2), bool), jnp.zeros(2), jnp.array([0.0, 1.0]))
+    _, info = step(ppo(function, change, minibatches=1), jnp.zeros(3), rollout)
+    assert info.clipped_fraction == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 100])
+def test_ppo_in_micro_batches_is_the_same(size, x64):
+    """Four minibatches of 16 samples, two passes over them."""
+    small = world()
+    (whole, info), (parts, info_of_parts) = (
+        step(ppo(token_log_prob_fn, optax.adam(0.1), microbatch_size=x), small.params, samples(small)) for x in (None, size)
+    )
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), info_of_parts, info)
+
+
+def test_ppo_never_holds_more_samples_than_a_micro_batch():
+    sizes = set()
+
+    def spy(params, tokens, where):
+        sizes.add(tokens.shape[0])
+        return token_log_prob_fn(params, tokens, where)
+
+    tuner = ppo(spy, DESCENT, microbatch_size=8)
+    jax.eval_shape(tuner.update, tuner.init(world().params), samples(world()))
+    assert sizes == {8}
+
+
+def test_minibatches_are_shuffled_anew_each_epoch_and_each_step():
+    """Every sample once an epoch, in another order each time; the same again for the same step, as after a resume."""
+    epochs = [np.asarray(_minibatches(jnp.array(s), 12, 2, 3)).reshape(2, 12) for s in (0, 1, 0)]
+    orders = [tuple(order) for order in np.concatenate(epochs[:2])] + [tuple(range(12))]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(orders)) == 5
+    np.testing.assert_array_equal(epochs[0], epochs[2])
+    assert _minibatches(jnp.array(0), 12, 2, 3).shape == (6, 4)
+
+
+def test_the_bounds_of_ppo_may_be_annealed():
+    """A traced clip: one program for all of them, and the same step as with numbers."""
+    small = world()
+
+    @jax.jit
+    def moved(low, high):
+        tuner = ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=(low, high))
+        return tuner.update(tuner.init(small.params), samples(small))[0].params
+
+    for clip in ((0.05, 0.1), (0.3, 0.2)):
+        expected = step(ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=clip), small.params, samples(small))[0]
+        np.testing.assert_allclose(small.params - moved(*clip), expected, atol=1e-6)
+    assert moved._cache_size() == 1
+
+
+@pytest.mark.parametrize("rubbish", [jnp.nan, -jnp.inf, 1e30])
+def test_what_stands_at_tokens_not_counted_does_not_matter_to_ppo(rubbish):
+    small = world()
+
+    def careless(params, tokens, where):
+        return jnp.where(where, token_log_prob_fn(params, tokens, where), rubbish)
+
+    (moved, info), (expected, _) = (
+        step(ppo(function, DESCENT, minibatches=2), small.params, samples(small)) for function in (careless, token_log_prob_fn)
+    )
+    assert info.finite
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 
 def test_ppo_stays_in_its_trust_region(x64):
@@ -151,7 +285,7 @@ def test_no_recompilation():
 
 def test_misuse_is_refused():
     small = world()
-    with refused("epochs and minibatches must be at least 1, got 0 and 4"):
+    with refused("epochs must be at least 1, a whole number; got 0"):
         ppo(token_log_prob_fn, DESCENT, epochs=0)
     with refused("64 samples cannot be divided into 5 minibatches"):
         tuner = ppo(token_log_prob_fn, DESCENT, minibatches=5)
