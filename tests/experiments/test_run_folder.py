@@ -130,6 +130,20 @@ def test_a_folder_in_use_on_another_host_is_refused(tmp_path):
     assert not (folder / "lock").exists()
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+
+    def killed(self, _):
+        assert self.read_text() == '{"word": "é"}'
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _run_folder.write_text(path, '{"word": "é"}')
+    assert path.read_text() == "{}"
+
+
 def test_a_comparison_in_use_is_refused(tmp_path):
     """Before it writes anything: two at once would start each other's runs."""
     folder = tmp_path / "comparison"

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +143,23 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path, there, message):
         with pytest.raises(ValueError, match="The last line of"):
             JsonlLogger(path)
     assert path.read_bytes() == there
+
+
+def test_a_kill_before_the_last_moment_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    """The new content is whole on disk before it takes the name."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    written = []
+
+    def killed(self, _):
+        written.append(self.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlLogger(path, after_step=1)
+    assert written == ['{"step": 1}\n']
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_step_that_is_no_number_is_named(tmp_path):
