@@ -116,7 +116,9 @@ def test_equal_rewards_move_nothing(name, num_contexts):
     """Adam would make full-size steps of rounding noise. R = 0.1 for all, but for rounding."""
     small = world()
     rollout = samples(small)
-    rollout = rollout._replace(log_score=rollout.log_q + 0.1)
+    # Two sums of the same tokens, in another order, differ by some units in the last place.
+    units = 4 * jnp.finfo(jnp.float32).eps * jax.random.rademacher(jax.random.key(1), (64,), jnp.float32)
+    rollout = rollout._replace(log_score=rollout.log_q * (1 + units) + 0.1)
     assert len(np.unique(rollout.log_score - rollout.log_q)) > 1
     optimizer = optax.adam(0.1)
     make = functools.partial(rloo, small.log_prob_fn) if name == "rloo" else functools.partial(ppo, token_log_prob_fn)
@@ -151,6 +153,40 @@ def test_the_clipped_fraction_counts_tokens_beyond_either_bound(clip, outside):
     _, info = step(ppo(function, change, epochs=2, minibatches=1, clip=clip), jnp.zeros(3), rollout)
     second = np.isin(tokens, list(outside)) & np.asarray(where)
     np.testing.assert_allclose(info.clipped_fraction, second.sum() / where.sum() / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [(0.05, 0.6), (0.6, 0.05), (0.2, 0.2)])
+def test_the_second_pass_is_clipped_at_its_own_bounds(clip, x64):
+    """Below by ε, above by ε', as the formula written out says; at these steps some ratios are beyond either."""
+    small = world()
+    rollout = samples(small)
+    tuner = ppo(token_log_prob_fn, optax.sgd(2.0), epochs=2, minibatches=1, clip=clip)
+    moved, info = step(tuner, small.params, rollout)
+    assert info.clipped_fraction > 0
+    old = token_log_prob_fn(small.params, rollout.tokens, rollout.where)
+    rewards = rollout.log_score - old.sum(1)
+    advantages = rewards - leave_one_out(rewards)
+    advantages = (advantages / (jnp.std(advantages) + 1e-6))[:, None]
+
+    def loss(params):
+        ratio = jnp.exp(token_log_prob_fn(params, rollout.tokens, rollout.where) - old)
+        bounded = jnp.clip(ratio, 1 - clip[0], 1 + clip[1])
+        gain = jnp.where(rollout.where, jnp.minimum(ratio * advantages, bounded * advantages), 0.0)
+        return -gain.sum(1).mean()
+
+    params = small.params - 2 * jax.grad(loss)(small.params)
+    expected = small.params - (params - 2 * jax.grad(loss)(params))
+    np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-10)
+
+
+def test_a_later_gradient_that_is_not_finite_takes_the_whole_update_back():
+    """The first minibatch moves the parameter to 0, where the slope of its square root is infinite."""
+    _, change = by_hand([-1.0, -1.0, -1.0])
+    rollout = Rollout(jnp.array([[0], [1]]), jnp.ones((2, 1), bool), jnp.zeros(2), jnp.array([0.0, 1.0]))
+    tuner = ppo(lambda params, tokens, where: jnp.sqrt(params)[tokens], change, epochs=2, minibatches=1)
+    moved, info = step(tuner, jnp.ones(3), rollout)
+    assert not info.finite
+    np.testing.assert_array_equal(moved, 0)
 
 
 def test_a_batch_without_tokens_has_no_clipped_fraction_of_nan():

@@ -225,6 +225,19 @@ def test_float32_in_64_bit_mode_and_the_state_keeps_its_dtypes(name, size, dtype
 
 
 @each_tuner
+def test_an_optimizer_that_answers_in_another_dtype_does_not_change_the_state(name):
+    """Its state of bfloat16 comes back in float32, as a schedule's does in 64-bit mode."""
+
+    def update(grads, state, params=None):
+        return grads, jax.tree.map(lambda s, g: s.astype(jnp.float32) + g, state, grads)
+
+    tuner = make(name, optimizer=optax.GradientTransformation(lambda p: p.astype(jnp.bfloat16), update))
+    state = tuner.init(world().params)
+    after = jax.eval_shape(tuner.update, state, batch_for(name))[0]
+    assert after.opt_state.dtype == jnp.bfloat16
+
+
+@each_tuner
 def test_weak_types_do_not_change_from_step_to_step(name):
     params = 0.1 + jnp.full((4, 3), jnp.asarray(1.0))
     tuner = make(name)
