@@ -1,5 +1,6 @@
 """Products and means that stay finite where the formula does, in log space."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from fjax._typing import Array, Bool, Float
 
 ArrayOrNone = TypeVar("ArrayOrNone", bound=Array | None)
+
+_HALVINGS = 14
 
 
 def times_exp(x: Float[Array, "*n"], s: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -30,6 +33,33 @@ def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Arr
     zero = (x == 0) | jnp.isneginf(log_weight)
     size = jnp.log(jnp.abs(jnp.where(zero, 1.0, x))) + jnp.where(zero, 0.0, log_weight)
     return jnp.where(zero, 0.0, jnp.sign(x) * jnp.exp(size))
+
+
+def continued(
+    function: Callable[[Float[Array, "*m"]], Float[Array, "*m"]], log_t: Float[Array, "*n"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """An elementwise function of t as x · exp(s), (x, s): finite for finite log_t, where the function itself overflows.
+
+    What grows beyond the floats has become a power of t long before, to any precision, and is continued as that power from
+    halfway there. So its product with a weight is infinite only where it is. To be differentiated.
+    """
+    stopped = jax.lax.stop_gradient(log_t)
+    shares = 0.5 ** jnp.arange(1, _HALVINGS + 1, dtype=log_t.dtype).reshape(-1, *[1] * log_t.ndim)
+    beyond = jnp.isinf(function(stopped)) & jnp.isfinite(stopped)
+    on_the_way = shares * jnp.where(beyond, stopped, 1.0)[None]
+    known = jnp.isfinite(function(on_the_way))
+    beyond &= known.any(axis=0)
+    near = jnp.sign(stopped) * jnp.where(known, jnp.abs(on_the_way), 0.0).max(axis=0)
+    near = jax.lax.stop_gradient(jnp.where(beyond, near, 1.0))
+    inside, slope = jax.jvp(function, (near,), (jnp.ones_like(near),))
+    power = jax.lax.stop_gradient(jnp.where(beyond, slope / jnp.where(beyond, inside, 1.0), 0.0))
+    # Double `where`: an infinite slope must not meet the 0 that selection sends back.
+    return function(jnp.where(beyond, near, log_t)), power * jnp.where(beyond, log_t - near, 0.0)
+
+
+def in_range(x: Float[Array, "*n"]) -> Bool[Array, "*n"]:
+    """Whether an entry has all its digits: neither has it overflowed nor, as 0 has, underflowed."""
+    return jnp.isfinite(x) & (jnp.abs(x) >= jnp.finfo(x.dtype).tiny)
 
 
 def count(x: Float[Array, "N"], where: Bool[Array, "N"] | None) -> Float[Array, ""]:

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from fjax._checks import as_mask, float_dtype, is_concrete, made, one_axis, one_number, same_shape
-from fjax._numerics import count, ess_from_logs, ess_of, gather, keep, mean_and_error, weighted
+from fjax._numerics import (
+    continued,
+    count,
+    ess_of,
+    gather,
+    in_range,
+    keep,
+    mean_and_error,
+    weighted,
+)
 from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
 from fjax.surrogates import score_weights
@@ -328,17 +337,23 @@ def log_mixture(
 
 
 class LogMean(NamedTuple):
-    """A mean of exp(log_weights) over everything seen so far, kept as logarithms.
+    """A mean of exp(log_weights) over everything seen so far: sums in units of the largest weight, which is kept as its log.
 
     Attributes:
-        log_sum: log Σ w.
-        log_sum_sq: log Σ w², for the standard error and the effective sample size.
-        count: how many weights there were.
+        largest: the largest log weight; -inf before the first that is not 0.
+        sums: Σ w/w_max; Σ (w/w_max)², for the standard error and the effective sample size; how many there were.
+        lost: what rounding has kept out of each sum, to go in with the next weights: in float32 too, the millionth batch
+            counts as the first did.
     """
 
-    log_sum: Float[Array, ""]
-    log_sum_sq: Float[Array, ""]
-    count: Float[Array, ""]
+    largest: Float[Array, ""]
+    sums: Float[Array, "3"]
+    lost: Float[Array, "3"]
+
+    @property
+    def count(self) -> Float[Array, ""]:
+        """How many weights there were."""
+        return self.sums[..., 2] + self.lost[..., 2]
 
 
 def init_log_mean(dtype: DTypeLike = float) -> LogMean:
@@ -350,9 +365,8 @@ def init_log_mean(dtype: DTypeLike = float) -> LogMean:
     Source: Go et al. 2023, algorithm 1, in log space.
     """
     dtype = float_dtype(jnp.zeros((), dtype))
-    # Three arrays rather than one used thrice: the state is donated, and a buffer can be given away only
-    # once.
-    return LogMean(jnp.array(-jnp.inf, dtype), jnp.array(-jnp.inf, dtype), jnp.array(0, dtype))
+    # Two arrays of zeros rather than one used twice: the state is donated, and a buffer can be given away only once.
+    return LogMean(jnp.array(-jnp.inf, dtype), jnp.zeros(3, dtype), jnp.zeros(3, dtype))
 
 
 def update_log_mean(
@@ -380,12 +394,14 @@ def update_log_mean(
     # In the dtype of the state, which must not change from step to step: it is donated, and carried through
     # loops.
     where, log_weights = gather(as_mask(where, log_weights), axis_name), gather(log_weights, axis_name)
-    log_weights = keep(log_weights, where, -jnp.inf).astype(state.log_sum.dtype)
-    return LogMean(
-        jnp.logaddexp(state.log_sum, jax.nn.logsumexp(log_weights)),
-        jnp.logaddexp(state.log_sum_sq, jax.nn.logsumexp(2 * log_weights)),
-        state.count + count(log_weights, where),
-    )
+    log_weights = keep(log_weights, where, -jnp.inf).astype(state.largest.dtype)
+    largest = jnp.maximum(state.largest, log_weights.max(initial=-jnp.inf))
+    weights = jnp.exp(log_weights - _unit(largest))
+    batch = jnp.stack([weights.sum(), (weights**2).sum(), count(weights, where)])
+    # Exactly 1 unless there is a new largest weight.
+    change = jnp.exp(state.largest - _unit(largest))
+    change = jnp.stack([change, change**2, jnp.ones_like(change)])
+    return LogMean(largest, *_add(state.sums * change, batch + state.lost * change))
 
 
 def log_mean_estimate(state: LogMean) -> Estimate:
@@ -396,13 +412,26 @@ def log_mean_estimate(state: LogMean) -> Estimate:
 
     Source: delta method; Owen 2013, section 9.1.
     """
-    log_n = jnp.log(state.count)
-    value = jnp.where(state.count > 0, state.log_sum - log_n, -jnp.inf)
+    total, squares, n = state.sums + state.lost
+    some = total != 0  # NaN is for the caller to see
+    value = jnp.where(some, _unit(state.largest) + jnp.log(jnp.where(some, total, 1.0) / n), -jnp.inf)
     # Relative variance of the mean: (mean w² / (mean w)² - 1)/(n - 1), with a floor against rounding.
-    ratio = jnp.exp(state.log_sum_sq - 2 * jnp.where(jnp.isneginf(value), 0.0, value) - log_n)
-    std_error = jnp.sqrt(jnp.maximum(ratio - 1, 0.0) / (state.count - 1))
-    ess = ess_from_logs(state.log_sum, state.log_sum_sq)
-    return Estimate(value, jnp.where(jnp.isneginf(value), jnp.inf, std_error), ess)
+    ess = jnp.where(some, total**2 / jnp.where(some, squares, 1.0), 0.0)
+    std_error = jnp.sqrt(jnp.maximum(n / ess - 1, 0.0) / (n - 1))
+    return Estimate(value, jnp.where(some, std_error, jnp.inf), ess)
+
+
+def _unit(largest):
+    """The logarithm that weights are counted in units of; 0 as long as there is none above 0."""
+    return jnp.where(jnp.isfinite(largest), largest, 0.0)
+
+
+def _add(x, y):
+    """The sum as a float, and what it lacks of the true one (Knuth's two-sum); of an infinite one, nothing."""
+    total = x + y
+    of_y = total - x
+    lost = (x - (total - of_y)) + (y - of_y)
+    return total, jnp.where(jnp.isfinite(total), lost, 0.0)
 
 
 class RunningLogMean(NamedTuple):
@@ -431,23 +460,25 @@ def running_log_mean() -> RunningLogMean:
     return RunningLogMean(init_log_mean, update_log_mean, log_mean_estimate)
 
 
-def _together(axis_name, where, **arrays):
+def _together(axis_name, where, **arrays) -> tuple[Array, Array, Array, Array | None]:
     """Checked, stopped, q = π filled in, and the samples of all devices in one."""
-    log_pi, target, log_q = one_axis(**arrays)
+    log_pi, target, log_q = jax.lax.stop_gradient(one_axis(**arrays))
     where = as_mask(where, log_pi)
-    arrays = (log_pi, target, log_pi if log_q is None else log_q)
-    log_pi, target, log_q = (gather(jax.lax.stop_gradient(x), axis_name) for x in arrays)
+    log_pi, target, log_q = (gather(x, axis_name) for x in (log_pi, target, log_pi if log_q is None else log_q))
     return log_pi, target, log_q, gather(where, axis_name)
 
 
 def _terms(log_pi, log_p, log_q, divergence):
-    """(π/q) f(t)/t for each sample, infinite only where it is."""
+    """(p/q) f(t), which is (π/q) f(t)/t, for each sample: whichever of the two has its digits; infinite only where it is."""
     # Neither has mass: the sample says nothing about D_f (and log_t would be inf - inf).
     nothing = jnp.isneginf(log_pi) & jnp.isneginf(log_p)
     log_t = jnp.where(nothing, 0.0, log_pi - log_p)
-    near = weighted(divergence.generator(jnp.minimum(log_t, 0.0)), log_p - log_q)
-    far = weighted(divergence.integrand(jnp.maximum(log_t, 0.0)), log_pi - log_q)
-    return jnp.where(nothing, 0.0, jnp.where(log_t < 0, near, far))
+    f, f_exponent = continued(divergence.generator, log_t)
+    ratio, ratio_exponent = continued(divergence.integrand, log_t)
+    good_f, good_ratio = in_range(f) & (f_exponent == 0), in_range(ratio) & (ratio_exponent == 0)
+    by_p = jnp.where(log_t < 0, good_f | ~good_ratio, good_f & ~good_ratio)
+    terms = jnp.where(by_p, weighted(f, f_exponent + log_p - log_q), weighted(ratio, ratio_exponent + log_pi - log_q))
+    return jnp.where(nothing, 0.0, terms)
 
 
 def _smaller_ess(log_pi, log_p, log_q, where):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fjax._checks import as_mask, is_concrete, made, one_axis, one_number, same_shape
-from fjax._numerics import deviations, gather, keep, weighted
+from fjax._numerics import continued, deviations, gather, in_range, keep, weighted
 from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
 
@@ -37,10 +37,6 @@ __all__ = [
 
 Baseline = Callable[[Float[Array, "N"]], Float[Array, "N"]]
 """Score weights in, B for each sample out. To be unbiased, B_i must not depend on sample i."""
-
-# Where f'(t) has overflowed to -inf, t f'(t) is read off here instead: it has reached its limit for t → 0 to
-# any precision (−1 for forward KL), and e^80 is still a float32.
-_FLOOR_OF_LOG_T = -80.0
 
 
 def importance_weights(log_pi: Float[Array, "*n"], log_q: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -98,8 +94,9 @@ def score_weights(
 ) -> Float[Array, "*n"]:
     """The factor of ∇log π in the gradient: (π/q) f'(π/p), stopped.
 
-    Formed through logarithms, and where f' itself overflows as (p/q)·t f'(t), so that ∞·0 never arises:
-    forward KL gives -p/q however small π is, and 0 where p = 0 however large π/q.
+    Formed through logarithms, and where f' itself over- or underflows as (p/q)·t f'(t), t f' being the slope of f in log t,
+    so that ∞·0 never arises: forward KL gives -p/q however small π is, and 0 where p = 0 however large π/q. Where both
+    overflow, f' is continued as the power of t that it has become.
 
     Args:
         log_pi: log-probabilities under the policy, in nats.
@@ -111,7 +108,7 @@ def score_weights(
             another objective.
 
     Returns:
-        One weight a sample; infinite only where the formula is (reverse KL where p = 0).
+        One weight a sample; infinite only where the formula is (reverse KL where p = 0), or where its value is no float.
 
     Raises:
         ValueError: if the shapes differ, or clip is not an increasing pair.
@@ -125,15 +122,19 @@ def score_weights(
     """
     log_pi, log_p, log_q = _checked(log_pi, log_p, log_q, divergence, clip)
     log_t = _log_t(log_pi, log_p)
-    derivative = _derivative(log_t, divergence, clip)
+    clipped = _derivative(log_t, divergence, clip)
     if log_q is None:
-        return derivative
-    # Only where t → 0 does f' reach -inf, f being convex.
-    lost = jnp.isneginf(derivative)
-    floor = jnp.full_like(log_t, _FLOOR_OF_LOG_T)
-    derivative = jnp.where(lost, _derivative(floor, divergence, clip), derivative)
-    log_ratio = jnp.where(lost, log_p - log_q + floor, log_pi - log_q)
-    return weighted(derivative, log_ratio)
+        return clipped
+    slope, exponent = continued(divergence.derivative, log_t)
+    # t f'(t), at -inf its limit: reached long before the lowest float.
+    lowest, highest = jnp.finfo(log_t.dtype).min, jnp.finfo(log_t.dtype).max
+    _, t_slope = jax.jvp(divergence.generator, (jnp.clip(log_t, lowest, highest),), (jnp.ones_like(log_t),))
+    lost = ~in_range(slope) | (exponent != 0)
+    by_p = lost & (in_range(t_slope) | (jnp.isneginf(log_t) & jnp.isneginf(slope)))
+    weights = jnp.where(by_p, weighted(t_slope, log_p - log_q), weighted(slope, exponent + log_pi - log_q))
+    if clip is None:
+        return weights
+    return jnp.where(clipped == _derivative(log_t, divergence, None), weights, weighted(clipped, log_pi - log_q))
 
 
 def leave_one_out(
@@ -380,8 +381,10 @@ def surrogate_loss(
 
 
 def _derivative(log_t, divergence, clip):
-    derivative = divergence.derivative(log_t)
-    return derivative if clip is None else jnp.clip(derivative, *clip)
+    slope, exponent = continued(divergence.derivative, log_t)
+    # A sum may overflow before it is divided by something.
+    slope = jnp.where(exponent == 0, slope, weighted(slope, exponent))
+    return slope if clip is None else jnp.clip(slope, *clip)
 
 
 def _log_t(log_pi, log_p):

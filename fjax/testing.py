@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax import enumeration
+from fjax._checks import made
 from fjax.divergences import FDivergence, exact_divergence
 
 __all__ = ["check_divergence"]
@@ -31,12 +32,14 @@ def check_divergence(divergence: FDivergence, *, tolerance: float = 1e-8, seed: 
 
     Raises:
         AssertionError: saying which law is broken, and at which log_t.
+        ValueError: if it is no divergence, but a function that makes one.
 
     >>> from fjax.divergences import jensen_shannon
     >>> check_divergence(jensen_shannon())
 
     Source: Go et al. 2023, theorem 1 for the gradient; Csiszár 1967 for the laws.
     """
+    made(divergence)
     with jax.enable_x64(True):
         _check_functions(divergence, tolerance)
         _check_inverses(divergence, tolerance)

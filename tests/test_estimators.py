@@ -208,7 +208,8 @@ def test_streaming_equals_all_at_once(x64):
 
 def test_the_state_keeps_its_dtype_whatever_the_weights_have(x64):
     state = estimators.update_log_mean(estimators.init_log_mean(jnp.float32), jnp.zeros(3, jnp.float64))
-    assert state.log_sum.dtype == jnp.float32
+    assert {x.dtype for x in state} == {jnp.dtype("float32")}
+    assert {x.dtype for x in estimators.init_log_mean(jnp.bfloat16)} == {jnp.dtype("float32")}  # no sum of many in that
 
 
 def test_a_defensive_mixture_is_the_density_of_what_was_drawn(x64):
@@ -236,6 +237,54 @@ def test_streaming_in_float32_at_the_scale_of_sequences():
     assert float(estimate.value) == pytest.approx(np.log(2) - 1000, abs=1e-3)
     assert float(estimate.std_error) == pytest.approx(0.5 / np.sqrt(199), rel=1e-2)
     assert float(estimate.ess) == pytest.approx(160, rel=1e-2)
+
+
+@pytest.mark.parametrize("level", [-1000.0, -300.0])
+@pytest.mark.parametrize("spread", [0.0, 2.0], ids=["equal", "spread"])
+def test_a_hundred_thousand_updates_in_float32_forget_nothing(level, spread):
+    """Regression: log Σ w in float32 has no digits left for what one batch adds: -1.12 nats at -1000 by the end."""
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1000, 4)), jnp.float32)
+    log_weights = level + spread * noise
+
+    def step(state, i):
+        return estimators.update_log_mean(state, log_weights[i % 1000]), None
+
+    state, _ = jax.jit(lambda: jax.lax.scan(step, estimators.init_log_mean(), jnp.arange(100_000)))()
+    w = np.exp(np.asarray(log_weights, np.float64).ravel() - level)
+    estimate = estimators.log_mean_estimate(state)
+    assert float(estimate.value) == pytest.approx(np.log(w.mean()) + level, abs=1e-4)  # two units in the last place
+    assert float(state.count) == 400_000
+    n, ess = 400_000, 400_000 * w.mean() ** 2 / (w**2).mean()
+    assert float(estimate.ess) == pytest.approx(ess, rel=2e-5)
+    assert float(estimate.std_error) == pytest.approx(np.sqrt(max(n / ess - 1, 0) / (n - 1)), rel=1e-4, abs=1e-6)
+
+
+def test_the_count_goes_on_beyond_what_a_float32_can_add_one_to():
+    state = estimators.init_log_mean()
+    state = state._replace(sums=jnp.array([2.0**24, 2.0**24, 2.0**24]), largest=jnp.array(0.0))
+    step = jax.jit(lambda state: jax.lax.fori_loop(0, 1000, lambda _, s: estimators.update_log_mean(s, jnp.zeros(1)), state))
+    state = step(state)
+    assert float(state.count) == 2**24 + 1000
+    assert float(estimators.log_mean_estimate(state).value) == pytest.approx(0, abs=1e-7)
+
+
+def test_a_new_largest_weight_and_weights_of_zero_change_the_unit_only(x64):
+    """By batches: all zero, then small, then larger by e^500, then small again; also for contexts, by vmap."""
+    batches = jnp.array([[-jnp.inf, -jnp.inf], [-900.0, -jnp.inf], [-400.0, -401.0], [-900.0, -400.5]])
+    expected = np.log(np.exp(np.asarray(batches) + 400).mean()) - 400
+    state, several = estimators.init_log_mean(), jax.tree.map(lambda x: jnp.stack([x] * 2), estimators.init_log_mean())
+    for batch in batches:
+        state = estimators.update_log_mean(state, batch)
+        several = jax.vmap(estimators.update_log_mean)(several, jnp.stack([batch, batch + 7]))
+    assert float(estimators.log_mean_estimate(state).value) == pytest.approx(expected, rel=1e-14)
+    np.testing.assert_allclose(jax.vmap(estimators.log_mean_estimate)(several).value, [expected, expected + 7], rtol=1e-14)
+
+
+def test_a_weight_that_is_no_number_is_seen():
+    for bad in (jnp.nan, jnp.inf):
+        state = estimators.update_log_mean(estimators.init_log_mean(), jnp.array([0.0, bad]))
+        state = estimators.update_log_mean(state, jnp.zeros(2))
+        assert not np.isfinite(estimators.log_mean_estimate(state).value)
 
 
 def test_streaming_before_the_first_hit():

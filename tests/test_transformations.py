@@ -241,3 +241,22 @@ def test_leave_one_out_over_devices_leaves_one_out_of_all():
     close(expected.ravel(), jax.shard_map(leave, mesh=mesh, in_specs=rows, out_specs=rows)(scores.ravel()))
     single = jax.pmap(leave, axis_name="devices")(scores[:, :1])  # one sample a device has others elsewhere
     close(surrogates.leave_one_out(scores[:, 0]), single[:, 0])
+
+
+def test_baselines_over_devices_are_those_of_all_samples():
+    """Regression: self-normalised by each device's own samples, log q was another on each, and another than the whole's."""
+    batch = arrays(3)
+    rows = [batch[name].ravel() for name in ("log_pi", "log_q", "scores")]
+
+    def all_three(log_pi, log_q, scores, **axis):
+        running = surrogates.running_mean(0.5)
+        value = running.value(running.update(running.init(), scores, **axis))
+        return (
+            surrogates.self_normalized_log_q(log_pi, log_q, **axis),
+            surrogates.self_normalized(log_pi, log_q, **axis)(scores),
+            jnp.full_like(scores, value),
+        )
+
+    mesh, spec = Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec("devices")
+    spread = jax.shard_map(partial(all_three, axis_name="devices"), mesh=mesh, in_specs=spec, out_specs=spec)
+    close(all_three(*rows), jax.jit(spread)(*rows))

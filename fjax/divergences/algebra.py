@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fjax._checks import is_concrete, made, one_number
 from fjax._numerics import times_exp
 from fjax._typing import Array, Float
 
-from .core import FDivergence
+from .core import FDivergence, made_once
 
 _FAR = 40.0  # where squares of t still are float32
 
 
+@made_once
 def dual(divergence: FDivergence) -> FDivergence:
     """The divergence with its arguments exchanged: D_{f°}(π‖p) = D_f(p‖π), f°(t) = t f(1/t).
 
@@ -29,6 +31,7 @@ def dual(divergence: FDivergence) -> FDivergence:
 
     Source: Csiszár 1967; Liese and Vajda 2006, section II.
     """
+    made(divergence)
     intercept = _intercept(divergence)
     return FDivergence(
         f"{divergence.name}_dual",
@@ -39,12 +42,16 @@ def dual(divergence: FDivergence) -> FDivergence:
     )
 
 
-def mixture(divergences: Sequence[FDivergence], weights: Sequence[float], *, name: str = "mixture") -> FDivergence:
+@made_once
+def mixture(
+    divergences: Sequence[FDivergence], weights: Sequence[float | Float[Array, ""]], *, name: str = "mixture"
+) -> FDivergence:
     """Σ w_i f_i, whose divergence and gradient are Σ w_i D_{f_i} and its.
 
     Args:
         divergences: the f_i.
-        weights: w_i ≥ 0, at least one of them positive; they need not sum to one, so a single one scales.
+        weights: w_i ≥ 0, at least one of them positive; they need not sum to one, so a single one scales. May be traced, to
+            be annealed; no gradient.
         name: what tables and plots call it.
 
     Raises:
@@ -58,10 +65,14 @@ def mixture(divergences: Sequence[FDivergence], weights: Sequence[float], *, nam
     """
     if len(divergences) != len(weights):
         raise ValueError(f"One weight a divergence, got {len(divergences)} divergences and {len(weights)} weights.")
-    if not all(w >= 0 for w in weights) or not any(weights):
+    one_number(**{f"weights[{i}]": w for i, w in enumerate(weights)})
+    for divergence in divergences:
+        made(divergence)
+    known = [w for w in weights if is_concrete(w)]
+    if not all(w >= 0 for w in known) or (len(known) == len(weights) and not any(known)):
         raise ValueError(f"The weights of a mixture are at least 0, and not all 0; got {list(weights)}.")
     # What has weight 0 is left out: 0 · inf would be NaN.
-    parts = [(w, divergence) for w, divergence in zip(weights, divergences, strict=True) if w > 0]
+    parts = [(w, f) for w, f in zip(weights, divergences, strict=True) if not is_concrete(w) or w > 0]
 
     def combine(part):
         return _sum([(w, part(divergence)) for w, divergence in parts])
@@ -77,7 +88,13 @@ def mixture(divergences: Sequence[FDivergence], weights: Sequence[float], *, nam
 
 def _sum(parts):
     def plain(log_t):
-        return sum(w * function(log_t) for w, function in parts)
+        return sum(times(w, function, log_t) for w, function in parts)
+
+    def times(w, function, log_t):
+        if is_concrete(w):
+            return w * function(log_t)
+        # Double `where`: a part of weight 0 may be infinite.
+        return jnp.where(w > 0, w.astype(log_t.dtype) * function(jnp.where(w > 0, log_t, 0.0)), 0.0)
 
     @jax.custom_jvp
     def total(log_t):
@@ -99,6 +116,7 @@ def _intercept(divergence):
     return lambda log_t: divergence.generator(log_t) - times_exp(divergence.derivative(log_t), log_t)
 
 
+@made_once
 def from_generator(
     f: Callable[[Float[Array, ""]], Float[Array, ""]],
     *,
@@ -143,10 +161,15 @@ def from_generator(
         far = f_of(log_t) if limit == 0 else times_exp(derivative(log_t), log_t)
         return jnp.where(log_t > _FAR, far, f_of(log_t))
 
+    def t_slope(log_t):
+        # Down to the smallest t that is a normal number: below, t f'(t) has reached its limit.
+        log_t = jnp.maximum(log_t, jnp.log(jnp.finfo(log_t.dtype).tiny) + 2)
+        return times_exp(derivative(log_t), jnp.minimum(log_t, 2 * _FAR))
+
     # Slopes by what they are, for autodiff of a function at e^40 is left to the function.
     return FDivergence(
         name,
-        generator=_with_slope(generator, lambda log_t: times_exp(derivative(log_t), jnp.minimum(log_t, 2 * _FAR))),
+        generator=_with_slope(generator, t_slope),
         derivative=derivative,
         integrand=_with_slope(integrand, lambda log_t: derivative(log_t) - integrand(log_t)),
     )

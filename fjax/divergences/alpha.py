@@ -3,20 +3,23 @@
 Source: Amari 2009; Cichocki and Amari 2010; Kruszewski et al. 2026 (α-DPG) for the convention.
 """
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from fjax._checks import is_concrete, one_number
 from fjax._numerics import times_exp
+from fjax._typing import Array, Float
 
-from .catalogue import inf_from
-from .core import FDivergence
+from .core import FDivergence, made_once
 
 _TERMS = 18
 
 
-def alpha_divergence(alpha: float) -> FDivergence:
+@made_once
+def alpha_divergence(alpha: float | Float[Array, ""]) -> FDivergence:
     """D_α(π‖p) = (E_p[(π/p)^α] - 1)/(α(α-1)): from mass covering (α ≤ 0) to mode seeking (α ≥ 1).
 
     f(t) = (t^α - 1 - α(t-1))/(α(α-1)), f'(t) = (t^(α-1) - 1)/(α-1), f'(∞) = 1/(1-α) if α < 1, else ∞; f''(1) = 1 for all.
@@ -31,7 +34,7 @@ def alpha_divergence(alpha: float) -> FDivergence:
 
     Args:
         alpha: any real number, 0 and 1 included. For other papers' α see `alpha_from_amari`, `alpha_from_f_dpo` and
-            `alpha_from_cressie_read`.
+            `alpha_from_cressie_read`. May be traced, to be annealed; no gradient.
 
     Raises:
         ValueError: if it is not finite.
@@ -41,11 +44,13 @@ def alpha_divergence(alpha: float) -> FDivergence:
 
     Source: Cichocki and Amari 2010, section 2.
     """
-    if not math.isfinite(alpha):
+    one_number(alpha=alpha)
+    known = is_concrete(alpha)
+    if known and not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}.")
     of_inverse = _generator(1 - alpha)
     return FDivergence(
-        f"alpha_{alpha:g}",
+        f"alpha_{alpha:g}" if known else "alpha",
         generator=_generator(alpha),
         derivative=lambda log_t: _power(log_t, alpha - 1),
         integrand=lambda log_t: of_inverse(-log_t),  # f(t)/t is the f of 1-α, at 1/t
@@ -88,12 +93,29 @@ def alpha_from_cressie_read(power: float) -> float:
     return power + 1
 
 
-def _power(s, c: float):
+def _power(s, c):
     """(e^{cs} - 1)/c, s at c = 0."""
-    return s if c == 0 else jnp.expm1(c * s) / c
+    # Double `where` of a traced c: what is not taken must not send an infinite slope back.
+    safe, at = _choose(c == 0, lambda: 1.0, lambda: c), _choose(c == 0, lambda: jnp.zeros_like(s), lambda: s)
+    return _choose(c == 0, lambda: s, lambda: jnp.expm1(safe * at) / safe)
 
 
-def _generator(alpha: float):
+def _choose(condition, yes, no):
+    """One of two by what α is, at once where that is known; a traced α takes both and selects."""
+    if is_concrete(condition):
+        return yes() if condition else no()
+    return jnp.where(condition, yes(), no())
+
+
+def _least(x, y):
+    return _choose(x < y, lambda: x, lambda: y)
+
+
+def _most(x, y):
+    return _choose(x > y, lambda: x, lambda: y)
+
+
+def _generator(alpha):
     """f(t), as it is below t = 1, and as t times the f of 1-α at 1/t above."""
 
     @jax.custom_jvp
@@ -110,13 +132,13 @@ def _generator(alpha: float):
     return generator
 
 
-def _slope(s, alpha: float):
+def _slope(s, alpha):
     """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded difference."""
     negative, positive = _split(s)
     below = _power(negative, abs(1 - alpha))
-    if alpha != 0:  # 0 · inf
-        below = times_exp(below, min(alpha, 1.0) * negative)
-    above = _power(positive, -abs(1 - alpha)) * jnp.exp(max(alpha, 1.0) * positive)
+    # 0 · inf at α = 0
+    below = _choose(alpha == 0, lambda: below, lambda: times_exp(below, _least(alpha, 1.0) * negative))
+    above = _power(positive, -abs(1 - alpha)) * jnp.exp(_most(alpha, 1.0) * positive)
     return jnp.where(s < 0, below, above)
 
 
@@ -125,45 +147,51 @@ def _split(s):
     return jnp.where(s < 0, s, 0.0), jnp.where(s < 0, 0.0, s)
 
 
-def _below_one(s, alpha: float):
+def _below_one(s, alpha):
     """f(e^s) for s ≤ 0, to full relative precision for every α."""
-    if alpha > 0:
-        # By then f has reached f(0) = 1/α in any precision; a constant, lest its slope of 0 meet an infinity.
-        s = jnp.where(s < -80 / alpha, -80 / alpha, s)
-    if 0.5 < alpha < 1.5:  # (e^{αs} - 1)/α - (e^s - 1) would lose all digits at α = 1
-        far = (jnp.exp(min(alpha, 1.0) * s) * _power(s, abs(1 - alpha)) - jnp.expm1(s)) / alpha
-    else:
-        far = (_power(s, alpha) - jnp.expm1(s)) / (alpha - 1)
-    is_near = s > -1 / max(1.0, abs(alpha), abs(1 - alpha))
+    # By then f has reached f(0) = 1/α in any precision; a constant, lest its slope of 0 meet an infinity.
+    lowest = _choose(alpha > 0, lambda: -80 / _least(alpha, 1.0), lambda: -jnp.inf)
+    s = jnp.where(s < lowest, lowest, s)
+    # (e^{αs} - 1)/α - (e^s - 1) would lose all digits at α = 1
+    far = _choose(
+        (alpha > 0.5) & (alpha < 1.5),
+        lambda: (jnp.exp(_least(alpha, 1.0) * s) * _power(s, abs(1 - alpha)) - jnp.expm1(s)) / alpha,
+        lambda: (_power(s, alpha) - jnp.expm1(s)) / (alpha - 1),
+    )
+    is_near = s > -1 / _most(_most(1.0, abs(alpha)), abs(1 - alpha))
     return jnp.where(is_near, _series(jnp.where(is_near, s, 0.0), alpha), far)
 
 
-def _series(s, alpha: float):
+def _series(s, alpha):
     """Σ_k s^(k+2) (1 + α + … + α^k)/(k+2)!, which is f(e^s)."""
     total = jnp.zeros_like(s)
+    powers = list(itertools.accumulate(range(1, _TERMS), lambda sum_of, _: 1 + alpha * sum_of, initial=1.0))
     for k in reversed(range(_TERMS)):
-        total = total * s + sum(alpha**j for j in range(k + 1)) / math.factorial(k + 2)
+        total = total * s + powers[k] / float(math.factorial(k + 2))
     return s**2 * total
 
 
-def _inverse(alpha: float):
-    if alpha == 1:
-        return jnp.exp
-    if alpha < 1:
-        return inf_from(1 / (1 - alpha), lambda v: jnp.exp(_log_inverse(v, alpha)))
-    # Above 1 the slope at 0 is -1/(α-1), and nothing has a smaller one.
-    lowest = -1 / (alpha - 1)
-    return lambda v: jnp.where(v > lowest, jnp.exp(_log_inverse(jnp.where(v > lowest, v, 0.0), alpha)), 0.0)
+def _inverse(alpha):
+    return _within(alpha, lambda v: jnp.exp(_log_inverse(v, alpha)), lambda: 0.0)
 
 
-def _conjugate(alpha: float):
-    if alpha == 1:
-        return jnp.expm1
-    if alpha < 1:
-        return inf_from(1 / (1 - alpha), lambda v: _power(_log_inverse(v, alpha), alpha))
-    lowest = -1 / (alpha - 1)
-    return lambda v: jnp.where(v > lowest, _power(_log_inverse(jnp.where(v > lowest, v, 0.0), alpha), alpha), -1 / alpha)
+def _conjugate(alpha):
+    return _within(alpha, lambda v: _power(_log_inverse(v, alpha), alpha), lambda: -1 / alpha)
 
 
-def _log_inverse(v, alpha: float):
-    return jnp.log1p((alpha - 1) * v) / (alpha - 1)
+def _within(alpha, function, lowest):
+    """The function where v is a slope of f: below f'(∞) if α < 1, inf from there on; above f'(0) if α > 1, else the value."""
+
+    def bounded(v):
+        bound = _choose(alpha == 1, lambda: jnp.inf, lambda: 1 / (1 - alpha))
+        inside = _choose(alpha > 1, lambda: v > bound, lambda: v < bound)
+        # 0 is inside for every α, and its slope is finite there.
+        outside = _choose(alpha > 1, lowest, lambda: jnp.inf)
+        return jnp.where(inside, function(jnp.where(inside, v, 0.0)), outside)
+
+    return bounded
+
+
+def _log_inverse(v, alpha):
+    safe, at = _choose(alpha == 1, lambda: 1.0, lambda: alpha - 1), _choose(alpha == 1, lambda: jnp.zeros_like(v), lambda: v)
+    return _choose(alpha == 1, lambda: v, lambda: jnp.log1p(safe * at) / safe)

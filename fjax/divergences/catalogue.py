@@ -5,11 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fjax._checks import is_concrete, one_number
 from fjax._numerics import times_exp, wright_omega
+from fjax._typing import Array, Float
 
-from .core import Elementwise, FDivergence
+from .core import Elementwise, FDivergence, made_once
 
 
+@made_once
 def forward_kl() -> FDivergence:
     """KL(p‖π) = E_p[log p - log π], the divergence of DPG and GDC: mass covering.
 
@@ -32,6 +35,7 @@ def forward_kl() -> FDivergence:
     )
 
 
+@made_once
 def reverse_kl() -> FDivergence:
     """KL(π‖p) = E_π[log π - log p], the divergence of RLHF with a KL penalty: mode seeking.
 
@@ -54,6 +58,7 @@ def reverse_kl() -> FDivergence:
     )
 
 
+@made_once
 def total_variation() -> FDivergence:
     """TV(π, p) = ½ Σ|π - p|, between 0 and 1.
 
@@ -75,6 +80,7 @@ def total_variation() -> FDivergence:
     )
 
 
+@made_once
 def jensen_shannon() -> FDivergence:
     """JS(π, p) = ½ KL(π‖m) + ½ KL(p‖m) with m = ½(π + p), between 0 and log 2.
 
@@ -89,14 +95,15 @@ def jensen_shannon() -> FDivergence:
     return generalized_jensen_shannon(0.5)._replace(name="jensen_shannon")
 
 
-def generalized_jensen_shannon(weight: float) -> FDivergence:
+@made_once
+def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
     """λ KL(π‖m) + (1-λ) KL(p‖m) with m = λπ + (1-λ)p: the skewed Jensen–Shannon divergence.
 
     f(t) = λ t log t - (λt + 1-λ) log(λt + 1-λ), f'(t) = λ log(t/(λt + 1-λ)), f'(∞) = -λ log λ. Between 0 and the entropy
     of a coin of bias λ. Divided by λ it tends to KL(π‖p) as λ → 0, divided by 1-λ to KL(p‖π) as λ → 1.
 
     Args:
-        weight: λ, between 0 and 1, both excluded; ½ is `jensen_shannon`.
+        weight: λ, between 0 and 1, both excluded; ½ is `jensen_shannon`. May be traced, to be annealed; no gradient.
 
     Raises:
         ValueError: for another weight.
@@ -106,12 +113,14 @@ def generalized_jensen_shannon(weight: float) -> FDivergence:
 
     Source: Lin 1991, section 4; Nielsen 2020 for the skewed form.
     """
-    if not 0 < weight < 1:
+    one_number(weight=weight)
+    known = is_concrete(weight)
+    if known and not 0 < weight < 1:
         raise ValueError(f"The weight of a Jensen–Shannon divergence is between 0 and 1, both excluded; got {weight}.")
-    log_weight, log_rest = math.log(weight), math.log1p(-weight)
+    log_weight, log_rest = _logs(weight)
     slope_at_infinity = -weight * log_weight
     return FDivergence(
-        f"generalized_jensen_shannon_{weight:g}",
+        f"generalized_jensen_shannon_{weight:g}" if known else "generalized_jensen_shannon",
         # f(t) = m KL(Bernoulli(λt/m) ‖ Bernoulli(λ)): what one sample of m tells about which of the two it came from.
         generator=lambda log_t: _times(1 - weight, weight, log_t, _coin_information(log_t, weight)),
         derivative=lambda log_t: -weight * jnp.logaddexp(log_weight, log_rest - log_t),
@@ -127,6 +136,7 @@ def generalized_jensen_shannon(weight: float) -> FDivergence:
     )
 
 
+@made_once
 def jeffreys() -> FDivergence:
     """KL(π‖p) + KL(p‖π), symmetric; infinite wherever one of the two has no mass.
 
@@ -156,6 +166,7 @@ def jeffreys() -> FDivergence:
     )
 
 
+@made_once
 def pearson_chi2() -> FDivergence:
     """χ²(π‖p) = Σ (π - p)²/p, Pearson's.
 
@@ -177,6 +188,7 @@ def pearson_chi2() -> FDivergence:
     )
 
 
+@made_once
 def neyman_chi2() -> FDivergence:
     """χ²(p‖π) = Σ (π - p)²/π, Neyman's.
 
@@ -198,6 +210,7 @@ def neyman_chi2() -> FDivergence:
     )
 
 
+@made_once
 def squared_hellinger() -> FDivergence:
     """H²(π, p) = Σ (√π - √p)², between 0 and 2.
 
@@ -219,6 +232,7 @@ def squared_hellinger() -> FDivergence:
     )
 
 
+@made_once
 def triangular_discrimination() -> FDivergence:
     """Σ (π - p)²/(π + p), between 0 and 2; twice the Le Cam divergence.
 
@@ -245,6 +259,7 @@ def triangular_discrimination() -> FDivergence:
     )
 
 
+@made_once
 def chi2_mix() -> FDivergence:
     """½ χ²(π‖p) + KL(π‖p), the regulariser of χPO.
 
@@ -268,7 +283,7 @@ def chi2_mix() -> FDivergence:
     )
 
 
-def inf_from(bound: float, function: Elementwise) -> Elementwise:
+def inf_from(bound: float | Float[Array, ""], function: Elementwise) -> Elementwise:
     """The function below ``bound``, f'(∞), and inf from there on, with gradient 0 and not NaN."""
 
     def bounded(v):
@@ -300,9 +315,17 @@ def _times(constant, factor, s, x):
     return constant * x + factor * x * half * half
 
 
+def _logs(weight):
+    """Log λ and log (1-λ); of a known λ in double precision."""
+    if is_concrete(weight):
+        return math.log(weight), math.log1p(-weight)
+    return jnp.log(weight), jnp.log1p(-weight)
+
+
 def _coin_information(log_t, weight):
     """KL(Bernoulli(σ) ‖ Bernoulli(λ)) with σ = λt/(λt + 1-λ), in nats."""
-    log_odds = math.log(weight) - math.log1p(-weight)
+    log_weight, log_rest = _logs(weight)
+    log_odds = log_weight - log_rest
     # Beyond, it is -log λ or -log(1-λ) in any precision, and a selected constant keeps inf · 0 out of gradients.
     last = 50.0 + abs(log_odds)
     log_t = jnp.where(jnp.abs(log_t) > last, jnp.sign(log_t) * last, log_t)
@@ -312,7 +335,7 @@ def _coin_information(log_t, weight):
     near = weight * _excess((1 - weight) * change) + (1 - weight) * _excess(-weight * change)
     log_sigma, log_not = jax.nn.log_sigmoid(log_t + log_odds), jax.nn.log_sigmoid(-log_t - log_odds)
     sigma = jax.nn.sigmoid(log_t + log_odds)
-    far = sigma * (log_sigma - math.log(weight)) + jax.nn.sigmoid(-log_t - log_odds) * (log_not - math.log1p(-weight))
+    far = sigma * (log_sigma - log_weight) + jax.nn.sigmoid(-log_t - log_odds) * (log_not - log_rest)
     return jnp.where(jnp.abs(log_t) < 0.5, near, far)
 
 

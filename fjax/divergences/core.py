@@ -1,15 +1,19 @@
 """What an f-divergence is to fjax, and its exact value on a listed space."""
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fjax._checks import as_mask, made, one_axis
-from fjax._numerics import times_exp
+from fjax._checks import as_mask, float_dtype, is_concrete, made, one_axis
+from fjax._numerics import continued, times_exp
 from fjax._typing import Array, Bool, Float, Int
 
+Options = ParamSpec("Options")
 Elementwise = Callable[[Float[Array, "*n"]], Float[Array, "*n"]]
 """Array in, array of the same shape out, each entry by itself."""
 
@@ -50,6 +54,50 @@ class FDivergence(NamedTuple):
     def curvature(self) -> Float[Array, ""]:
         """f''(1). Near the target D_f ≈ ½ f''(1) χ²: what a learning rate has to be compared by. 0 for total variation."""
         return jax.grad(self.derivative)(jnp.asarray(0.0))
+
+
+def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDivergence]:
+    """Equal options make one and the same divergence, so that what is compiled for it is found again by `jax.jit`.
+
+    Its functions compute in float32 at least, whatever they are given. Traced options (an α that is annealed) make a new
+    one at each call, within the function that is traced.
+    """
+    signature = inspect.signature(make)
+    by_name: Callable[..., FDivergence] = make
+
+    def build(*options: Any) -> FDivergence:
+        divergence = by_name(**dict(zip(signature.parameters, options, strict=True)))
+        return divergence._replace(**{name: _in_float32(f) for name, f in divergence._asdict().items()})
+
+    remembered = functools.lru_cache(maxsize=1024)(build)
+
+    @functools.wraps(make)
+    def maker(*args: Options.args, **kwargs: Options.kwargs) -> FDivergence:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        options: tuple[Any, ...] = tuple(map(_as_static, bound.arguments.values()))
+        try:
+            hash(options)
+        except TypeError:
+            return build(*options)
+        return remembered(*options)
+
+    return maker
+
+
+def _as_static(option):
+    if isinstance(option, list | tuple) and not hasattr(option, "_fields"):
+        return tuple(map(_as_static, option))
+    # A number that is no tracer is known as well as any other.
+    if isinstance(option, jax.Array | np.ndarray) and option.ndim == 0:
+        return float(option) if is_concrete(option) else jax.lax.stop_gradient(option)
+    return option
+
+
+def _in_float32(function):
+    if not callable(function):  # a name, or None
+        return function
+    return lambda x: function(jnp.asarray(x, float_dtype(x)))
 
 
 def exact_divergence(
@@ -93,6 +141,7 @@ def exact_divergence(
     less = log_t < 0
     # Below t = 1 as p f(t), above as π f(t)/t: neither product is ever ∞ · 0. (Not `minimum` and `maximum`:
     # at t = 1 they would pass on half of the gradient.)
-    near = times_exp(divergence.generator(jnp.where(less, log_t, 0.0)), log_p)
-    far = times_exp(divergence.integrand(jnp.where(less, 0.0, log_t)), log_pi)
+    f, f_exponent = continued(divergence.generator, jnp.where(less, log_t, 0.0))
+    ratio, ratio_exponent = continued(divergence.integrand, jnp.where(less, 0.0, log_t))
+    near, far = times_exp(f, f_exponent + log_p), times_exp(ratio, ratio_exponent + log_pi)
     return jnp.sum(jnp.where(less, near, far), where=counted)
