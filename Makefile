@@ -11,7 +11,7 @@ ARGS ?=
 DEMO_ARGS ?= --word great --samples 128 --steps 90 --eval-every 45
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench mutants clean
 
 ifeq ($(filter cpu cuda12 cuda13 tpu,$(JAX)),)
 $(error JAX=$(JAX) is not a build of jax that fjax knows; choose cpu, cuda12, cuda13 or tpu)
@@ -39,7 +39,7 @@ ABSENT := absent
 else ifneq ($(PYTHON),)
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifneq ($(call version,$(PY)),$(call version,$(PYTHON)))
-ifneq ($(filter demo test lint format bench,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test lint format bench mutants,$(MAKECMDGOALS)),)
 $(error $(VENV) has Python $(call version,$(PY)), not $(PYTHON): add VENV=another-folder, or `make clean` first)
 endif
 endif
@@ -68,6 +68,9 @@ format: $(call stamp,lint) ## Mend what ruff can mend
 
 bench: $(call stamp,demo) ## Time of each phase on this machine
 	$(PY) -m experiments.bench $(ARGS)
+
+mutants: $(call stamp,test) ## Break the code on purpose, and see which breaks no test notices
+	$(PY) -m tests.mutate $(ARGS)
 
 clean: ## Remove the environment and all caches; runs stay
 	@[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)

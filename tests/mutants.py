@@ -1,0 +1,213 @@
+"""What `tests/mutate.py` breaks: mathematics, sampler, tuners and rollouts, each with the tests that must notice."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One line of code, and what becomes of it.
+
+    Attributes:
+        what: is broken, in words.
+        path: of the file.
+        before: what stands there, exactly once.
+        after: what is put in its place.
+        tests: files that must notice, separated by spaces.
+    """
+
+    what: str
+    path: str
+    before: str
+    after: str
+    tests: str
+
+
+def _of(path: str, tests: str, *breaks: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(what, path, before, after, tests) for what, before, after in breaks]
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    *_of(
+        "fjax/divergences/catalogue.py",
+        "tests/test_divergences.py tests/test_contracts.py",
+        ("reverse KL's f' without its constant", "derivative=lambda log_t: log_t + 1,", "derivative=lambda log_t: log_t,"),
+        (
+            "total variation not halved",
+            "derivative=lambda log_t: 0.5 * jnp.sign(log_t)",
+            "derivative=lambda log_t: jnp.sign(log_t)",
+        ),
+        (
+            "Pearson's f' without its 2",
+            "derivative=lambda log_t: 2 * jnp.expm1(log_t)",
+            "derivative=lambda log_t: jnp.expm1(log_t)",
+        ),
+        (
+            "Hellinger's √t is t",
+            "derivative=lambda log_t: -jnp.expm1(-log_t / 2)",
+            "derivative=lambda log_t: -jnp.expm1(-log_t)",
+        ),
+        ("skewed Jensen–Shannon, weights exchanged", "(log_weight, log_rest - log_t)", "(log_rest, log_weight - log_t)"),
+    ),
+    *_of(
+        "fjax/surrogates.py",
+        "tests/test_surrogates.py",
+        ("a weight of 0 times -inf", "weights * jnp.where(weights == 0, 0.0, log_pi)", "weights * log_pi"),
+        ("off-policy baseline without π/q", "value = weighted(value, log_pi - log_q)", "pass"),
+        (
+            "a stratum of one has a baseline",
+            "several = jnp.maximum(sizes.sum(), 1), sizes > 1",
+            "several = jnp.maximum(sizes.sum(), 1), sizes > 0",
+        ),
+        ("leave-one-out divides by n", "/ jnp.maximum(own_size - 1, 1)", "/ jnp.maximum(own_size, 1)"),
+    ),
+    *_of(
+        "fjax/_numerics.py",
+        "tests/test_estimators.py tests/test_numerics.py",
+        ("standard error with n for n - 1", "squares.sum() / (n - 1) / n", "squares.sum() / n / n"),
+    ),
+    *_of(
+        "fjax/estimators.py",
+        "tests/test_estimators.py",
+        ("error of D_f forgets that of Z", "terms + slope * (jnp.exp(log_p - log_q) - 1)", "terms"),
+        ("error of a weighted mean without its correction", "/ (1 - 1 / jnp.maximum(ess, 1)))", "/ 1)"),
+        (
+            "shares of a mixture exchanged",
+            "for share in (1 - base_fraction, base_fraction)",
+            "for share in (base_fraction, 1 - base_fraction)",
+        ),
+    ),
+    *_of(
+        "fjax/targets.py",
+        "tests/test_targets.py tests/test_catalogue_gradients.py",
+        ("log Z of a fit without λ·μ̄", "log_z=log_tilted + _dot(soft, moments)", "log_z=log_tilted"),
+        ("a ridge of 1e-2", "return 1e-9 if dtype == jnp.float64 else 1e-5", "return 1e-2"),
+        ("reward times β", "log_a + rewards / beta", "log_a + rewards * beta"),
+    ),
+    *_of(
+        "fjax/policy_gradients/losses.py",
+        "tests/test_policy_gradients.py tests/test_losses_against_formulas.py",
+        ("PPO's bounds exchanged", "jnp.clip(ratio, 1 - clip[0], 1 + clip[1])", "jnp.clip(ratio, 1 - clip[1], 1 + clip[0])"),
+        (
+            "GSPO's sum for the mean",
+            "mean = (token_log_pi - token_log_q).sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)",
+            "mean = (token_log_pi - token_log_q).sum(axis=1)",
+        ),
+    ),
+    *_of(
+        "fjax/preferences.py",
+        "tests/test_preferences.py tests/test_losses_against_formulas.py",
+        ("χPO clips at R", "-2 * max_reward, 2 * max_reward", "-max_reward, max_reward"),
+    ),
+    *_of(
+        "fjax/sampling/rejection.py",
+        "tests/sampling",
+        (
+            "three times the error of the acceptance rate",
+            "acceptance = Estimate(value, error,",
+            "acceptance = Estimate(value, 3 * error,",
+        ),
+        ("the bound forgets the error of log Z", "jnp.hypot(error / value, log_z.std_error)", "(error / value)"),
+    ),
+    *_of(
+        "fjax/log_probs.py",
+        "tests/test_log_probs.py tests/sampling/test_decode.py",
+        (
+            "no shift by one",
+            "logits_fn(params, tokens[:, :-1], start=start - 1)",
+            "logits_fn(params, tokens[:, 1:], start=start - 1)",
+        ),
+    ),
+    *_of(
+        "fjax/sampling/decode.py",
+        "tests/sampling/test_decode.py",
+        (
+            "the end is not counted",
+            "lengths=progress.lengths + ~ended",
+            "lengths=progress.lengths + ~(ended | (drawn == eos_id))",
+        ),
+        ("tokens after the end have probabilities", "jnp.where(ended, 0.0, log_probs)", "log_probs"),
+        ("one key for all steps", "jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)", "row_keys"),
+        (
+            "copies of a prompt share their key",
+            "ids[:, None] * n + jnp.arange(n, dtype=ids.dtype)[None, :]",
+            "ids[:, None] * n + 0 * jnp.arange(n, dtype=ids.dtype)[None, :]",
+        ),
+    ),
+    *_of(
+        "fjax/sampling/categorical.py",
+        "tests/sampling/test_categorical.py",
+        (
+            "one uniform for block and token",
+            "column = _invert(jnp.exp(blocks[block] - largest), within_block)",
+            "column = _invert(jnp.exp(blocks[block] - largest), between_blocks)",
+        ),
+        ("probability within the block", "- jnp.log(masses.sum())", "- jnp.log(masses[block])"),
+    ),
+    *_of(
+        "fjax/sampling/transforms.py",
+        "tests/sampling/test_transforms.py",
+        (
+            "top-p leaves out the token that crosses p",
+            ".sum(-1, keepdims=True) >= enough",
+            ".sum(-1, keepdims=True) > enough + 1e-3",
+        ),
+        ("top-k keeps one more", "kept.sum(-1, keepdims=True) >= k", "kept.sum(-1, keepdims=True) > k"),
+    ),
+    *_of(
+        "fjax/training/_update.py",
+        "tests/training/test_fdpg.py tests/training/test_contexts.py",
+        (
+            "importance ESS of q",
+            "effective_sample_size(log_pi - scores.log_q.ravel())",
+            "effective_sample_size(scores.log_q.ravel())",
+        ),
+        ("spread of the rewards squared", "reward_std=rewards.std()", "reward_std=rewards.var()"),
+        ("error over contexts with n for n - 1", "jnp.sqrt(spread / (n - 1) / n)", "jnp.sqrt(spread / n / n)"),
+        ("repeated rows of a last part count", ".at[len(tokens) :].set(0.0)", ""),
+        (
+            "a context without Z counts in the mean",
+            "value = jnp.sum(estimate.value, where=known) / n",
+            "value = jnp.sum(estimate.value, where=known) / known.size",
+        ),
+    ),
+    *_of(
+        "fjax/training/f_dpg.py",
+        "tests/training/test_fdpg.py tests/training/test_contexts.py",
+        ("the tuner forgets the strata", "baseline=told(baseline, strata)", "baseline=baseline"),
+        ("contexts without Z move the policy", "jnp.where(scores.known, weights, 0.0)", "weights"),
+    ),
+    *_of(
+        "fjax/training/policy_gradient.py",
+        "tests/training/test_policy_gradient.py",
+        ("PPO's advantages unscaled", "advantages = advantages / (jnp.std(advantages) + 1e-6)", "pass"),
+        ("no shuffle", "jax.random.permutation(key, samples)", "jnp.arange(samples)"),
+        ("clipped fraction of one bound", "(ratio < 1 - clip[0]) | (ratio > 1 + clip[1])", "(ratio > 1 + clip[1])"),
+        ("RLOO forgets π/q", "return (rewards - others) * jnp.exp(log_pi - rollout.log_q)", "return rewards - others"),
+    ),
+    *_of(
+        "fjax/training/state.py",
+        "tests/training/test_fdpg.py",
+        ("an infinite gradient moves the policy", "jnp.where(finite, a, b)", "a"),
+    ),
+    *_of(
+        "experiments/_programs.py",
+        "tests/experiments/test_steps.py::test_log_q_is_of_the_mixture_that_the_batch_was_drawn_from "
+        "tests/experiments/test_steps.py::test_every_way_of_drawing_tells_the_update_whose_the_samples_are",
+        ("shares of policy and base exchanged", "1 - n / len(batch.tokens)))", "n / len(batch.tokens)))"),
+        ("rows of the base are the policy's", "len(batch.tokens)) >= batch.from_policy", "len(batch.tokens)) < 0"),
+        (
+            "log q is log π",
+            "batch._replace(log_q=_mix(batch.log_pi, batch.log_a, ",
+            "batch._replace(log_q=_mix(batch.log_pi, batch.log_pi, ",
+        ),
+    ),
+    *_of(
+        "experiments/_programs.py",
+        "tests/experiments/test_conditional.py",
+        ("prompts chosen by the key of row 0", "jax.random.fold_in(rng_key, CHOICE_KEY)", "jax.random.fold_in(rng_key, 0)"),
+    ),
+    *_of(
+        "experiments/_evaluate.py",
+        "tests/experiments/test_lexical_constraint.py",
+        ("two units in one distance", 'unit = "total_variation" if infinite else divergence', "unit = divergence"),
+    ),
+)
