@@ -23,6 +23,7 @@ def names(module: str) -> dict[str, object]:
     return {name: getattr(loaded, name) for name in loaded.__all__}
 
 
+@pytest.mark.usefixtures("bare")  # as whoever pastes them runs them
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_examples_run(path):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
