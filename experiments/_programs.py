@@ -199,7 +199,14 @@ def make_tuner(settings: Settings, model: PretrainedModel, start: int, num_conte
         return rloo(log_prob_fn, optimizer, microbatch_size=settings.microbatch_size, num_contexts=num_contexts)
     if settings.algorithm == "ppo":
         token_log_prob_fn = fjax.log_probs.make_token_log_prob_fn(model.logits_fn, start=start)
-        return ppo(token_log_prob_fn, optimizer, epochs=PPO_EPOCHS, minibatches=PPO_MINIBATCHES, num_contexts=num_contexts)
+        return ppo(
+            token_log_prob_fn,
+            optimizer,
+            epochs=PPO_EPOCHS,
+            minibatches=PPO_MINIBATCHES,
+            microbatch_size=settings.microbatch_size,
+            num_contexts=num_contexts,
+        )
     return fjax.fdpg(
         log_prob_fn,
         optimizer,

@@ -33,7 +33,7 @@ def first_state(params: Params, optimizer: optax.GradientTransformation, log_z: 
         ValueError: if not all leaves of the parameters are floats.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = getattr(leaf, "dtype", np.asarray(leaf).dtype)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"All of params is trained, so every leaf must hold floats; params{jax.tree_util.keystr(path)} is {dtype}. "

@@ -250,6 +250,27 @@ def test_the_figures_of_a_step_by_hand(x64):
     np.testing.assert_allclose(info.loss, (weights * log_pi).sum())
 
 
+def test_the_bounds_of_f_may_be_annealed_and_all_of_it_compiled():
+    """A traced clip, and parameters that are traced when the state is made: one program, the same figures as with numbers."""
+    small = world()
+    rollout = everything(small, small.log_p, log_z=0.0)
+
+    @jax.jit
+    def clipped(params, low, high):
+        tuner = fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl(), clip=(low, high))
+        state, info = tuner.update(tuner.init(params), rollout)
+        return params - state.params, info
+
+    for clip in ((-0.5, 0.5), (-1.0, 2.0)):
+        found, expected = (
+            clipped(small.params, *clip),
+            gradient(fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl(), clip=clip), small.params, rollout),
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+        assert found[1].clipped_fraction > 0
+    assert clipped._cache_size() == 1
+
+
 def test_misuse_is_refused():
     small = world()
     with refused("microbatch_size must be at least 1"):
