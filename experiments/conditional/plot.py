@@ -1,5 +1,6 @@
 """Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot --help."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +50,18 @@ def read(folder: Path) -> tuple[str, list[dict]]:
         raise RunError(f"{folder} is no run of conditional with an evaluation: {error}.") from error
     if not records:
         raise RunError(f"{folder} has no evaluation yet.")
-    return config["normalizer"], known_contexts(records)
+    return config["normalizer"], [_with_rate(record) for record in known_contexts(records)]
+
+
+def _with_rate(record: dict) -> dict:
+    """Before the first step satisfaction is Z_c, of many more samples than an evaluation has of one prompt."""
+    return record | {"satisfaction": math.exp(record["log_z"])} if record["step"] == 0 else record
 
 
 def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean satisfaction before and after of the prompts whose Z_c, the rate of the base model, is lowest, middling and highest.
-
-    Not by the satisfaction before: of so few samples the lowest third is also that of the unlucky prompts.
-    """
+    """Mean satisfaction before and after of the prompts where it was lowest, middling and highest before."""
     first, last = ({r["prompt"]: r["satisfaction"] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
-    log_z = {r["prompt"]: r["log_z"] for r in records}
-    order = np.array_split(sorted(first, key=log_z.__getitem__), 3)
+    order = np.array_split(sorted(first, key=lambda prompt: first[prompt]), 3)
 
     def means(part):
         return np.array([np.mean([part[prompt] for prompt in prompts]) for prompts in order])
@@ -86,7 +88,7 @@ def main(config: Config) -> int:
             axes[-1].bar(np.arange(3) - 0.4 + width * (i + 1.5), after, width, color=f"C{i}", label=f"{name} Z")
             print(f"{name} Z: {', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}")
         axes[-1].set_xticks(range(3), PARTS)
-        axes[-1].set(title="by how easy the predicate is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12))
+        axes[-1].set(title="by how easy it is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12))
         axes[-1].legend(frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1)
         figure.savefig(config.output)
         plt.close(figure)
