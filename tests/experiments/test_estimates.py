@@ -177,6 +177,7 @@ def test_standard_errors_know_of_the_error_of_each_z():
         (Check(2.5, 2.0, 0.1), "2.500 ≥ 2.000 holds."),
         (Check(2.0, 2.0 + 1e-6, 0.0), "holds."),  # the same number twice, but for rounding
         (Check(1.690, 1.946, 0.1), "1.690 is below 1.946, within error (± 0.100)."),
+        (Check(1.690, 1.946, 0.07), "within error"),  # 3.7 standard errors
         (Check(1.690, 1.946, 0.06), "it FAILS"),
         (Check(1.690, 1.946, math.inf), "within error"),
         (Check(math.nan, math.inf, math.inf), "nothing to check"),
