@@ -62,7 +62,7 @@ def with_contexts(drawn: Batch) -> Batch:
     return drawn._replace(tokens=tokens, where=np.ones_like(tokens, bool))
 
 
-def evaluate(pi, base, allowed, mine, beside, kept, contexts=True):
+def evaluate(pi, base, allowed, mine, beside, kept, contexts=True, log_z_off_by=0.0):
     """Of outcomes: of the policy, of the base model in the same batch, and kept ones of the base model."""
     run = programs(pi, allowed, contexts)
     run.score = scorer(pi)
@@ -72,6 +72,8 @@ def evaluate(pi, base, allowed, mine, beside, kept, contexts=True):
     drawn = _evaluate._rows(with_contexts(drawn), order)._replace(from_policy=mine.size)
     known = with_contexts(batch(kept, base, base, contexts=contexts, from_policy=kept.size))
     made = _evaluate.make_base(*_evaluate.score(run, TARGET, [known], kept.size))
+    if log_z_off_by:
+        made = made._replace(log_z=made.log_z._replace(value=made.log_z.value + log_z_off_by))
     scored = _evaluate.score(run, TARGET, [drawn], mine.size)
     return _evaluate.evaluate(run, None, TARGET, scored, made, DIVERGENCES)
 
@@ -125,6 +127,15 @@ def test_all_figures_are_of_the_same_contexts_and_exact(beside):
     assert found.check.least == pytest.approx(-np.log(rates).mean(), abs=2e-5)
     gaps = expected["forward_kl"] + np.log(rates)
     assert found.check.std_error == pytest.approx(np.std(gaps, ddof=1) / math.sqrt(2), abs=2e-5)
+
+
+def test_z_is_that_of_the_base_model_s_samples_and_not_estimated_anew():
+    """B15: one p throughout a run. With a Z that is too large by a factor c, E_q[(p/q) log(p/π)] is (KL(p‖π) - log c)/c."""
+    found = evaluate(POLICY, BASE, ALLOWED, exactly(POLICY), exactly(BASE), exactly(BASE), log_z_off_by=0.5)
+    expected = truth(POLICY[:2], BASE[:2], ALLOWED[:2])
+    assert found.figures["log_z"].value == pytest.approx(expected["log_z"].mean() + 0.5, abs=1e-5)
+    by_hand = (expected["forward_kl"].mean() - 0.5) * math.exp(-0.5)
+    assert found.figures["forward_kl"].value == pytest.approx(by_hand, abs=2e-5)
 
 
 @pytest.mark.parametrize("beside", [0, 1], ids=("policy-alone", "with-base"))
