@@ -74,6 +74,8 @@ def test_a_run_evaluates_on_unseen_prompts(normalizer, experiment, tmp_path, cap
     assert {r["prompt"] for r in contexts} == {f"w2 w3 {word}" for word in WORDS}
     known = [np.isfinite(r["log_z"]) for r in contexts if r["step"] == 2]
     assert np.mean(known) == last["known"] == 7 / 8  # of one prompt no sample has the word
+    z = [{r["prompt"]: r["log_z"] for r in contexts if r["step"] == step} for step in (0, 2)]
+    assert z[0] == z[1]  # one target throughout
     means = np.array([r["satisfaction"] for r in contexts if r["step"] == 2])
     np.testing.assert_allclose(means[known].mean(), last["satisfaction"], atol=1e-6)
     np.testing.assert_allclose(
