@@ -21,9 +21,12 @@ SIGNALS = pytest.mark.parametrize("number", _endings.SIGNALS, ids=lambda number:
 
 @pytest.fixture(autouse=True)
 def handlers_as_before():
+    """And before them those of a terminal: under nohup, processes that tests start would ignore SIGHUP as well."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in _endings.SIGNALS]
     yield
     assert [signal.getsignal(number) for number in _endings.SIGNALS] == before
+    signal.signal(signal.SIGHUP, inherited)
 
 
 @SIGNALS

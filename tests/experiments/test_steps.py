@@ -151,7 +151,7 @@ def test_a_batch_drawn_ahead_is_weighted_for_the_policy_it_came_from():
         (("--algorithm", "rloo", "--divergence", "reverse_kl", "--clip", -8, 8), "--clip is for --algorithm fdpg"),
         (("--overlap", "--proposal", "adaptive"), "--overlap and --proposal adaptive cannot be had together"),
         (("--proposal-every", 0), "--proposal-every must be at least 1"),
-        (("--divergence", "alpha", "--alpha", "nan"), "--alpha must be a finite number"),
+        (("--divergence", "alpha", "--alpha", "nan"), "--alpha must be at least -10 and at most 10, got"),
     ],
 )
 def test_what_does_not_go_together_is_said(monkeypatch, capsys, arguments, message):
