@@ -97,7 +97,7 @@ def _as_static(option):
 def _in_float32(function):
     if not callable(function):  # a name, or None
         return function
-    return lambda x: function(jnp.asarray(x, float_dtype(x)))
+    return lambda x: function(jnp.asarray(x, float_dtype(jnp.asarray(x))))
 
 
 def exact_divergence(
