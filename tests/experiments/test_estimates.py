@@ -129,6 +129,22 @@ def test_all_figures_are_of_the_same_contexts_and_exact(beside):
     assert found.check.std_error == pytest.approx(np.std(gaps, ddof=1) / math.sqrt(2), abs=2e-5)
 
 
+def test_a_rare_constraint_from_eight_samples_a_prompt():
+    """B15: of π = a with 0.926 for TV and 2.60 for KL(p‖π), published were 0.816 and 1.78."""
+    rng, c, z = np.random.default_rng(0), 144, 0.074
+    base, allowed = np.repeat([[z, 0.3, 0.3, 0.4 - z]], c, axis=0), np.repeat([[True, False, False, False]], c, axis=0)
+
+    def draw(n):
+        return (rng.uniform(size=(c, n, 1)) > np.cumsum(base, axis=1)[:, None, :-1]).sum(axis=-1)
+
+    figures = evaluate(base, base, allowed, draw(8), draw(2), draw(128)).figures
+    assert figures["known"].value > 0.99
+    tv, kl = figures["total_variation"], figures["forward_kl"]
+    assert abs(tv.value - (1 - z)) < 4 * tv.std_error < 0.03
+    bias = (1 - z) / (2 * 128 * z)  # of -log of an estimate of Z
+    assert abs(kl.value - bias + math.log(z)) < 4 * kl.std_error < 0.2
+
+
 def test_z_is_that_of_the_base_model_s_samples_and_not_estimated_anew():
     """B15: one p throughout a run. With a Z that is too large by a factor c, E_q[(p/q) log(p/π)] is (KL(p‖π) - log c)/c."""
     found = evaluate(POLICY, BASE, ALLOWED, exactly(POLICY), exactly(BASE), exactly(BASE), log_z_off_by=0.5)
