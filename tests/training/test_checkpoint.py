@@ -212,6 +212,7 @@ def test_there_is_one_writer(tmp_path, writer):
         (json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "then"}), True),  # a number that is used again
         (json.dumps({"host": "far", "pid": 1, "since": "then"}), False),
     ],
+    ids=["empty", "torn", "no-lock", "here", "far"],  # fixed: the workers of pytest-xdist have other numbers
 )
 def test_a_lock_that_was_left_behind(tmp_path, lock, free):
     """On this host the kernel says that nobody has it. Of another host nothing is known, and the message says what to do."""
