@@ -27,6 +27,17 @@ hypothesis.settings.load_profile("fjax")
 
 def pytest_addoption(parser):
     parser.addoption("--bare", action="store_true", help="run as a user does: without the two nets below")
+    parser.addoption("--one-case", action="store_true", help="of each parametrised test the first case alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What a second Python is for: does all of it run there? That the numbers are right is shown once."""
+    if not config.getoption("--one-case"):
+        return
+    first = {item.nodeid.split("[")[0]: item for item in reversed(items)}
+    kept = [item for item in items if first[item.nodeid.split("[")[0]] is item]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_configure(config):
