@@ -193,7 +193,7 @@ def _train(run: Run, progress: Progress, seconds: float) -> int:
                 _save(run, progress, begun)
                 if not run.stop.signal and _is_enough(run):
                     break
-            elif step % settings.checkpoint_every == 0 and step < settings.steps:  # the last is saved with its evaluation
+            elif step % settings.checkpoint_every == 0:
                 _save(run, progress, begun)
     if not run.stop.signal:
         with suppress(AskedToStop):
