@@ -391,6 +391,7 @@ def update_log_mean(
     Source: Go et al. 2023, algorithm 1, in log space.
     """
     (log_weights,) = one_axis(log_weights=jax.lax.stop_gradient(log_weights))
+    one_number(**{"the log Z of state": state.largest})
     # In the dtype of the state, which must not change from step to step: it is donated, and carried through
     # loops.
     where, log_weights = gather(as_mask(where, log_weights), axis_name), gather(log_weights, axis_name)
@@ -412,6 +413,7 @@ def log_mean_estimate(state: LogMean) -> Estimate:
 
     Source: delta method; Owen 2013, section 9.1.
     """
+    one_number(**{"the log Z of state": state.largest})
     total, squares, n = state.sums + state.lost
     some = total != 0  # NaN is for the caller to see
     value = jnp.where(some, _unit(state.largest) + jnp.log(jnp.where(some, total, 1.0) / n), -jnp.inf)

@@ -280,6 +280,16 @@ def test_a_new_largest_weight_and_weights_of_zero_change_the_unit_only(x64):
     np.testing.assert_allclose(jax.vmap(estimators.log_mean_estimate)(several).value, [expected, expected + 7], rtol=1e-14)
 
 
+@pytest.mark.usefixtures("bare")
+def test_the_states_of_contexts_are_not_taken_for_one():
+    """Three contexts have as many numbers as one state has sums."""
+    state = jax.tree.map(lambda x: jnp.stack([x] * 3), estimators.init_log_mean())
+    with pytest.raises(ValueError, match=r"must be one number, got shape \[3\].*jax\.vmap"):
+        estimators.log_mean_estimate(state)
+    with pytest.raises(ValueError, match=r"jax\.vmap"):
+        estimators.update_log_mean(state, jnp.zeros(3))
+
+
 def test_a_weight_that_is_no_number_is_seen():
     for bad in (jnp.nan, jnp.inf):
         state = estimators.update_log_mean(estimators.init_log_mean(), jnp.array([0.0, bad]))
