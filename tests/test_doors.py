@@ -49,7 +49,8 @@ def samples(call: Callable, *names: str, of: str = "samples", mask: str | None =
 
 
 def _mean_of(update):
-    return lambda log_weights, where=None: tuple(update(estimators.init_log_mean(), log_weights, where=where))
+    # What a state is computed in is its own affair: by default the precision that JAX is set to.
+    return lambda log_weights, where=None: tuple(update(estimators.init_log_mean(jnp.float32), log_weights, where=where))
 
 
 three = ("log_pi", "log_p", "log_q")
@@ -84,7 +85,7 @@ DOORS: dict[str, Door] = {
     ),
     "self_normalized_log_q": samples(surrogates.self_normalized_log_q, "log_pi", "log_q"),
     "running_mean.update": samples(
-        lambda weights: surrogates.running_mean(0.5).update(surrogates.running_mean(0.5).init(), weights), "weights"
+        lambda weights: surrogates.running_mean(0.5).update(jnp.zeros(2, jnp.float32), weights), "weights"
     ),
     "centred_weights": samples(partial(surrogates.centred_weights, baseline=0.5), "weights", "log_pi", "log_q"),
     "surrogate_loss": samples(partial(surrogates.surrogate_loss, divergence=F), *three),
