@@ -234,6 +234,7 @@ def test_the_bounds_of_ppo_may_be_annealed():
     small = world()
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def moved(low, high):
         tuner = ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=(low, high))
         return tuner.update(tuner.init(small.params), samples(small))[0].params
@@ -241,7 +242,6 @@ def test_the_bounds_of_ppo_may_be_annealed():
     for clip in ((0.05, 0.1), (0.3, 0.2)):
         expected = step(ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=clip), small.params, samples(small))[0]
         np.testing.assert_allclose(small.params - moved(*clip), expected, atol=1e-6)
-    assert moved._cache_size() == 1
 
 
 @pytest.mark.parametrize("rubbish", [jnp.nan, -jnp.inf, 1e30])
