@@ -8,5 +8,6 @@ from . import _endings
 # transformers says on import that there is no torch; nobody here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-if sys.argv[:1] == ["-m"]:  # python -m experiments.…, which is still being looked for: jax and all else is yet to be imported
+# python -m experiments.…, which is still being looked for: jax and all else is yet to be imported
+if sys.argv[:1] == ["-m"]:
     _endings.handle(_endings.leave_at_once)

@@ -1,4 +1,5 @@
-"""What a command line may say: every number within its range, every path with ~ expanded and none of them empty."""
+"""What a command line may say: every number within its range, every path with ~ expanded and none
+of them empty."""
 
 import dataclasses
 import inspect
@@ -11,7 +12,8 @@ import tyro
 ConfigT = TypeVar("ConfigT")
 
 MANY = 10**8
-"""Steps, and whatever is counted in them: eight updates each, as of PPO, still fit into an int32."""
+"""Steps, and whatever is counted in them: eight updates each, as of PPO, still fit into an
+int32."""
 ROWS = 2**20
 """Rows, columns and tokens that are held at once."""
 
@@ -73,7 +75,8 @@ RANGES = {
     "weight_decay": Range(0, 10),
     "z_samples": Range(1, ROWS),
 }
-"""Of every number of every command, by its field. What depends on other fields too is for the configuration to say."""
+"""Of every number of every command, by its field. What depends on other fields too is for the
+configuration to say."""
 
 
 def check_numbers(config) -> None:
@@ -92,8 +95,14 @@ def check_numbers(config) -> None:
 def _check(name: str, number: float) -> None:
     low, high = RANGES[name]
     if not low <= number <= high:  # NaN is not, either
-        shown = number if isinstance(number, float) or abs(number) < 10**20 else "a number of that many digits"
-        raise ValueError(f"{flag(name)} must be at least {_plain(low)} and at most {_plain(high)}, got {shown}.")
+        shown = (
+            number
+            if isinstance(number, float) or abs(number) < 10**20
+            else "a number of that many digits"
+        )
+        raise ValueError(
+            f"{flag(name)} must be at least {_plain(low)} and at most {_plain(high)}, got {shown}."
+        )
 
 
 def _plain(bound: float) -> str:
@@ -106,7 +115,8 @@ def flag(name: str) -> str:
 
 
 def parse(config: type[ConfigT], prog: str, arguments: Sequence[str] | None = None) -> ConfigT:
-    """The configuration that a command line stands for; tyro ends the process where it cannot be read, and for --help.
+    """The configuration that a command line stands for; tyro ends the process where it cannot be
+    read, and for --help.
 
     Raises:
         ValueError: for a value that its type allows and its meaning does not.
@@ -135,11 +145,14 @@ def _of_one_word(make) -> tyro.constructors.PrimitiveConstructorSpec:
 
 
 FolderOrName = Annotated[str, _of_one_word(str)]
-"""A model by its folder, in which ~ is expanded, or by its name; or whatever else is known by a word."""
+"""A model by its folder, in which ~ is expanded, or by its name; or whatever else is known by a
+word."""
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @_REGISTRY.primitive_rule
-def _path(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+def _path(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
     return _of_one_word(Path) if info.type is Path else None

@@ -23,14 +23,17 @@ LONGEST = 800
 """Characters of an error that are shown: those of a library may be a page of JSON."""
 
 
-def run(config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str, computes: bool = True) -> int:
+def run(
+    config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str, computes: bool = True
+) -> int:
     """Parses the command line and runs; what the user can put right is printed without a traceback.
 
     Args:
         config: what can be set.
         main: does it; returns the exit status.
         module: what the command is called.
-        computes: whether it takes an accelerator if there is one, rather than only reading and drawing what runs have left.
+        computes: whether it takes an accelerator if there is one, rather than only reading and
+            drawing what runs have left.
     """
     # What orbax logs of a failure, pages from each of its threads, it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -41,7 +44,11 @@ def run(config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str, c
             finally:
                 sys.stdout.flush()
         except Interrupted as signal:
-            print(f"Interrupted at once ({signal}); what had been saved before is there for --resume.", file=sys.stderr)
+            print(
+                f"Interrupted at once ({signal}); what had been saved before is there for "
+                f"--resume.",
+                file=sys.stderr,
+            )
             return signal.status
         except Exception as error:
             said = _sentence(error)
@@ -53,16 +60,20 @@ def run(config: type[ConfigT], main: Callable[[ConfigT], int], *, module: str, c
 def _run(config: type[ConfigT], main: Callable[[ConfigT], int], module: str, computes: bool) -> int:
     try:
         chosen = parse(config, f"python -m {module}")
-    except ValueError as error:  # of __post_init__: a value that its type allows and its meaning does not
+    # of __post_init__: a value that its type allows and its meaning does not
+    except ValueError as error:
         return _fail(str(error))
     if computes and _backend() != "cpu":
         # Compiling for an accelerator takes minutes, and is the same every time.
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "fjax" / "compiled"))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(Path.home() / ".cache" / "fjax" / "compiled")
+        )
     return main(chosen)
 
 
 def _backend() -> str:
-    """What jax computes on; an accelerator that JAX_PLATFORMS names first must be there, whatever it names after it.
+    """What jax computes on; an accelerator that JAX_PLATFORMS names first must be there, whatever
+    it names after it.
 
     Raises:
         RunError: if it is not.
@@ -71,8 +82,11 @@ def _backend() -> str:
     advice = "Mend driver or container, or ask for the CPU: JAX_PLATFORMS=cpu."
     try:
         found = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the latter without a word, of cuda without its plug-in
-        raise RunError(f"JAX_PLATFORMS={asked} cannot be had: {str(error) or 'jax finds none'}. {advice}") from error
+    # the latter without a word, of cuda without its plug-in
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"JAX_PLATFORMS={asked} cannot be had: {str(error) or 'jax finds none'}. {advice}"
+        ) from error
     first = asked.split(",")[0].strip()
     if found == "cpu" and first not in ("", "cpu"):
         raise RunError(f"JAX_PLATFORMS={asked} asks for {first}, of which jax finds none. {advice}")
@@ -80,7 +94,8 @@ def _backend() -> str:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What a person can put right: our own errors, a full disk or whatever else the system refuses; None for a bug."""
+    """What a person can put right: our own errors, a full disk or whatever else the system refuses;
+    None for a bug."""
     if isinstance(error, RunError):
         return str(error)
     for cause in _causes(error):
@@ -105,5 +120,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _fail(said: str) -> int:
     said = on_one_line(said)
     said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
-    Console(stderr=True).print(f"[bold red]Error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"[bold red]Error:[/] {escape(said)}", highlight=False, soft_wrap=True
+    )
     return 2

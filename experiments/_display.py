@@ -1,4 +1,5 @@
-"""What a person sees: bars with rate and time left, figures and samples as they come, and the summary at the end."""
+"""What a person sees: bars with rate and time left, figures and samples as they come, and the
+summary at the end."""
 
 import math
 import sys
@@ -10,7 +11,14 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -42,21 +50,32 @@ class Display:
         self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def start(
-        self, title: str, folder: Path, settings: Settings, model: PretrainedModel, *, resumed_at: int, of_base: int
+        self,
+        title: str,
+        folder: Path,
+        settings: Settings,
+        model: PretrainedModel,
+        *,
+        resumed_at: int,
+        of_base: int,
     ) -> None:
-        """Says what is about to happen, how many samples of a step are of the base model, and where it will all be."""
+        """Says what is about to happen, how many samples of a step are of the base model, and where
+        it will all be."""
         begin = "from the start" if settings.start is None else f"from {escape(settings.start)}"
         at = f"going on at step {resumed_at}" if resumed_at else begin
         share = f" ({of_base} of the base model)" if of_base else ""
         self.say(
             f"[bold]{escape(title)}[/]: {escape(settings.model)} ({_size(model)} parameters), "
-            f"{settings.steps} steps of {settings.samples} samples{share}, {at}, on {escape(hardware())}.\n"
-            f"Everything is written to {escape(str(folder))}."
+            f"{settings.steps} steps of {settings.samples} samples{share}, {at}, on "
+            f"{escape(hardware())}.\nEverything is written to {escape(str(folder))}."
         )
 
     @contextmanager
-    def progress(self, name: str, *, total: int, completed: int, headline: str = "") -> Iterator[Callable[[int, dict], None]]:
-        """A bar; call what it gives with (completed, record of the step), of which the headline is shown first."""
+    def progress(
+        self, name: str, *, total: int, completed: int, headline: str = ""
+    ) -> Iterator[Callable[[int, dict], None]]:
+        """A bar; call what it gives with (completed, record of the step), of which the headline is
+        shown first."""
         columns = (
             TextColumn(f"{name:9}"),
             BarColumn(bar_width=30),
@@ -66,20 +85,29 @@ class Display:
             TextColumn("{task.fields[note]}"),
         )
         is_terminal = self._console.is_terminal
-        with Progress(*columns, console=self._console, disable=not is_terminal, transient=name != "align") as bar:
+        with Progress(
+            *columns, console=self._console, disable=not is_terminal, transient=name != "align"
+        ) as bar:
             task = bar.add_task(name, total=total, completed=completed, note="")
 
             def advance(done: int, record: dict) -> None:
                 bar.update(task, completed=done, note=_note(record, headline))
                 if not is_terminal and record and (done % 10 == 0 or done == total):
-                    self.say(f"step {done}/{total}  {_note(record, headline)}  {record['seconds']:.0f} s")
+                    self.say(
+                        f"step {done}/{total}  {_note(record, headline)}  {record['seconds']:.0f} s"
+                    )
 
             yield advance
 
     def evaluation(self, evaluation: Evaluation, step: int, target: Target) -> None:
         """A table of figures, beside those of the base model, and a few samples."""
-        of = "" if evaluation.log_z is None else f", continuing {evaluation.contexts} unseen prompts"
-        table = Table(title=f"step {step}, {evaluation.samples} fresh samples of the policy{of}", title_justify="left")
+        of = (
+            "" if evaluation.log_z is None else f", continuing {evaluation.contexts} unseen prompts"
+        )
+        table = Table(
+            title=f"step {step}, {evaluation.samples} fresh samples of the policy{of}",
+            title_justify="left",
+        )
         _add_columns(table, "figure", "value", "± std. error", "ESS")
         for name, figure in evaluation.figures.items():
             ess = f"{figure.ess:.0f}" if figure.ess < evaluation.samples - 0.5 else ""
@@ -107,12 +135,20 @@ class Display:
             style="yellow",
         )
 
-    def beside(self, before: dict, after: Evaluation, target: Target, *, first: str, last: str) -> None:
-        """Figures of a record and of an evaluation in one table, samples of the latter, and the check on them."""
+    def beside(
+        self, before: dict, after: Evaluation, target: Target, *, first: str, last: str
+    ) -> None:
+        """Figures of a record and of an evaluation in one table, samples of the latter, and the
+        check on them."""
         table = Table(title=_safe(f"{first} → {last}"), title_justify="left")
         _add_columns(table, "figure", _safe(first), _safe(last), "± std. error")
         for name, figure in after.figures.items():
-            table.add_row(_name(name), _number(before.get(name, math.nan)), _number(figure.value), _error(figure))
+            table.add_row(
+                _name(name),
+                _number(before.get(name, math.nan)),
+                _number(figure.value),
+                _error(figure),
+            )
         self._console.print(table)
         self._console.print(_samples(after, target, shown=2 * SHOWN))
         if after.log_z is not None:
@@ -120,10 +156,20 @@ class Display:
         if after.check is not None:
             self.say(escape(_verdict(after.check)))
 
-    def summary(self, evaluations: dict[int, dict], after: Evaluation, target: Target, folder: Path, seconds: float) -> None:
+    def summary(
+        self,
+        evaluations: dict[int, dict],
+        after: Evaluation,
+        target: Target,
+        folder: Path,
+        seconds: float,
+    ) -> None:
         """Before → after, the check on the figures, and where things are."""
         self.beside(evaluations.get(0, {}), after, target, first="before", last="after")
-        self.say(f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} ({seconds:.0f} s).")
+        self.say(
+            f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} "
+            f"({seconds:.0f} s)."
+        )
 
 
 def _add_columns(table: Table, first: str, *others: str) -> None:
@@ -143,8 +189,10 @@ def _verdict(check: Check) -> str:
     if not below > 4 * std_error:
         return f"{said}{value:.3f} is below {least:.3f}, within error (± {std_error:.3f})."
     return (
-        f"{said}{value:.3f} is below {least:.3f} by more than 4 standard errors (± {std_error:.3f}): it FAILS. Either samples "
-        "of p are too few for their own error to be right (see the ESS), or there is an error in the code: please report it."
+        f"{said}{value:.3f} is below {least:.3f} by more than 4 standard errors (± "
+        f"{std_error:.3f}): it FAILS. Either samples "
+        "of p are too few for their own error to be right (see the ESS), or there is an error in "
+        "the code: please report it."
     )
 
 
@@ -171,7 +219,8 @@ def _samples(evaluation: Evaluation, target: Target, shown: int = SHOWN) -> Tabl
 
 
 def _safe(text: str) -> str:
-    """What a model or a user wrote, as it is and nothing else: no colours of its own, and no orders to the terminal."""
+    """What a model or a user wrote, as it is and nothing else: no colours of its own, and no orders
+    to the terminal."""
     return escape(on_one_line(text))
 
 
@@ -181,7 +230,9 @@ def _name(figure: str) -> str:
 
 def _note(record: dict, headline: str) -> str:
     shown = {headline: headline, "log_z": "log Z", "divergence": "divergence"}
-    return "  ".join(f"{title} {_number(float(record[name]))}" for name, title in shown.items() if name in record)
+    return "  ".join(
+        f"{title} {_number(float(record[name]))}" for name, title in shown.items() if name in record
+    )
 
 
 def _size(model: PretrainedModel) -> str:
@@ -193,7 +244,9 @@ def _number(value: float) -> str:
         return "unknown"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:z.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return (
+        f"{value:z.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    )
 
 
 def _error(figure: Figure) -> str:

@@ -1,8 +1,9 @@
 """How a command ends before its time: at a signal, or because nobody reads any more what it prints.
 
-While it imports, it leaves at once: an exception there would pass through code that loses it, or dies of it. Later the
-first signal raises `Interrupted`, so that what was opened is closed; within `graceful_stop` it only asks to stop, so that a
-run saves. One more is always heard sooner than the one before.
+While it imports, it leaves at once: an exception there would pass through code that loses it, or
+dies of it. Later the first signal raises `Interrupted`, so that what was opened is closed; within
+`graceful_stop` it only asks to stop, so that a run saves. One more is always heard sooner than the
+one before.
 """
 
 import io
@@ -33,7 +34,8 @@ class AskedToStop(Interrupted):
 
 
 def leave_at_once(number: int, _: object) -> None:
-    """A handler: one line, and out, without a word from anything that is half imported or half closed."""
+    """A handler: one line, and out, without a word from anything that is half imported or half
+    closed."""
     with suppress(OSError):
         os.write(2, f"Interrupted at once ({signal.Signals(number).name}).\n".encode())
     os._exit(128 + number)
@@ -53,9 +55,14 @@ def interrupt(number: int, _: object) -> None:
 
 
 def handle(handler: Callable) -> dict:
-    """Gives every signal the handler, but for a SIGHUP that is ignored, as under nohup; returns what they had."""
+    """Gives every signal the handler, but for a SIGHUP that is ignored, as under nohup; returns
+    what they had."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return {number: signal.signal(number, handler) for number in SIGNALS if not (ignored and number == signal.SIGHUP)}
+    return {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if not (ignored and number == signal.SIGHUP)
+    }
 
 
 @contextmanager
@@ -78,7 +85,8 @@ class Stop:
 
     @contextmanager
     def obeyed_at_once(self) -> Iterator[None]:
-        """For what takes long and leaves nothing half done: a signal within it, or before it, raises `AskedToStop`."""
+        """For what takes long and leaves nothing half done: a signal within it, or before it,
+        raises `AskedToStop`."""
 
         def end(number: int, _: object) -> None:
             self.signal = number
@@ -113,7 +121,8 @@ class Nowhere(io.TextIOBase):
 
 
 class Output:
-    """A text stream that outlives its reader: that is a hang-up then, as when a terminal is closed, and no error."""
+    """A text stream that outlives its reader: that is a hang-up then, as when a terminal is closed,
+    and no error."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -139,7 +148,8 @@ class Output:
     def _hang_up(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         with suppress(OSError, ValueError):
-            os.dup2(nowhere, self._stream.fileno())  # what its buffer still has goes there, when the process ends
+            # what its buffer still has goes there, when the process ends
+            os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
         self._stream = Nowhere()
         with suppress(OSError):
@@ -149,7 +159,8 @@ class Output:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it printing does not fail: not for want of a reader, of a stream, or of a character in its encoding."""
+    """Within it printing does not fail: not for want of a reader, of a stream, or of a character in
+    its encoding."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):

@@ -1,4 +1,5 @@
-"""Digests of what a run reads: model, files, a user's function. A resumed run goes on only where they are the same."""
+"""Digests of what a run reads: model, files, a user's function. A resumed run goes on only where
+they are the same."""
 
 import dataclasses
 import hashlib
@@ -14,12 +15,15 @@ from ._python import load_function
 from ._run_folder import MAY_CHANGE
 
 FUNCTIONS = ("predicate", "reward")
-"""Settings that may be module:function; of a function the file it stands in counts, not what that imports."""
+"""Settings that may be module:function; of a function the file it stands in counts, not what that
+imports."""
 
 
 def input_digests(config, model: PretrainedModel, start: PretrainedModel | None) -> dict[str, str]:
     """Flag or part of the model -> digest."""
-    digests = {"--model": _of_model(model)} | ({} if start is None else {"--start": _of_model(start)})
+    digests = {"--model": _of_model(model)} | (
+        {} if start is None else {"--start": _of_model(start)}
+    )
     for flag, path in _paths(config):
         if path.is_file():
             digests[flag] = _of_file(path)
@@ -48,7 +52,11 @@ def _paths(config) -> Iterator[tuple[str, Path]]:
 
 
 def _of_model(model: PretrainedModel) -> str:
-    parts = {"arrays": describe_arrays(model.params), "vocabulary": model.tokenizer.get_vocab(), "end": model.eos_id}
+    parts = {
+        "arrays": describe_arrays(model.params),
+        "vocabulary": model.tokenizer.get_vocab(),
+        "end": model.eos_id,
+    }
     return digest_text(json.dumps(parts, sort_keys=True))
 
 

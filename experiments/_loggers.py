@@ -17,23 +17,35 @@ def check_loggers(settings: Settings) -> None:
     Raises:
         RunError: if it is not.
     """
-    asked = {"tensorboardX": ("tensorboard", settings.tensorboard), "wandb": ("wandb-project", settings.wandb_project)}
+    asked = {
+        "tensorboardX": ("tensorboard", settings.tensorboard),
+        "wandb": ("wandb-project", settings.wandb_project),
+    }
     for package, (flag, wanted) in asked.items():
         if wanted and importlib.util.find_spec(package) is None:
-            raise RunError(f"--{flag} needs {package}, which is not installed: pip install {package}, or leave --{flag} out.")
+            raise RunError(
+                f"--{flag} needs {package}, which is not installed: pip install {package}, or "
+                f"leave --{flag} out."
+            )
 
 
-def open_loggers(settings: Settings, config: dict, folder: Path, title: str, *, after_step: int) -> FanOut:
+def open_loggers(
+    settings: Settings, config: dict, folder: Path, title: str, *, after_step: int
+) -> FanOut:
     """All of them as one, to be closed; a resumed run goes on in what is there.
 
     Raises:
         RunError: if W&B cannot be reached.
     """
     with ExitStack() as opened:
-        loggers: list[Logger] = [opened.enter_context(JsonlLogger(folder / "metrics.jsonl", after_step=after_step))]
+        loggers: list[Logger] = [
+            opened.enter_context(JsonlLogger(folder / "metrics.jsonl", after_step=after_step))
+        ]
         if settings.tensorboard:
             since = after_step if after_step > 0 else None
-            loggers.append(opened.enter_context(TensorBoardLogger(folder / "tensorboard", after_step=since)))
+            loggers.append(
+                opened.enter_context(TensorBoardLogger(folder / "tensorboard", after_step=since))
+            )
         if settings.wandb_project:
             try:
                 wandb = WandbLogger(

@@ -1,4 +1,5 @@
-"""The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when told to."""
+"""The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when
+told to."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ NO_STEP = 2**31 - 1
 
 
 class Prepared(NamedTuple):
-    """What there is to make a target with, before the first step; ``rng_key`` is for its samples."""
+    """What there is to make a target with, before the first step; ``rng_key`` is for its
+    samples."""
 
     settings: Settings
     folder: Path
@@ -42,7 +44,8 @@ class Prepared(NamedTuple):
 
 
 class Kept:
-    """What an evaluation leaves for those after it: samples of the base model, and the records of all, by step."""
+    """What an evaluation leaves for those after it: samples of the base model, and the records of
+    all, by step."""
 
     base: _evaluate.Base | None = None
 
@@ -77,11 +80,13 @@ def align(
     make_contexts: Callable[[PretrainedModel], Contexts] | None = None,
     make_stepper: Callable[[Prepared], Stepper] | None = None,
 ) -> int:
-    """Runs an experiment from the command line's choices to the exported model; returns the exit status.
+    """Runs an experiment from the command line's choices to the exported model; returns the exit
+    status.
 
     Args:
         settings: what all experiments share.
-        make_target: called once with the loaded model, so that a target may be fitted to its samples.
+        make_target: called once with the loaded model, so that a target may be fitted to its
+            samples.
         config: the experiment's whole configuration, for config.json.
         experiment: its name, the folder of its runs.
         title: of this run.
@@ -99,19 +104,45 @@ def align(
     with open_run(as_json(config), experiment=experiment, title=title, digests=digests) as folder:
         check_space(folder, sum(leaf.size for leaf in jax.tree.leaves(model.params)))
         rng_key = jax.random.key(settings.seed)
-        prepared = Prepared(settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display)
+        prepared = Prepared(
+            settings, folder, model, programs, jax.random.fold_in(rng_key, TARGET_KEY), display
+        )
         target = make_target(prepared)
-        stepper = online(settings, programs, target, rng_key) if make_stepper is None else make_stepper(prepared)
+        stepper = (
+            online(settings, programs, target, rng_key)
+            if make_stepper is None
+            else make_stepper(prepared)
+        )
         if not settings.resume:
             describe_run(folder, as_json(config), experiment=experiment, digests=digests)
         kept = Kept()
         nearest_first = partial(_distance_of, settings, kept)
-        with graceful_stop() as stop, Checkpoints(folder / "checkpoints", score=nearest_first) as checkpoints:
-            progress, seconds = _begin(prepared, stepper, programs.tuner.init(begin_at.params), checkpoints)
+        with (
+            graceful_stop() as stop,
+            Checkpoints(folder / "checkpoints", score=nearest_first) as checkpoints,
+        ):
+            progress, seconds = _begin(
+                prepared, stepper, programs.tuner.init(begin_at.params), checkpoints
+            )
             step = int(progress.state.step)
             _forget_later(settings, folder, step)
-            with open_loggers(settings, as_json(config), folder, title, after_step=step or -1) as logger:
-                run = Run(settings, folder, target, model, programs, stepper, rng_key, checkpoints, logger, display, kept, stop)
+            with open_loggers(
+                settings, as_json(config), folder, title, after_step=step or -1
+            ) as logger:
+                run = Run(
+                    settings,
+                    folder,
+                    target,
+                    model,
+                    programs,
+                    stepper,
+                    rng_key,
+                    checkpoints,
+                    logger,
+                    display,
+                    kept,
+                    stop,
+                )
                 kept.records |= evaluations(read_jsonl(folder / "metrics.jsonl"))
                 of_base = settings.samples - programs.policy_samples if make_stepper is None else 0
                 display.start(title, folder, settings, model, resumed_at=step, of_base=of_base)
@@ -119,12 +150,15 @@ def align(
 
 
 def _distance_of(settings: Settings, kept: Kept, metrics: dict) -> float:
-    """Of a checkpoint, by its step: what counts is what metrics.jsonl says of it, in the one unit of the run."""
+    """Of a checkpoint, by its step: what counts is what metrics.jsonl says of it, in the one unit
+    of the run."""
     _, known = _evaluate.distances(kept.records, settings.divergence)
     return known.get(int(metrics.get("step", -1)), np.inf)
 
 
-def _begin(prepared: Prepared, stepper: Stepper, state, checkpoints: Checkpoints) -> tuple[Progress, float]:
+def _begin(
+    prepared: Prepared, stepper: Stepper, state, checkpoints: Checkpoints
+) -> tuple[Progress, float]:
     """Step 0, or the newest checkpoint that is whole."""
     progress = stepper.begin(state)
     if not prepared.settings.resume:
@@ -136,14 +170,16 @@ def _begin(prepared: Prepared, stepper: Stepper, state, checkpoints: Checkpoints
     step, known = int(progress.state.step), last_step(prepared.folder)
     if known < step:
         prepared.display.warn(
-            f"metrics.jsonl ends at step {known}, the checkpoint is of step {step}: what was between is lost."
+            f"metrics.jsonl ends at step {known}, the checkpoint is of step {step}: what was "
+            f"between is lost."
         )
     stepper.go_on(progress)
     return progress, float(restored["seconds"])
 
 
 def _restore(prepared: Prepared, like: dict, checkpoints: Checkpoints) -> dict | None:
-    """The newest checkpoint that is not damaged, those that are being set aside; None where none was saved yet.
+    """The newest checkpoint that is not damaged, those that are being set aside; None where none
+    was saved yet.
 
     Raises:
         RunError: if there is none, although there must have been one.
@@ -153,16 +189,24 @@ def _restore(prepared: Prepared, like: dict, checkpoints: Checkpoints) -> dict |
         try:
             restored = checkpoints.restore(like, step=step)
         except ValueError as error:
-            raise RunError(f"{error} Resume with the fjax and the settings that saved it, or start another run.") from error
+            raise RunError(
+                f"{error} Resume with the fjax and the settings that saved it, or start another "
+                f"run."
+            ) from error
         except OSError as error:
             prepared.display.warn(str(error))
             damaged.append(step)
             continue
         for bad in damaged:
-            prepared.display.warn(f"Going on from step {step}; the damaged one is now {checkpoints.set_aside(bad)}.")
+            prepared.display.warn(
+                f"Going on from step {step}; the damaged one is now {checkpoints.set_aside(bad)}."
+            )
         return restored
     if damaged:
-        raise RunError(f"All checkpoints of {prepared.folder} are damaged. Delete it, and begin anew without --resume.")
+        raise RunError(
+            f"All checkpoints of {prepared.folder} are damaged. Delete it, and begin anew without "
+            f"--resume."
+        )
     check_none_saved(prepared.folder, as_json(prepared.settings))
     return None
 
@@ -171,16 +215,24 @@ def _train(run: Run, progress: Progress, seconds: float) -> int:
     settings, begun = run.settings, time.monotonic() - seconds
     step = int(progress.state.step)
     enough = False
-    if step < settings.steps and step % settings.eval_every == 0:  # of a resumed run, what the stop kept from being done
+    # of a resumed run, what the stop kept from being done
+    if step < settings.steps and step % settings.eval_every == 0:
         with suppress(AskedToStop):
             if step not in run.kept.records:
                 _evaluate_now(run, progress, step, begun)
             enough = step > 0 and _is_enough(run)
-    with run.display.progress("align", total=settings.steps, completed=step, headline=run.target.headline) as bar:
+    with run.display.progress(
+        "align", total=settings.steps, completed=step, headline=run.target.headline
+    ) as bar:
         while step < settings.steps and not run.stop.signal and not enough:
             progress, figures = run.stepper.step(progress, step)
             step += 1
-            record = {"kind": "step", "step": step, "samples": step * run.stepper.samples, **figures}
+            record = {
+                "kind": "step",
+                "step": step,
+                "samples": step * run.stepper.samples,
+                **figures,
+            }
             record["seconds"] = time.monotonic() - begun
             run.logger.log(record)
             bar(step, record)
@@ -206,18 +258,27 @@ def _train(run: Run, progress: Progress, seconds: float) -> int:
 
 
 def draw_fresh(
-    run: Run | Prepared, params: Params, rng_key: jax.Array, batches: int, *, what: str, turn: int = 1
+    run: Run | Prepared,
+    params: Params,
+    rng_key: jax.Array,
+    batches: int,
+    *,
+    what: str,
+    turn: int = 1,
 ) -> list[Batch]:
     """So many batches, every ``turn``-th of the same prompts, with a bar."""
     with run.display.progress(what, total=batches, completed=0) as bar:
         counter = iter(range(1, batches + 1))
-        return _evaluate.draw_batches(run.programs, params, rng_key, batches, turn, lambda: bar(next(counter), {}))
+        return _evaluate.draw_batches(
+            run.programs, params, rng_key, batches, turn, lambda: bar(next(counter), {})
+        )
 
 
 def draw_for_evaluation(
     run: Run | Prepared, params: Params, target: _evaluate.Target, rng_key: jax.Array
 ) -> tuple[_evaluate.Scored, _evaluate.Scored]:
-    """As many fresh samples of the policy as are asked for, and those of the base model that come with them."""
+    """As many fresh samples of the policy as are asked for, and those of the base model that come
+    with them."""
     samples, turn = run.settings.eval_samples, _turn(run)
     rounds = -(-samples // (turn * run.programs.policy_samples))
     drawn = draw_fresh(run, params, rng_key, rounds * turn, what="evaluate", turn=turn)
@@ -225,17 +286,23 @@ def draw_for_evaluation(
 
 
 def draw_base(run: Run | Prepared, target: _evaluate.Target, rng_key: jax.Array) -> _evaluate.Base:
-    """Samples of the base model for all evaluations; with contexts, those that the Z of each is estimated from."""
+    """Samples of the base model for all evaluations; with contexts, those that the Z of each is
+    estimated from."""
     if not run.programs.z_rounds:
         return _evaluate.make_base(*draw_for_evaluation(run, run.model.params, target, rng_key))
     batches = run.programs.z_rounds * _turn(run)
     drawn = draw_fresh(run, run.model.params, rng_key, batches, what="estimate Z", turn=_turn(run))
-    return _evaluate.make_base(*_evaluate.score(run.programs, target, drawn, batches * run.settings.samples))
+    return _evaluate.make_base(
+        *_evaluate.score(run.programs, target, drawn, batches * run.settings.samples)
+    )
 
 
 def _turn(run: Run | Prepared) -> int:
-    """How many batches continue all the prompts of an evaluation: with few samples, the first of them alone."""
-    return min(run.programs.unseen_batches, -(-run.settings.eval_samples // run.programs.policy_samples))
+    """How many batches continue all the prompts of an evaluation: with few samples, the first of
+    them alone."""
+    return min(
+        run.programs.unseen_batches, -(-run.settings.eval_samples // run.programs.policy_samples)
+    )
 
 
 def _evaluation_key(run: Run, step: int) -> jax.Array:
@@ -243,7 +310,8 @@ def _evaluation_key(run: Run, step: int) -> jax.Array:
 
 
 def _base(run: Run, step: int) -> _evaluate.Base | None:
-    """What evaluations share; None where that of step 0, still to be made, is of the base model and will be shared."""
+    """What evaluations share; None where that of step 0, still to be made, is of the base model and
+    will be shared."""
     if run.settings.start is not None or run.programs.z_rounds:
         return draw_base(run, run.target, _evaluation_key(run, NO_STEP))
     return draw_base(run, run.target, _evaluation_key(run, 0)) if step else None
@@ -253,20 +321,28 @@ def _evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> _eva
     """Evaluates, and puts the figures and samples wherever they are kept and shown."""
     settings = run.settings
     evaluation = _measure(run, progress, step)
-    record = _evaluate.as_record(evaluation, step, time.monotonic() - begun, step * run.stepper.samples)
+    record = _evaluate.as_record(
+        evaluation, step, time.monotonic() - begun, step * run.stepper.samples
+    )
     run.logger.log(record)
     run.kept.records[step] = record
     _keep_samples(run.folder, evaluation, step)
     if step < settings.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.target)
-    if run.target.bound and step == 0 and settings.start is None and evaluation.figures[run.target.bound].value == 0:
+    if (
+        run.target.bound
+        and step == 0
+        and settings.start is None
+        and evaluation.figures[run.target.bound].value == 0
+    ):
         _absent(run, evaluation)
     return evaluation
 
 
 def _forget_later(settings: Settings, folder: Path, step: int) -> None:
-    """Drops what comes again: samples of later steps, from where on the files are only added to, and the evaluation that ended
-    a run which now goes on, unless it was due at that step anyway. So a run in parts is as one in whole."""
+    """Drops what comes again: samples of later steps, from where on the files are only added to,
+    and the evaluation that ended a run which now goes on, unless it was due at that step anyway. So
+    a run in parts is as one in whole."""
     ended = 0 < step < settings.steps and step % settings.eval_every > 0
     try:
         for path in (folder / f"{name}.jsonl" for name in ("samples", "contexts")):
@@ -274,12 +350,18 @@ def _forget_later(settings: Settings, folder: Path, step: int) -> None:
                 JsonlLogger(path, after_step=step - ended if step else -1).close()
         path = folder / "metrics.jsonl"
         if ended and path.exists():
-            taken = [record for record in read_jsonl(path) if record["step"] == step and record["kind"] == "step"]
+            taken = [
+                record
+                for record in read_jsonl(path)
+                if record["step"] == step and record["kind"] == "step"
+            ]
             with JsonlLogger(path, after_step=step - 1) as logger:
                 for record in taken:
                     logger.log(record)
     except ValueError as error:
-        raise RunError(f"A file of the run is damaged. {error} Mend or delete that line.") from error
+        raise RunError(
+            f"A file of the run is damaged. {error} Mend or delete that line."
+        ) from error
 
 
 def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> None:
@@ -288,14 +370,23 @@ def _keep_samples(folder: Path, evaluation: _evaluate.Evaluation, step: int) -> 
         for i in np.linspace(0, evaluation.samples - 1, min(64, evaluation.samples)).astype(int):
             prompt = {"prompt": evaluation.prompts[i]} if evaluation.prompts[i] else {}
             samples.log(
-                {"step": step, **prompt, "text": evaluation.texts[i]} | {k: v[i] for k, v in evaluation.features.items()}
+                {"step": step, **prompt, "text": evaluation.texts[i]}
+                | {k: v[i] for k, v in evaluation.features.items()}
             )
     if evaluation.log_z is None:
         return
     with JsonlLogger(folder / "contexts.jsonl") as contexts:
-        means = {k: v.reshape(evaluation.contexts, -1).mean(axis=1) for k, v in evaluation.features.items()}
-        for i, prompt in enumerate(evaluation.prompts[:: evaluation.samples // evaluation.contexts]):
-            contexts.log({"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]} | {k: v[i] for k, v in means.items()})
+        means = {
+            k: v.reshape(evaluation.contexts, -1).mean(axis=1)
+            for k, v in evaluation.features.items()
+        }
+        for i, prompt in enumerate(
+            evaluation.prompts[:: evaluation.samples // evaluation.contexts]
+        ):
+            contexts.log(
+                {"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]}
+                | {k: v[i] for k, v in means.items()}
+            )
 
 
 def _measure(run: Run, progress: Progress, step: int) -> _evaluate.Evaluation:
@@ -303,29 +394,42 @@ def _measure(run: Run, progress: Progress, step: int) -> _evaluate.Evaluation:
     with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
         kept.base = kept.base or _base(run, step)
         drawn = draw_for_evaluation(run, params, run.target, _evaluation_key(run, step))
-        evaluation = _evaluate.evaluate(run.programs, params, run.target, drawn, kept.base, divergences)
+        evaluation = _evaluate.evaluate(
+            run.programs, params, run.target, drawn, kept.base, divergences
+        )
         kept.base = kept.base or _evaluate.make_base(*drawn)
         return evaluation
 
 
 def _absent(run: Run, evaluation: _evaluate.Evaluation) -> None:
-    """The constraint held for no sample of the base model: says what is known of its rate, and goes on or gives up."""
+    """The constraint held for no sample of the base model: says what is known of its rate, and goes
+    on or gives up."""
     if evaluation.log_z is not None and np.isfinite(evaluation.log_z).any():
         return  # it did for one of those that Z is from
     samples = evaluation.samples
     known = (
-        f"None of {samples} samples of the base model satisfies the constraint: with 95 % confidence its rate is below "
-        f"{3 / samples:.2g}, and log Z below {np.log(3 / samples):.1f}."
+        f"None of {samples} samples of the base model satisfies the constraint: with 95 % "
+        f"confidence its rate is below {3 / samples:.2g}, and log Z below "
+        f"{np.log(3 / samples):.1f}."
     )
     if run.target.stop_if_absent:
-        raise RunError(f"{known} Look for the spelling that the model uses, or raise --eval-samples and --samples.")
-    run.display.warn(f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find one sooner.")
+        raise RunError(
+            f"{known} Look for the spelling that the model uses, or raise --eval-samples and "
+            f"--samples."
+        )
+    run.display.warn(
+        f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find "
+        f"one sooner."
+    )
 
 
 def _save(run: Run, progress: Progress, begun: float) -> None:
-    """A checkpoint; its step is what it is found by in the records, so that the nearest is kept beside the newest."""
+    """A checkpoint; its step is what it is found by in the records, so that the nearest is kept
+    beside the newest."""
     step = int(progress.state.step)
-    run.checkpoints.save(step, _tree(progress, time.monotonic() - begun), metrics={"step": float(step)})
+    run.checkpoints.save(
+        step, _tree(progress, time.monotonic() - begun), metrics={"step": float(step)}
+    )
 
 
 def _tree(progress: Progress, seconds: float) -> dict:
@@ -342,7 +446,10 @@ def _from_tree(tree: dict, like: Progress) -> Progress:
     ahead = like.ahead
     if ahead is not None:
         arrays = iter(tree["ahead"])
-        ahead = Batch(*(None if x is None else next(arrays) for x in ahead[:-1]), from_policy=ahead.from_policy)
+        ahead = Batch(
+            *(None if x is None else next(arrays) for x in ahead[:-1]),
+            from_policy=ahead.from_policy,
+        )
     return Progress(tree["state"], tree.get("proposal"), ahead)
 
 
@@ -355,22 +462,35 @@ def _is_enough(run: Run) -> bool:
     """Whether --stop-below or --patience ends the run here, and says so."""
     settings = run.settings
     unit, known = _evaluate.distances(run.kept.records, settings.divergence)
-    found, name = [value for step, value in sorted(known.items()) if step > 0], _evaluate.NAMES[unit]
+    found, name = (
+        [value for step, value in sorted(known.items()) if step > 0],
+        _evaluate.NAMES[unit],
+    )
     newest = known.get(max(run.kept.records), np.inf)
     if settings.stop_below is not None and newest < settings.stop_below:
-        run.display.say(f"{name} is {newest:.4f}, below --stop-below {settings.stop_below:g}: done.")
+        run.display.say(
+            f"{name} is {newest:.4f}, below --stop-below {settings.stop_below:g}: done."
+        )
         return True
     since = len(found) - 1 - int(np.argmin(found)) if found else 0
     if settings.patience is not None and since >= settings.patience:
-        run.display.say(f"No lower {name} in the last {since} evaluations (--patience {settings.patience}): done.")
+        run.display.say(
+            f"No lower {name} in the last {since} evaluations (--patience {settings.patience}): "
+            f"done."
+        )
         return True
     return False
 
 
 def nearest(run: Run) -> int | None:
-    """The saved step at which the policy was nearest to the target; None where that is known of none."""
+    """The saved step at which the policy was nearest to the target; None where that is known of
+    none."""
     known = distances(run)
-    return min((step for step in run.checkpoints.steps if step in known), key=known.__getitem__, default=None)
+    return min(
+        (step for step in run.checkpoints.steps if step in known),
+        key=known.__getitem__,
+        default=None,
+    )
 
 
 def _finish(run: Run, progress: Progress, step: int, begun: float) -> None:
@@ -385,23 +505,30 @@ def _finish(run: Run, progress: Progress, step: int, begun: float) -> None:
     records = read_jsonl(run.folder / "metrics.jsonl")
     _plots.write(run.folder, records, run.target)
     _report.write(run.folder)
-    run.display.summary(evaluations(records), after, run.target, run.folder, time.monotonic() - begun)
+    run.display.summary(
+        evaluations(records), after, run.target, run.folder, time.monotonic() - begun
+    )
     if best != step:
         unit, _ = _evaluate.distances(run.kept.records, run.settings.divergence)
         run.display.say(
-            f"The model is that of step {best}, where {_evaluate.NAMES[unit]} was lowest; the table is of step {step}."
+            f"The model is that of step {best}, where {_evaluate.NAMES[unit]} was lowest; the "
+            f"table is of step {step}."
         )
 
 
 def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Params]:
-    """The saved step that is nearest to the target, and the policy there; the last one where that checkpoint is damaged."""
+    """The saved step that is nearest to the target, and the policy there; the last one where that
+    checkpoint is damaged."""
     best = nearest(run)
     if best in (None, step):
         return step, progress.state.params
     try:
         return best, run.checkpoints.restore(_tree(progress, 0.0), step=best)["state"].params
     except OSError as error:
-        run.display.warn(f"{error} The model is that of the last step, {step}, though it was nearer at step {best}.")
+        run.display.warn(
+            f"{error} The model is that of the last step, {step}, though it was nearer at step "
+            f"{best}."
+        )
         return step, progress.state.params
 
 
@@ -414,10 +541,10 @@ def _not_finite(run: Run, step: int) -> str:
     advice = "lower --learning-rate"
     if run.settings.divergence == "reverse_kl" and run.settings.clip is None:
         advice = (
-            "reverse KL is infinite where the target is 0; bound it with --clip -8 8, smooth the target, or take another "
-            "--divergence"
+            "reverse KL is infinite where the target is 0; bound it with --clip -8 8, smooth the "
+            "target, or take another --divergence"
         )
     return (
-        f"The gradient of step {step} was not finite. The parameters were left as they were and saved in "
-        f"{run.folder / 'checkpoints'}. To go on: {advice}."
+        f"The gradient of step {step} was not finite. The parameters were left as they were and "
+        f"saved in {run.folder / 'checkpoints'}. To go on: {advice}."
     )

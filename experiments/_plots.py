@@ -44,12 +44,18 @@ def write(folder: Path, records: list[dict], target: Target) -> None:
             draw = _training if counted(steps) == DRAWN else _offline_training
             draw(folder / "training.png", steps)
         if (folder / "contexts.jsonl").exists():
-            _contexts(folder / "contexts.png", known_contexts(read_jsonl(folder / "contexts.jsonl")), target.headline)
+            _contexts(
+                folder / "contexts.png",
+                known_contexts(read_jsonl(folder / "contexts.jsonl")),
+                target.headline,
+            )
 
 
 def _evaluation(path: Path, evaluations: list[dict], steps: list[dict], target: Target) -> None:
     figure, axes = plt.subplots(2, 3)
-    axes[0, 0].plot(*_xy(steps, target.headline), lw=0.6, alpha=0.4, color="C0", label="each step's own samples")
+    axes[0, 0].plot(
+        *_xy(steps, target.headline), lw=0.6, alpha=0.4, color="C0", label="each step's own samples"
+    )
     _with_error(axes[0, 0], evaluations, target.headline, label="fresh samples")
     axes[0, 0].set_title(f"{target.headline}, mean under π")
     if target.bound:
@@ -104,7 +110,10 @@ def _offline_training(path: Path, steps: list[dict]) -> None:
     for ax, (name, title) in zip((axes[0, 0], axes[0, 1], axes[1, 0]), panels.items(), strict=True):
         ax.plot(*_xy(steps, name), lw=0.8)
         ax.set_title(title)
-    for name, label in (("chosen_log_ratio", "of the chosen"), ("rejected_log_ratio", "of the rejected")):
+    for name, label in (
+        ("chosen_log_ratio", "of the chosen"),
+        ("rejected_log_ratio", "of the rejected"),
+    ):
         axes[1, 1].plot(*_xy(steps, name), lw=0.8, label=label)
     axes[1, 1].set_title("mean log π/a")
     _finish(figure, axes, path, xlabel=counted(steps))
@@ -119,19 +128,34 @@ def known_contexts(records: list[dict]) -> list[dict]:
 def _contexts(path: Path, records: list[dict], headline: str) -> None:
     figure, ax = plt.subplots(figsize=(5, 5))
     per_context(ax, records, headline, label="a prompt")
-    ax.set(title=f"{headline} of unseen prompts", xlabel="of the base model", ylabel="of the aligned model")
+    ax.set(
+        title=f"{headline} of unseen prompts",
+        xlabel="of the base model",
+        ylabel="of the aligned model",
+    )
     figure.savefig(path)
     plt.close(figure)
 
 
 def per_context(ax, records: list[dict], headline: str, *, label: str, color: str = "C0") -> None:
-    """The mean of each context after against before, above the diagonal where it has risen; and the mean over contexts."""
-    first, last = ({r["prompt"]: r[headline] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
+    """The mean of each context after against before, above the diagonal where it has risen; and the
+    mean over contexts."""
+    first, last = (
+        {r["prompt"]: r[headline] for r in records if r["step"] == end}
+        for end in (0, records[-1]["step"])
+    )
     before, after = (np.array([part[prompt] for prompt in first]) for part in (first, last))
-    ax.plot([min(before.min(), 0), max(before.max(), 0)], [min(before.min(), 0), max(before.max(), 0)], color="grey", lw=0.8)
+    ax.plot(
+        [min(before.min(), 0), max(before.max(), 0)],
+        [min(before.min(), 0), max(before.max(), 0)],
+        color="grey",
+        lw=0.8,
+    )
     ax.scatter(before, after, s=10, alpha=0.5, lw=0, color=color, label=label)
     mean = f"mean: {before.mean():.3f} → {after.mean():.3f}"
-    ax.plot(before.mean(), after.mean(), marker="X", ms=9, ls="", color=color, mec="black", label=mean)
+    ax.plot(
+        before.mean(), after.mean(), marker="X", ms=9, ls="", color=color, mec="black", label=mean
+    )
     ax.legend(frameon=False)
 
 
@@ -140,8 +164,11 @@ def _xy(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([r["samples"] for r in records]), np.where(np.isfinite(y), y, np.nan)
 
 
-def _with_error(ax, records: list[dict], name: str, label: str | None = None, marker: str = ".") -> None:
-    """A line with a band of two standard errors; nothing where the figure is infinite or unknown."""
+def _with_error(
+    ax, records: list[dict], name: str, label: str | None = None, marker: str = "."
+) -> None:
+    """A line with a band of two standard errors; nothing where the figure is infinite or
+    unknown."""
     x, y = _xy(records, name)
     if np.isnan(y).all():
         return
@@ -159,7 +186,14 @@ def _finish(figure, axes, path: Path, *, xlabel: str = DRAWN) -> None:
     for ax in axes.flat:
         label_counts(ax)
         if not ax.has_data():
-            ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")
+            ax.text(
+                0.5,
+                0.5,
+                "infinite or unknown throughout",
+                ha="center",
+                transform=ax.transAxes,
+                color="grey",
+            )
         elif len(ax.get_lines()) > 1:
             ax.legend(frameon=False)
     for ax in axes[-1]:

@@ -20,21 +20,31 @@ from fjax.training import ppo, rloo
 
 from ._prompts import Prompts
 from ._run_folder import RunError
-from ._settings import BUILT_IN, PPO_EPOCHS, PPO_MINIBATCHES, Settings, make_divergence, make_optimizer
+from ._settings import (
+    BUILT_IN,
+    PPO_EPOCHS,
+    PPO_MINIBATCHES,
+    Settings,
+    make_divergence,
+    make_optimizer,
+)
 
 AnyArray = Any
 """A `jax.Array`, perhaps still on its way, or an `np.ndarray` on the host."""
 
 
 CHOICE_KEY = 2**31 - 1
-"""Folded into a step's key to choose its prompts; rows of samples fold their numbers in, and there are never so many."""
+"""Folded into a step's key to choose its prompts; rows of samples fold their numbers in, and there
+are never so many."""
 
 
 class Batch(NamedTuple):
-    """Samples of the policy, then some of the base model, and what both say of each; on the device or the host.
+    """Samples of the policy, then some of the base model, and what both say of each; on the device
+    or the host.
 
-    log_pi is that of what was sampled from: the policy, or its proposal. ``contexts`` says which prompt each row continues;
-    None if there are none. The rows of a prompt are together, and every prompt has as many.
+    log_pi is that of what was sampled from: the policy, or its proposal. ``contexts`` says which
+    prompt each row continues; None if there are none. The rows of a prompt are together, and every
+    prompt has as many.
     """
 
     tokens: AnyArray
@@ -52,7 +62,8 @@ class Contexts(NamedTuple):
 
     per_step: how many of them a batch takes.
     global_z: whether all share one Z in the update; evaluations always tell them apart.
-    z_samples: how many samples of the base model the Z of each prompt to evaluate on is estimated from.
+    z_samples: how many samples of the base model the Z of each prompt to evaluate on is estimated
+    from.
     """
 
     training: Prompts
@@ -65,17 +76,17 @@ class Contexts(NamedTuple):
 class Programs(NamedTuple):
     """What the loop calls.
 
-    draw: (params of what is sampled from, key) -> Batch of ``samples`` rows, of which ``base_samples`` are of the base model.
-    draw_unseen: the same with a number before: the how-manieth batch of an evaluation; continues the unseen prompts in turn.
-    score: (params, tokens, where) -> log-probability of each row.
-    tuner: init, and update compiled and donating its state.
-    decode: Batch -> texts, without their prompts.
+    draw: (params of what is sampled from, key) -> Batch of ``samples`` rows, of which
+    ``base_samples`` are of the base model. draw_unseen: the same with a number before: the
+    how-manieth batch of an evaluation; continues the unseen prompts in turn. score: (params,
+    tokens, where) -> log-probability of each row. tuner: init, and update compiled and donating its
+    state. decode: Batch -> texts, without their prompts.
     training: the prompts to align on; None without contexts.
     unseen: the prompts of an evaluation; None without contexts.
     unseen_batches: after how many batches those have all been continued; 1 without contexts.
-    z_rounds: how often a batch continues each unseen prompt for its Z, before the first evaluation; 0 without contexts.
-    policy_samples: how many of a batch are of the policy; the others are of the base model.
-    to_rollout: (Batch, log P of each row) -> what an update takes.
+    z_rounds: how often a batch continues each unseen prompt for its Z, before the first evaluation;
+    0 without contexts. policy_samples: how many of a batch are of the policy; the others are of the
+    base model. to_rollout: (Batch, log P of each row) -> what an update takes.
     """
 
     draw: Callable[[Params, jax.Array], Batch]
@@ -121,36 +132,54 @@ def load_aligned(settings: Settings, base: PretrainedModel, name: str) -> Pretra
         RunError: if it cannot be had, or has another shape or tokenizer.
     """
     aligned = load_model(dataclasses.replace(settings, model=name))
-    if not base.config.computes_as(aligned.config) or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab():
+    if (
+        not base.config.computes_as(aligned.config)
+        or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab()
+    ):
         raise RunError(
-            f"{name} and the base model {settings.model} differ in shape or tokenizer, so that their probabilities cannot be "
+            f"{name} and the base model {settings.model} differ in shape or tokenizer, so that "
+            f"their probabilities cannot be "
             "compared. Give the base model that it was aligned from."
         )
     return aligned
 
 
 def check_positions(settings: Settings, model: PretrainedModel, prompt_tokens: int) -> None:
-    """Whether prompts of so many tokens, the start token included, and what follows them have room in the model."""
+    """Whether prompts of so many tokens, the start token included, and what follows them have room
+    in the model."""
     needed, there = prompt_tokens + settings.max_new_tokens, model.config.n_positions
     if needed > there:
         prompt = "the start token" if prompt_tokens == 1 else f"a prompt of {prompt_tokens} tokens"
         raise RunError(
-            f"The model has {there} positions, but {prompt} and --max-new-tokens {settings.max_new_tokens} need {needed}. "
-            f"Ask for at most {max(there - prompt_tokens, 0)} new tokens."
+            f"The model has {there} positions, but {prompt} and --max-new-tokens "
+            f"{settings.max_new_tokens} need {needed}. Ask for at most "
+            f"{max(there - prompt_tokens, 0)} new tokens."
         )
 
 
-def make_programs(settings: Settings, model: PretrainedModel, contexts: Contexts | None = None) -> Programs:
-    """Without contexts the prompt is the model's end-of-sequence token, as it stands between texts."""
+def make_programs(
+    settings: Settings, model: PretrainedModel, contexts: Contexts | None = None
+) -> Programs:
+    """Without contexts the prompt is the model's end-of-sequence token, as it stands between
+    texts."""
     check_contexts(settings, contexts)
-    start = 1 if contexts is None else int(min(p.where.sum(axis=1).min() for p in (contexts.training, contexts.unseen)))
+    start = (
+        1
+        if contexts is None
+        else int(min(p.where.sum(axis=1).min() for p in (contexts.training, contexts.unseen)))
+    )
     score = jax.jit(fjax.make_log_prob_fn(model.logits_fn, start=start))
     draw_batch = _make_draw(settings, model, score)
     if contexts is None:
         draw, draw_unseen = _draw_from_nothing(settings, model, draw_batch)
     else:
         draw, draw_unseen = _draw_from_prompts(settings, contexts, draw_batch)
-    tuner = make_tuner(settings, model, start, None if contexts is None or contexts.global_z else len(contexts.training.texts))
+    tuner = make_tuner(
+        settings,
+        model,
+        start,
+        None if contexts is None or contexts.global_z else len(contexts.training.texts),
+    )
     return Programs(
         draw,
         draw_unseen,
@@ -173,30 +202,45 @@ def check_contexts(settings: Settings, contexts: Contexts | None) -> None:
     n, rest = divmod(settings.samples, contexts.per_step)
     if rest or n < 2:
         raise RunError(
-            f"--samples {settings.samples} must be a multiple of the {contexts.per_step} prompts a step, and at least twice "
+            f"--samples {settings.samples} must be a multiple of the {contexts.per_step} prompts a "
+            f"step, and at least twice "
             "as many: each prompt gets as many samples, which are compared with one another."
         )
     for name, prompts in (("to align on", contexts.training), ("to evaluate on", contexts.unseen)):
         if len(prompts.texts) < contexts.per_step:
             raise RunError(
-                f"There are {len(prompts.texts)} prompts {name}, fewer than the {contexts.per_step} of a step. Give more "
+                f"There are {len(prompts.texts)} prompts {name}, fewer than the "
+                f"{contexts.per_step} of a step. Give more "
                 "prompts, or take fewer a step."
             )
 
 
 def base_samples(settings: Settings, contexts: Contexts | None) -> int:
-    """How many of a batch are of the base model: as many of each prompt, and at least one where any are asked for."""
+    """How many of a batch are of the base model: as many of each prompt, and at least one where any
+    are asked for."""
     if contexts is None or settings.base_samples == 0:
         return settings.base_samples
     of_each = settings.samples // contexts.per_step
-    return contexts.per_step * min(max(round(settings.base_samples / contexts.per_step), 1), of_each - 1)
+    return contexts.per_step * min(
+        max(round(settings.base_samples / contexts.per_step), 1), of_each - 1
+    )
 
 
-def make_tuner(settings: Settings, model: PretrainedModel, start: int, num_contexts: int | None) -> fjax.Tuner:
+def make_tuner(
+    settings: Settings, model: PretrainedModel, start: int, num_contexts: int | None
+) -> fjax.Tuner:
     """What ``--algorithm`` stands for."""
-    optimizer, log_prob_fn = make_optimizer(settings, model.params), fjax.make_log_prob_fn(model.logits_fn, start=start)
+    optimizer, log_prob_fn = (
+        make_optimizer(settings, model.params),
+        fjax.make_log_prob_fn(model.logits_fn, start=start),
+    )
     if settings.algorithm == "rloo":
-        return rloo(log_prob_fn, optimizer, microbatch_size=settings.microbatch_size, num_contexts=num_contexts)
+        return rloo(
+            log_prob_fn,
+            optimizer,
+            microbatch_size=settings.microbatch_size,
+            num_contexts=num_contexts,
+        )
     if settings.algorithm == "ppo":
         token_log_prob_fn = fjax.log_probs.make_token_log_prob_fn(model.logits_fn, start=start)
         return ppo(
@@ -233,7 +277,16 @@ def _make_draw(settings: Settings, model: PretrainedModel, score: LogProbFn) -> 
     def part(params, rng_key, ask, first, from_policy):
         samples, tokens, where = draw_rows(params, rng_key, ask.tokens, ask.where, ask.each, first)
         ids = None if ask.contexts is None else jnp.repeat(ask.contexts, ask.each)
-        return Batch(tokens, where, samples.finished, samples.sequence_log_probs, None, None, ids, from_policy)
+        return Batch(
+            tokens,
+            where,
+            samples.finished,
+            samples.sequence_log_probs,
+            None,
+            None,
+            ids,
+            from_policy,
+        )
 
     def draw(params, rng_key, of_policy: _Ask, of_base: _Ask):
         n = len(of_policy.tokens) * of_policy.each
@@ -245,7 +298,11 @@ def _make_draw(settings: Settings, model: PretrainedModel, score: LogProbFn) -> 
         more = part(model.params, rng_key, of_base, -(-n // of_base.each), n)
         more = more._replace(log_a=more.log_pi, log_pi=score(params, more.tokens, more.where))
         batch = Batch(
-            *(a if a is None else jnp.concatenate([a, b]) for a, b in zip(batch[:-1], more[:-1], strict=True)), from_policy=n
+            *(
+                a if a is None else jnp.concatenate([a, b])
+                for a, b in zip(batch[:-1], more[:-1], strict=True)
+            ),
+            from_policy=n,
         )
         return batch._replace(log_q=_mix(batch.log_pi, batch.log_a, 1 - n / len(batch.tokens)))
 
@@ -259,7 +316,8 @@ def _mix(log_pi, log_a, base_fraction):
 
 
 def make_sampler(model: PretrainedModel, *, max_new_tokens: int) -> Callable[..., fjax.Samples]:
-    """(params, key, prompts, where of them, row_ids, each=) -> ``each`` continuations of every prompt; compiled."""
+    """(params, key, prompts, where of them, row_ids, each=) -> ``each`` continuations of every
+    prompt; compiled."""
 
     @partial(jax.jit, static_argnames="each")
     def draw(params, rng_key, tokens, where, row_ids, each):
@@ -285,16 +343,24 @@ def _make_draw_rows(settings: Settings, model: PretrainedModel) -> Callable:
 
     @partial(jax.jit, static_argnames=("each", "first"))
     def draw_rows(params, rng_key, tokens, where, each, first):
-        samples = sampler(params, rng_key, tokens, where, first + jnp.arange(len(tokens)), each=each)
+        samples = sampler(
+            params, rng_key, tokens, where, first + jnp.arange(len(tokens)), each=each
+        )
         prompt, prompt_where = (jnp.repeat(x, each, axis=0) for x in (tokens, where))
-        return samples, *fjax.log_probs.pack(prompt, samples.tokens, prompt_where=prompt_where, where=samples.where)
+        return samples, *fjax.log_probs.pack(
+            prompt, samples.tokens, prompt_where=prompt_where, where=samples.where
+        )
 
     return draw_rows
 
 
-def _draw_from_nothing(settings: Settings, model: PretrainedModel, draw_batch: Callable) -> tuple[Callable, Callable]:
+def _draw_from_nothing(
+    settings: Settings, model: PretrainedModel, draw_batch: Callable
+) -> tuple[Callable, Callable]:
     def ask(rows):
-        return _Ask(jnp.full((rows, 1), model.eos_id, jnp.int32), jnp.ones((rows, 1), bool), 1, None)
+        return _Ask(
+            jnp.full((rows, 1), model.eos_id, jnp.int32), jnp.ones((rows, 1), bool), 1, None
+        )
 
     of_policy, of_base = ask(settings.samples - settings.base_samples), ask(settings.base_samples)
 
@@ -304,24 +370,35 @@ def _draw_from_nothing(settings: Settings, model: PretrainedModel, draw_batch: C
     return draw, lambda index, params, rng_key: draw(params, rng_key)
 
 
-def _draw_from_prompts(settings: Settings, contexts: Contexts, draw_batch: Callable) -> tuple[Callable, Callable]:
-    """Training prompts by chance, each at most once a step; unseen ones in turn, so that all evaluations are of the same."""
+def _draw_from_prompts(
+    settings: Settings, contexts: Contexts, draw_batch: Callable
+) -> tuple[Callable, Callable]:
+    """Training prompts by chance, each at most once a step; unseen ones in turn, so that all
+    evaluations are of the same."""
     width = max(prompts.tokens.shape[1] for prompts in (contexts.training, contexts.unseen))
-    training, unseen = (_widened(prompts, width) for prompts in (contexts.training, contexts.unseen))
+    training, unseen = (
+        _widened(prompts, width) for prompts in (contexts.training, contexts.unseen)
+    )
     count = contexts.per_step
     base_each = base_samples(settings, contexts) // count
     each = settings.samples // count - base_each
 
     def draw_for(prompts, ids, params, rng_key):
         tokens, where = (x[ids] for x in prompts)
-        return draw_batch(params, rng_key, _Ask(tokens, where, each, ids), _Ask(tokens, where, base_each, ids))
+        return draw_batch(
+            params, rng_key, _Ask(tokens, where, each, ids), _Ask(tokens, where, base_each, ids)
+        )
 
     def draw(params, rng_key):
-        ids = jax.random.choice(jax.random.fold_in(rng_key, CHOICE_KEY), len(training[0]), (count,), replace=False)
+        ids = jax.random.choice(
+            jax.random.fold_in(rng_key, CHOICE_KEY), len(training[0]), (count,), replace=False
+        )
         return draw_for(training, ids, params, rng_key)
 
     def draw_unseen(index, params, rng_key):
-        return draw_for(unseen, index % (len(unseen[0]) // count) * count + jnp.arange(count), params, rng_key)
+        return draw_for(
+            unseen, index % (len(unseen[0]) // count) * count + jnp.arange(count), params, rng_key
+        )
 
     return draw, draw_unseen
 
@@ -340,7 +417,9 @@ def _to_rollout(batch: Batch, log_score: np.ndarray, *, contexts: Contexts | Non
         tokens, where, log_q, scores, strata = map(jnp.asarray, arrays)
         return fjax.Rollout(tokens, where, log_q, scores, strata=strata)
     c, n = contexts.per_step, batch.from_policy
-    rows = np.concatenate([np.arange(n).reshape(c, -1), np.arange(n, len(batch.tokens)).reshape(c, -1)], axis=1)
+    rows = np.concatenate(
+        [np.arange(n).reshape(c, -1), np.arange(n, len(batch.tokens)).reshape(c, -1)], axis=1
+    )
     ids = None if contexts.global_z else batch.contexts[rows[:, 0]]
     tokens, where, log_q, scores, strata = (jnp.asarray(x)[rows] for x in arrays)
     return fjax.Rollout(tokens, where, log_q, scores, ids, strata)
@@ -348,12 +427,15 @@ def _to_rollout(batch: Batch, log_score: np.ndarray, *, contexts: Contexts | Non
 
 def decode(model: PretrainedModel, tokens: AnyArray, where: AnyArray) -> list[str]:
     """The texts of the tokens that count, without the end-of-sequence token."""
-    rows = [row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(where), strict=True)]
+    rows = [
+        row[keep].tolist() for row, keep in zip(np.asarray(tokens), np.asarray(where), strict=True)
+    ]
     return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def export(folder: Path, params: Params, model: PretrainedModel) -> None:
-    """The aligned model as a Hugging Face folder; what an export that was killed left beside it goes."""
+    """The aligned model as a Hugging Face folder; what an export that was killed left beside it
+    goes."""
     for left in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
     fjax.save_pretrained(folder, params, model.config, model.tokenizer)

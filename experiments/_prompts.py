@@ -1,4 +1,5 @@
-"""Prompts: encoded for the sampler, read from a file, or the openings of sentences that no model has seen."""
+"""Prompts: encoded for the sampler, read from a file, or the openings of sentences that no model
+has seen."""
 
 import codecs
 import hashlib
@@ -22,7 +23,8 @@ class Prompts(NamedTuple):
     texts: of the prompts.
     tokens: [C, P]; each row is the end-of-sequence token, which starts a text, and the prompt.
     where: [C, P]; True at real tokens, that first one among them.
-    references: what followed in the source, beginning with a space where a word began; "" where unknown.
+    references: what followed in the source, beginning with a space where a word began; "" where
+    unknown.
     """
 
     texts: list[str]
@@ -38,29 +40,35 @@ def encode(texts: Sequence[str], tokenizer, *, references: Sequence[str] | None 
     width = max(map(len, rows))
     tokens = np.array([[end] * (width - len(row)) + row for row in rows], np.int32)
     where = np.arange(width) >= width - np.array([[len(row)] for row in rows])
-    return Prompts(list(texts), tokens, where, [""] * len(texts) if references is None else list(references))
+    return Prompts(
+        list(texts), tokens, where, [""] * len(texts) if references is None else list(references)
+    )
 
 
 def token_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Of each text, and nothing before or after it; a text that spells a special token has its characters, not the token.
+    """Of each text, and nothing before or after it; a text that spells a special token has its
+    characters, not the token.
 
     Every text that experiments are given goes through here, so that they alone say where one ends.
 
     Raises:
-        RunError: if the tokenizer reads something in a text as its end token all the same, as an unknown word may be.
+        RunError: if the tokenizer reads something in a text as its end token all the same, as an
+            unknown word may be.
     """
     rows = _characters(tokenizer, texts)
     for text, row in zip(texts, rows, strict=True):
         if tokenizer.eos_token_id in row:
             raise RunError(
-                f"The tokenizer reads a part of {text!r:.80} as its end token {tokenizer.eos_token!r}, as it does with what "
+                f"The tokenizer reads a part of {text!r:.80} as its end token "
+                f"{tokenizer.eos_token!r}, as it does with what "
                 "it does not know. Leave that part out, or take a model that knows it."
             )
     return rows
 
 
 def _characters(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    # Not verbose: whoever asks compares the lengths with the model's positions, and says more than transformers would.
+    # Not verbose: whoever asks compares the lengths with the model's positions, and says more than
+    # transformers would.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return tokenizer(list(texts), **options).input_ids if texts else []
 
@@ -68,9 +76,9 @@ def _characters(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def read_prompts(path: Path, tokenizer, *, max_tokens: int) -> tuple[Prompts, list[str]]:
     """The prompts of a text file, one a line, and a report of each kind of line that was left out.
 
-    Spaces around a prompt are dropped: a model's words begin with their space, so it belongs to the continuation. Left out
-    are blank lines, repetitions of an earlier line, prompts of more than ``max_tokens`` tokens of their own, and those that
-    `token_ids` refuses.
+    Spaces around a prompt are dropped: a model's words begin with their space, so it belongs to the
+    continuation. Left out are blank lines, repetitions of an earlier line, prompts of more than
+    ``max_tokens`` tokens of their own, and those that `token_ids` refuses.
 
     Raises:
         RunError: if the file cannot be read, is empty, or nothing of it is left.
@@ -97,9 +105,16 @@ def read_prompts(path: Path, tokenizer, *, max_tokens: int) -> tuple[Prompts, li
             unknown.append(number)
         else:
             kept.append(text)
-    reports = [f"{path}, left out as {why}: {_count(numbers)}." for why, numbers in left_out.items() if numbers]
+    reports = [
+        f"{path}, left out as {why}: {_count(numbers)}."
+        for why, numbers in left_out.items()
+        if numbers
+    ]
     if not kept:
-        raise RunError(f"There is no prompt in {path}. {' '.join(reports)} Give a text file with one prompt a line.")
+        raise RunError(
+            f"There is no prompt in {path}. {' '.join(reports)} Give a text file with one prompt a "
+            f"line."
+        )
     return encode(kept, tokenizer), reports
 
 
@@ -115,7 +130,10 @@ def _read_lines(path: Path) -> list[str]:
         try:
             lines.append(line.decode().strip())
         except UnicodeDecodeError as error:
-            raise RunError(f"Line {number} of {path} is not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+            raise RunError(
+                f"Line {number} of {path} is not UTF-8 text ({error.reason}). Save the file as "
+                f"UTF-8."
+            ) from error
     return lines
 
 
@@ -126,13 +144,15 @@ def _count(numbers: list[int]) -> str:
 
 
 def openings(tokenizer, *, words: int = 4) -> tuple[Prompts, Prompts]:
-    """The built-in contexts: the first words of held-out review snippets, in two parts without a common opening.
+    """The built-in contexts: the first words of held-out review snippets, in two parts without a
+    common opening.
 
-    Of the sentences of 8 to 30 words that neither the built-in model nor the built-in reward has seen, the rest being the
-    reference.
+    Of the sentences of 8 to 30 words that neither the built-in model nor the built-in reward has
+    seen, the rest being the reference.
 
     Returns:
-        About two thirds of them to align on, and the others, by a hash and in an order of it that is as good as random.
+        About two thirds of them to align on, and the others, by a hash and in an order of it that
+        is as good as random.
     """
     found = {}
     for text in sorted(read_labels(BUILT_IN.parent)):
@@ -142,7 +162,10 @@ def openings(tokenizer, *, words: int = 4) -> tuple[Prompts, Prompts]:
     by_hash = sorted(found, key=_digest)
     unseen = [opening for opening in by_hash if _digest(opening)[-1] % 3 == 0]
     training = [opening for opening in by_hash if _digest(opening)[-1] % 3]
-    both = [encode(part, tokenizer, references=[found[opening] for opening in part]) for part in (training, unseen)]
+    both = [
+        encode(part, tokenizer, references=[found[opening] for opening in part])
+        for part in (training, unseen)
+    ]
     return both[0], both[1]
 
 

@@ -25,10 +25,11 @@ def load_function(name: str, flag: str) -> Callable:
         found = getattr(importlib.import_module(module), function)
     except Interrupted:
         raise
-    except BaseException as error:  # of the user's module, which may fail in any way, and leave in any way
+    # of the user's module, which may fail in any way, and leave in any way
+    except BaseException as error:
         raise RunError(
-            f"{flag} {name} cannot be imported, {_shown(error)}. Give it as module:function, from the folder "
-            f"that has {module}.py, or put that on PYTHONPATH."
+            f"{flag} {name} cannot be imported, {_shown(error)}. Give it as module:function, from "
+            f"the folder that has {module}.py, or put that on PYTHONPATH."
         ) from error
     if not callable(found):
         raise RunError(f"{flag} {name} is {type(found).__name__}, not a function.")
@@ -39,7 +40,8 @@ def call(function: Callable, title: str, on: str, *arguments: object) -> object:
     """What the user's function answers.
 
     Raises:
-        RunError: whatever it raises, ``sys.exit`` included: no run ends with status 0 since a reward says so.
+        RunError: whatever it raises, ``sys.exit`` included: no run ends with status 0 since a
+            reward says so.
     """
     try:
         return function(*arguments)

@@ -1,4 +1,5 @@
-"""What quasi-rejection costs and is worth against β: predicted from one half of the proposals, and found in the other."""
+"""What quasi-rejection costs and is worth against β: predicted from one half of the proposals, and
+found in the other."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,8 @@ class Half(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """At one β: acceptance rate and TV bound as the first half predicts them, and as the second half has them."""
+    """At one β: acceptance rate and TV bound as the first half predicts them, and as the second
+    half has them."""
 
     log_beta: float
     predicted_rate: Figure
@@ -46,7 +48,12 @@ def costs(first: Half, second: Half, *, log_beta: float, rng_key: jax.Array) -> 
     for i, factor in enumerate(FACTORS):
         at = log_beta + float(np.log(factor))
         predicted, later = (_estimate(half, at) for half in (first, second))
-        coins = accept(jax.random.fold_in(rng_key, i), jnp.asarray(second.log_score), jnp.asarray(second.log_q), log_beta=at)
+        coins = accept(
+            jax.random.fold_in(rng_key, i),
+            jnp.asarray(second.log_score),
+            jnp.asarray(second.log_q),
+            log_beta=at,
+        )
         rate = float(coins.mean())
         error = float(np.sqrt(rate * (1 - rate) / len(second.log_q)))
         found.append(Cost(at, predicted[0], Figure(rate, error), predicted[1], later[1]))
@@ -56,7 +63,9 @@ def costs(first: Half, second: Half, *, log_beta: float, rng_key: jax.Array) -> 
 def _estimate(half: Half, log_beta: float) -> tuple[Figure, Figure]:
     log_weights = jnp.asarray(half.log_weights)
     log_z = estimate_log_z(log_weights, jnp.zeros_like(log_weights))
-    estimates = estimate_rejection(jnp.asarray(half.log_score), jnp.asarray(half.log_q), log_beta=log_beta, log_z=log_z)
+    estimates = estimate_rejection(
+        jnp.asarray(half.log_score), jnp.asarray(half.log_q), log_beta=log_beta, log_z=log_z
+    )
     rate, bound = (Figure(*map(float, estimate)) for estimate in estimates)
     return rate, bound
 
@@ -66,13 +75,26 @@ def plot(path: Path, found: list[Cost]) -> None:
     x = [cost.log_beta for cost in found]
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-        panels = (("acceptance rate", "rate", "upper right"), ("bound on TV from the target", "bound", "lower left"))
+        panels = (
+            ("acceptance rate", "rate", "upper right"),
+            ("bound on TV from the target", "bound", "lower left"),
+        )
         for ax, (title, name, corner) in zip(axes, panels, strict=True):
             for kind, marker, shift in (("predicted", "o", -0.08), ("found", "x", 0.08)):
                 figures = [getattr(cost, f"{kind}_{name}") for cost in found]
                 y, error = ([getattr(f, part) for f in figures] for part in ("value", "std_error"))
-                label = "predicted by the first half" if kind == "predicted" else "found in the second"
-                ax.errorbar([v + shift for v in x], y, 2 * np.array(error), marker=marker, ms=5, lw=0.8, label=label)
+                label = (
+                    "predicted by the first half" if kind == "predicted" else "found in the second"
+                )
+                ax.errorbar(
+                    [v + shift for v in x],
+                    y,
+                    2 * np.array(error),
+                    marker=marker,
+                    ms=5,
+                    lw=0.8,
+                    label=label,
+                )
             ax.set(title=title, xlabel="log β")
             ax.legend(frameon=False, loc=corner)
         axes[0].set_yscale("log")

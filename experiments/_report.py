@@ -1,4 +1,5 @@
-"""A run on one page: report.html, with its pictures inside, no scripts and nothing to load, so that it can be mailed."""
+"""A run on one page: report.html, with its pictures inside, no scripts and nothing to load, so that
+it can be mailed."""
 
 import base64
 import math
@@ -89,7 +90,9 @@ def _page(title: str, body: str) -> str:
 
 def _head(title: str, config: dict, last: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    devices = ", ".join(f"{config['devices'].count(kind)} × {kind}" for kind in dict.fromkeys(config["devices"]))
+    devices = ", ".join(
+        f"{config['devices'].count(kind)} × {kind}" for kind in dict.fromkeys(config["devices"])
+    )
     return f"""<h1>{_text(title)}</h1>
 <p class="muted">{last["step"]} steps, {last["samples"]:,} samples, {last["seconds"]:.0f} s on {_text(devices)}
 ({_text(versions)})</p>
@@ -98,14 +101,21 @@ def _head(title: str, config: dict, last: dict) -> str:
 
 def _figures(first: dict, last: dict) -> str:
     names = [name for name in last if f"{name}_std_error" in last]
-    rows = ([_text(NAMES.get(name, name)), _figure(first, name), _figure(last, name)] for name in names)
-    table = _table("figures", ["", f"before (step {first['step']})", f"after (step {last['step']})"], rows)
+    rows = (
+        [_text(NAMES.get(name, name)), _figure(first, name), _figure(last, name)] for name in names
+    )
+    table = _table(
+        "figures", ["", f"before (step {first['step']})", f"after (step {last['step']})"], rows
+    )
     return f'{table}\n<p class="muted">On fresh samples of the policy; ± is the standard error.</p>'
 
 
 def _figure(record: dict, name: str) -> str:
     """The value to two digits of its standard error; to three digits where it has none."""
-    value, error = float(record.get(name, math.nan)), float(record.get(f"{name}_std_error", math.nan))
+    value, error = (
+        float(record.get(name, math.nan)),
+        float(record.get(f"{name}_std_error", math.nan)),
+    )
     if math.isnan(value):
         return "unknown"
     if math.isinf(value):
@@ -135,17 +145,27 @@ def _samples(records: list[dict]) -> str:
 
 def _spread(records: list[dict]) -> list[dict]:
     """As many as are shown, from all of them: with contexts they are of different ones."""
-    return [records[i] for i in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int)]
+    return [
+        records[i] for i in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int)
+    ]
 
 
 def _sample(record: dict) -> str:
-    features = (f"{_text(name)} {value:.3g}" for name, value in record.items() if name not in ("step", "prompt", "text"))
+    features = (
+        f"{_text(name)} {value:.3g}"
+        for name, value in record.items()
+        if name not in ("step", "prompt", "text")
+    )
     prompt = f'<span class="prompt">{_text(record["prompt"])}</span> ' if "prompt" in record else ""
     return f'{prompt}{_text(record["text"]) or "(empty)"}<span class="muted">{", ".join(features)}</span>'
 
 
 def _settings(config: dict) -> str:
-    pairs = ((name, "none" if value is None else value) for name, value in config.items() if name not in (*ABOUT, "digests"))
+    pairs = (
+        (name, "none" if value is None else value)
+        for name, value in config.items()
+        if name not in (*ABOUT, "digests")
+    )
     return f"<dl>{''.join(f'<div><dt>{_text(n)}</dt><dd>{_text(v)}</dd></div>' for n, v in pairs)}</dl>"
 
 

@@ -1,7 +1,8 @@
-"""One step of an online run: draw, score in Python, update; with a proposal that adapts, or a batch drawn ahead.
+"""One step of an online run: draw, score in Python, update; with a proposal that adapts, or a batch
+drawn ahead.
 
-Whatever the next step needs is in `Progress`, and so in the checkpoint: a run that goes on takes the very steps it would have
-taken.
+Whatever the next step needs is in `Progress`, and so in the checkpoint: a run that goes on takes
+the very steps it would have taken.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,9 @@ def online(settings: Settings, programs: Programs, target: Target, rng_key: jax.
         if progress.proposal is not None:
             step = int(progress.state.step)
             since = range(step - step % settings.proposal_every, step)
-            window.extend(score(programs, target, draw(progress.proposal, earlier))[0] for earlier in since)
+            window.extend(
+                score(programs, target, draw(progress.proposal, earlier))[0] for earlier in since
+            )
 
     def step(progress: Progress, number: int) -> tuple[Progress, dict]:
         params = progress.state.params if progress.proposal is None else progress.proposal
@@ -87,7 +90,10 @@ def online(settings: Settings, programs: Programs, target: Target, rng_key: jax.
         if (number + 1) % settings.proposal_every == 0:
             gain = proposal_gain(programs, state.params, window)
             window.clear()
-            record |= {"proposal_gain": float(gain.value), "proposal_gain_std_error": float(gain.std_error)}
+            record |= {
+                "proposal_gain": float(gain.value),
+                "proposal_gain_std_error": float(gain.std_error),
+            }
             proposal = jax.tree.map(jnp.copy, state.params) if float(gain.value) > 0 else proposal
         return Progress(state, proposal), record
 
@@ -100,19 +106,28 @@ def score(programs: Programs, target: Target, batch: Batch) -> tuple[Scored, dic
         prompts_of(programs.training, batch.contexts, len(batch.tokens)), programs.decode(batch)
     )
     log_score = target.log_score(np.asarray(batch.log_a), features)
-    means = {name: float(np.mean(values[: batch.from_policy], dtype=float)) for name, values in features.items()}
+    means = {
+        name: float(np.mean(values[: batch.from_policy], dtype=float))
+        for name, values in features.items()
+    }
     return Scored(batch, log_score), means
 
 
 def proposal_gain(programs: Programs, params: Params, window: list[Scored]) -> fjax.Estimate:
-    """KL(p‖q) - KL(p‖π) from samples around the proposal q: above 0 the policy π is nearer to the target.
+    """KL(p‖q) - KL(p‖π) from samples around the proposal q: above 0 the policy π is nearer to the
+    target.
 
-    E_p[log π - log q] by self-normalised weights P/q, q here being what was drawn from, the share of the base model
-    included; neither Z nor the entropy of p is needed. 0 while no sample has P > 0.
+    E_p[log π - log q] by self-normalised weights P/q, q here being what was drawn from, the share
+    of the base model included; neither Z nor the entropy of p is needed. 0 while no sample has P >
+    0.
     """
     log_pi = [programs.score(params, batch.tokens, batch.where) for batch, _ in window]
-    gains = jnp.concatenate([new - batch.log_pi for new, (batch, _) in zip(log_pi, window, strict=True)])
-    log_weights = jnp.concatenate([jnp.asarray(log_score) - batch.log_q for batch, log_score in window])
+    gains = jnp.concatenate(
+        [new - batch.log_pi for new, (batch, _) in zip(log_pi, window, strict=True)]
+    )
+    log_weights = jnp.concatenate(
+        [jnp.asarray(log_score) - batch.log_q for batch, log_score in window]
+    )
     estimate = estimate_mean(gains, log_weights)
     return estimate._replace(value=jnp.where(estimate.ess > 0, estimate.value, 0.0))
 
@@ -122,7 +137,11 @@ def as_record(info: NamedTuple) -> dict:
     record = {}
     for name, value in jax.device_get(info)._asdict().items():
         if isinstance(value, fjax.Estimate):
-            record |= {name: value.value, f"{name}_std_error": value.std_error, f"{name}_ess": value.ess}
+            record |= {
+                name: value.value,
+                f"{name}_std_error": value.std_error,
+                f"{name}_ess": value.ess,
+            }
         else:
             record[name] = value.item()
     return record

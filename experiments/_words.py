@@ -1,10 +1,11 @@
 """Texts: whole words in them, and how they are shown.
 
-A word is found where no letter, digit or underscore goes on before or after it: "film" is in "film's" and "non-film", not in
-"films". Scripts that put no spaces between words (Chinese, Japanese, Thai, …) show no such ends, so there a word is found
-wherever its characters are: 电影 is in 这部电影很好. Upper and lower case are alike, and so are spellings that Unicode calls
-compatible (é of one code point or of two, full width, ligatures), ß and ss, İ and i, ’ and ', and any spaces between words.
-Accents are not: "cafe" is not in "café"; nor is ı, the dotless one, an i.
+A word is found where no letter, digit or underscore goes on before or after it: "film" is in
+"film's" and "non-film", not in "films". Scripts that put no spaces between words (Chinese,
+Japanese, Thai, …) show no such ends, so there a word is found wherever its characters are: 电影 is in
+这部电影很好. Upper and lower case are alike, and so are spellings that Unicode calls compatible (é of one
+code point or of two, full width, ligatures), ß and ss, İ and i, ’ and ', and any spaces between
+words. Accents are not: "cafe" is not in "café"; nor is ı, the dotless one, an i.
 """
 
 import unicodedata
@@ -14,7 +15,19 @@ import numpy as np
 
 from ._run_folder import RunError
 
-UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "JAVANESE", "BALINESE")
+UNSPACED = (
+    "CJK",
+    "IDEOGRAPHIC",
+    "HIRAGANA",
+    "KATAKANA",
+    "BOPOMOFO",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "JAVANESE",
+    "BALINESE",
+)
 """How Unicode's names of their characters begin, in scripts without spaces between words."""
 
 _ALIKE = str.maketrans({"’": "'", "‐": "-"})
@@ -29,7 +42,9 @@ def contains_any(words: Sequence[str], texts: Sequence[str]) -> np.ndarray:
     """
     wanted = [_normal(word) for word in words]
     if not all(wanted):
-        raise RunError(f"An empty word cannot be looked for; the words are {', '.join(map(repr, words))}.")
+        raise RunError(
+            f"An empty word cannot be looked for; the words are {', '.join(map(repr, words))}."
+        )
     normal = map(_normal, texts)
     return np.array([any(_contains(text, word) for word in wanted) for text in normal], bool)
 
@@ -57,7 +72,9 @@ def _contains(text: str, word: str) -> bool:
 def _goes_on(edge: str, beside: str) -> bool:
     """Whether the character beside a word's first or last one belongs to the same word."""
     in_words = beside == "_" or unicodedata.category(beside)[0] in "LMN"
-    return in_words and not any(unicodedata.name(character, "").startswith(UNSPACED) for character in (edge, beside))
+    return in_words and not any(
+        unicodedata.name(character, "").startswith(UNSPACED) for character in (edge, beside)
+    )
 
 
 def _is_mark(character: str) -> bool:
@@ -65,5 +82,8 @@ def _is_mark(character: str) -> bool:
 
 
 def on_one_line(text: str) -> str:
-    """A text as it is shown: spaces for line ends, and nothing in it that would steer a terminal or hide itself."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    """A text as it is shown: spaces for line ends, and nothing in it that would steer a terminal or
+    hide itself."""
+    return "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
+    )

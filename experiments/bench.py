@@ -1,7 +1,7 @@
 """Time of each phase on this machine: python -m experiments.bench --help.
 
-Alternatives are timed in turn, round by round, so that a busy machine slows all of them alike; medians are shown, and
-ratios only between what ran in the same rounds.
+Alternatives are timed in turn, round by round, so that a busy machine slows all of them alike;
+medians are shown, and ratios only between what ran in the same rounds.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class Config:
     """
 
     phases: tuple[Phase, ...] = ("draw", "filter", "step")
-    """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an alignment step, in parts. overlap: a
-    step whose texts are scored elsewhere, with and without drawing the next batch meanwhile."""
+    """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an
+    alignment step, in parts. overlap: a step whose texts are scored elsewhere, with and without
+    drawing the next batch meanwhile."""
     rows: int = 256
     """Rows of logits, for draw and filter."""
     vocabulary: int = 2560
@@ -60,14 +61,16 @@ class Config:
     max_new_tokens: int = 40
     """Longest sample."""
     scoring_ms: int = 500
-    """How long the score of overlap is waited for: a service's answer, during which Python has nothing to compute."""
+    """How long the score of overlap is waited for: a service's answer, during which Python has
+    nothing to compute."""
 
     def __post_init__(self):
         check_numbers(self)
 
 
 def gumbel(rng_key, logits):
-    """The usual way: the largest of the logits plus a Gumbel each, and the log-probability of what it is."""
+    """The usual way: the largest of the logits plus a Gumbel each, and the log-probability of what
+    it is."""
     token = jax.random.categorical(rng_key, logits)
     return token, jax.nn.log_softmax(logits)[token]
 
@@ -83,9 +86,17 @@ def make_draws(config: Config) -> Timed:
     """One token a row from the same logits."""
     logits = jax.random.normal(jax.random.key(0), (config.rows, config.vocabulary)) * 3
     keys = jax.random.split(jax.random.key(1), config.rows)
-    ways = {"blocks (fjax)": categorical.draw, "Gumbel an entry": gumbel, "one running sum": running_sum}
-    timed: Timed = {name: partial(jax.jit(jax.vmap(way)), keys, logits) for name, way in ways.items()}
-    return timed | {"log-sum-exp alone": partial(jax.jit(lambda x: jax.nn.logsumexp(x, axis=-1)), logits)}
+    ways = {
+        "blocks (fjax)": categorical.draw,
+        "Gumbel an entry": gumbel,
+        "one running sum": running_sum,
+    }
+    timed: Timed = {
+        name: partial(jax.jit(jax.vmap(way)), keys, logits) for name, way in ways.items()
+    }
+    return timed | {
+        "log-sum-exp alone": partial(jax.jit(lambda x: jax.nn.logsumexp(x, axis=-1)), logits)
+    }
 
 
 def by_sort(logits, p):
@@ -100,13 +111,19 @@ def by_sort(logits, p):
 def make_filters(config: Config) -> Timed:
     """Logits in, filtered logits out."""
     logits = jax.random.normal(jax.random.key(0), (config.rows, config.vocabulary)) * 3
-    ways = {"top-p 0.9 (fjax)": top_p(0.9), "top-p 0.9 by a sort": partial(by_sort, p=0.9), "top-k 50 (fjax)": top_k(50)}
+    ways = {
+        "top-p 0.9 (fjax)": top_p(0.9),
+        "top-p 0.9 by a sort": partial(by_sort, p=0.9),
+        "top-k 50 (fjax)": top_k(50),
+    }
     return {name: partial(jax.jit(way), logits) for name, way in ways.items()}
 
 
 def make_phases(config: Config) -> Timed:
     """The parts of one step of f-DPG, and the whole."""
-    settings = Settings(model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens)
+    settings = Settings(
+        model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens
+    )
     model = load_model(settings)
     programs = make_programs(settings, model)
     batch = programs.draw(model.params, jax.random.key(0))
@@ -123,7 +140,9 @@ def make_phases(config: Config) -> Timed:
 
     return {
         "whole step": whole,
-        "draw, and score under the base": lambda: programs.draw(held[0].params, jax.random.key(0))[:-1],
+        "draw, and score under the base": lambda: programs.draw(held[0].params, jax.random.key(0))[
+            :-1
+        ],
         "score alone": lambda: programs.score(held[0].params, rollout.tokens, rollout.where),
         "decode to text": lambda: programs.decode(batch),
         "update": update,
@@ -132,7 +151,9 @@ def make_phases(config: Config) -> Timed:
 
 def make_overlap(config: Config) -> Timed:
     """A step with a score that is waited for, and the same with the next batch drawn meanwhile."""
-    settings = Settings(model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens)
+    settings = Settings(
+        model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens
+    )
     model = load_model(settings)
     programs = make_programs(settings, model)
 
@@ -143,7 +164,9 @@ def make_overlap(config: Config) -> Timed:
     target = Target(wait, lambda log_a, features: np.asarray(log_a), headline="")
 
     def stepping(overlap):
-        stepper = online(dataclasses.replace(settings, overlap=overlap), programs, target, jax.random.key(0))
+        stepper = online(
+            dataclasses.replace(settings, overlap=overlap), programs, target, jax.random.key(0)
+        )
         held = [stepper.begin(programs.tuner.init(model.params))]
 
         def step():
@@ -190,7 +213,10 @@ def main(config: Config) -> int:
         "draw": (f"one token a row, with its log-probability: {size}", make_draws),
         "filter": (f"filters: {size}", make_filters),
         "step": (f"one step of {config.samples} samples, {config.model}", make_phases),
-        "overlap": (f"one step of {config.samples} samples, scored in {config.scoring_ms} ms elsewhere", make_overlap),
+        "overlap": (
+            f"one step of {config.samples} samples, scored in {config.scoring_ms} ms elsewhere",
+            make_overlap,
+        ),
     }
     for phase in config.phases:
         title, make = what[phase]

@@ -35,20 +35,24 @@ Task = (
 
 @dataclass(frozen=True)
 class Config:
-    """Evaluate a saved model against a target: divergences with standard errors, KL from the base, entropy, diversity.
+    """Evaluate a saved model against a target: divergences with standard errors, KL from the base,
+    entropy, diversity.
 
-    The target is that of an experiment, named after the options of this command and configured as there; its --model is the
-    base model, --eval-samples and --max-new-tokens say how many samples to draw, and how long. Nothing is trained.
+    The target is that of an experiment, named after the options of this command and configured as
+    there; its --model is the base model, --eval-samples and --max-new-tokens say how many samples
+    to draw, and how long. Nothing is trained.
 
     Examples:
 
         python -m experiments.evaluate --aligned runs/.../model lexical_constraint --word great
-        python -m experiments.evaluate --aligned my/folder sentiment_reward --beta 0.5 --eval-samples 4096
-        python -m experiments.evaluate --aligned my/folder lexical_constraint --help
+        python -m experiments.evaluate --aligned my/folder sentiment_reward --beta 0.5
+        --eval-samples 4096 python -m experiments.evaluate --aligned my/folder lexical_constraint
+        --help
     """
 
     aligned: FolderOrName
-    """The model to evaluate: a folder, or a name on the hub. It must have the base model's shape and tokenizer."""
+    """The model to evaluate: a folder, or a name on the hub. It must have the base model's shape
+    and tokenizer."""
     task: tyro.conf.OmitArgPrefixes[Task]
     """Whose target."""
     output: Path | None = None
@@ -68,7 +72,11 @@ def make_target(task, prepared: Prepared) -> _evaluate.Target:
 
 def make_contexts(task, model) -> Contexts | None:
     """The prompts of a conditional task."""
-    return conditional.make_contexts(task, model) if isinstance(task, conditional_config.Config) else None
+    return (
+        conditional.make_contexts(task, model)
+        if isinstance(task, conditional_config.Config)
+        else None
+    )
 
 
 def main(config: Config) -> int:
@@ -80,21 +88,32 @@ def main(config: Config) -> int:
     aligned = load_aligned(settings, base, config.aligned)
     programs = make_programs(settings, base, make_contexts(config.task, base))
     key = jax.random.key(settings.seed)
-    prepared = Prepared(settings, Path(), base, programs, jax.random.fold_in(key, TARGET_KEY), display)
+    prepared = Prepared(
+        settings, Path(), base, programs, jax.random.fold_in(key, TARGET_KEY), display
+    )
     target = make_target(config.task, prepared)
     rng_key, divergences = jax.random.fold_in(key, EVALUATION_KEY), reported_divergences(settings)
-    known = draw_base(prepared, target, jax.random.fold_in(rng_key, NO_STEP)) if programs.z_rounds else None
+    known = (
+        draw_base(prepared, target, jax.random.fold_in(rng_key, NO_STEP))
+        if programs.z_rounds
+        else None
+    )
     found = []
     for i, model in enumerate((base, aligned)):
         drawn = draw_for_evaluation(prepared, model.params, target, jax.random.fold_in(rng_key, i))
         found.append(_evaluate.evaluate(programs, model.params, target, drawn, known, divergences))
         known = known or _evaluate.make_base(*drawn)
     before, after = found
-    display.beside(_evaluate.as_record(before, 0, 0.0, 0), after, target, first="base", last=config.aligned)
+    display.beside(
+        _evaluate.as_record(before, 0, 0.0, 0), after, target, first="base", last=config.aligned
+    )
     if config.output is not None:
         record = {name: figure._asdict() for name, figure in after.figures.items()}
         write_text(
-            config.output, json.dumps({"aligned": config.aligned, "samples": after.samples, "figures": record}, indent=2)
+            config.output,
+            json.dumps(
+                {"aligned": config.aligned, "samples": after.samples, "figures": record}, indent=2
+            ),
         )
     return 0
 

@@ -1,4 +1,5 @@
-"""Samples of an aligned model that satisfy the constraint, all of them: python -m experiments.generate --help."""
+"""Samples of an aligned model that satisfy the constraint, all of them: python -m
+experiments.generate --help."""
 
 import sys
 from collections.abc import Iterator
@@ -27,20 +28,25 @@ from ._settings import Settings
 from ._words import contains_any, on_one_line
 
 BASE_FRACTION = 0.25
-"""Of what is drawn, for Z alone: samples of the aligned model show too small a one, where it does not cover the target."""
+"""Of what is drawn, for Z alone: samples of the aligned model show too small a one, where it does
+not cover the target."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sample from a model that was aligned to a word, and accept by quasi-rejection towards p(x) ∝ a(x)·[word in x].
+    """Sample from a model that was aligned to a word, and accept by quasi-rejection towards p(x) ∝
+    a(x)·[word in x].
 
-    A proposal x of the model π is kept with probability min(1, P(x)/(β π(x))). What is kept always has the word, and is
-    within TV ≤ 1 - Z_β/Z of the target p; a larger β is closer to it and keeps less.
+    A proposal x of the model π is kept with probability min(1, P(x)/(β π(x))). What is kept always
+    has the word, and is within TV ≤ 1 - Z_β/Z of the target p; a larger β is closer to it and keeps
+    less.
 
     Examples:
 
-        python -m experiments.generate --model runs/lexical_constraint/amazing-jensen_shannon-0/model --word amazing
-        python -m experiments.generate --model runs/.../model --word amazing --acceptance-rate 0.01 --samples 100
+        python -m experiments.generate --model
+        runs/lexical_constraint/amazing-jensen_shannon-0/model --word amazing python -m
+        experiments.generate --model runs/.../model --word amazing --acceptance-rate 0.01 --samples
+        100
     """
 
     model: FolderOrName
@@ -64,7 +70,8 @@ class Config:
     output: Path | None = None
     """JSON lines of the accepted texts, too."""
     plot: Path | None = None
-    """A picture of acceptance rate and bound against β, too: predicted by half of the proposals, and found in the other."""
+    """A picture of acceptance rate and bound against β, too: predicted by half of the proposals,
+    and found in the other."""
 
     def __post_init__(self):
         check_numbers(self)
@@ -73,7 +80,8 @@ class Config:
 
 
 class Proposals(NamedTuple):
-    """Texts of the model, with what target and model say of them; and P/q of these and some of the base model's, for Z."""
+    """Texts of the model, with what target and model say of them; and P/q of these and some of the
+    base model's, for Z."""
 
     texts: list[str]
     log_score: np.ndarray
@@ -83,7 +91,11 @@ class Proposals(NamedTuple):
 
 def propose(config: Config) -> Iterator[Proposals]:
     """Batches of proposals, without end."""
-    sizes = {"samples": max(config.batch_size, 2), "base_fraction": BASE_FRACTION, "max_new_tokens": config.max_new_tokens}
+    sizes = {
+        "samples": max(config.batch_size, 2),
+        "base_fraction": BASE_FRACTION,
+        "max_new_tokens": config.max_new_tokens,
+    }
     settings = Settings(model=config.base, **sizes)
     base = load_model(settings)
     aligned = load_aligned(settings, base, config.model)
@@ -93,25 +105,43 @@ def propose(config: Config) -> Iterator[Proposals]:
         batch = programs.draw(aligned.params, jax.random.fold_in(jax.random.key(config.seed), step))
         texts = programs.decode(batch)
         with np.errstate(divide="ignore"):
-            log_score = np.asarray(batch.log_a) + np.log(contains_any([config.word], texts).astype(np.float32))
+            log_score = np.asarray(batch.log_a) + np.log(
+                contains_any([config.word], texts).astype(np.float32)
+            )
         n = batch.from_policy
-        yield Proposals(texts[:n], log_score[:n], np.asarray(batch.log_pi)[:n], log_score - np.asarray(batch.log_q))
+        yield Proposals(
+            texts[:n],
+            log_score[:n],
+            np.asarray(batch.log_pi)[:n],
+            log_score - np.asarray(batch.log_q),
+        )
         step += 1
 
 
 def choose_log_beta(log_score: np.ndarray, log_q: np.ndarray, rate: float) -> float:
-    """The β at which the mean acceptance over these proposals is the rate; at most as small as accepts all that can be.
+    """The β at which the mean acceptance over these proposals is the rate; at most as small as
+    accepts all that can be.
 
     Raises:
         RunError: if none of them can be accepted.
     """
     log_weights = log_score - log_q
     if np.isneginf(log_weights).all():
-        raise RunError(f"None of {len(log_q)} proposals has the word. Is this the model that was aligned to it?")
-    low, high = float(np.min(log_weights[np.isfinite(log_weights)])) - 1, float(np.max(log_weights)) + 50
+        raise RunError(
+            f"None of {len(log_q)} proposals has the word. Is this the model that was aligned to "
+            f"it?"
+        )
+    low, high = (
+        float(np.min(log_weights[np.isfinite(log_weights)])) - 1,
+        float(np.max(log_weights)) + 50,
+    )
     for _ in range(60):
         middle = 0.5 * (low + high)
-        mean = float(jnp.exp(log_acceptance(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=middle)).mean())
+        mean = float(
+            jnp.exp(
+                log_acceptance(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=middle)
+            ).mean()
+        )
         low, high = (middle, high) if mean > rate else (low, middle)
     return low
 
@@ -125,22 +155,40 @@ def main(config: Config) -> int:
     accepted: list[str] = []
     log_beta = 0.0
     columns = TextColumn("accepted"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task("accepted", total=config.samples)
         for step, proposals in enumerate(propose(config)):
             seen.append(proposals)
             if step == 0:
-                log_beta = choose_log_beta(proposals.log_score, proposals.log_q, config.acceptance_rate)
+                log_beta = choose_log_beta(
+                    proposals.log_score, proposals.log_q, config.acceptance_rate
+                )
             key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-            kept = accept(key, jnp.asarray(proposals.log_score), jnp.asarray(proposals.log_q), log_beta=log_beta)
-            accepted += [text for text, keep in zip(proposals.texts, np.asarray(kept), strict=True) if keep]
+            kept = accept(
+                key,
+                jnp.asarray(proposals.log_score),
+                jnp.asarray(proposals.log_q),
+                log_beta=log_beta,
+            )
+            accepted += [
+                text for text, keep in zip(proposals.texts, np.asarray(kept), strict=True) if keep
+            ]
             bar.update(task, completed=min(len(accepted), config.samples))
-            if len(accepted) >= config.samples or len(seen) * len(proposals.texts) >= config.max_proposals:
+            if (
+                len(accepted) >= config.samples
+                or len(seen) * len(proposals.texts) >= config.max_proposals
+            ):
                 break
-    log_score, log_q = (np.concatenate([getattr(p, name) for p in seen]) for name in ("log_score", "log_q"))
+    log_score, log_q = (
+        np.concatenate([getattr(p, name) for p in seen]) for name in ("log_score", "log_q")
+    )
     log_weights = jnp.asarray(np.concatenate([p.log_weights for p in seen]))
     log_z = estimate_log_z(log_weights, jnp.zeros_like(log_weights))
-    estimate = estimate_rejection(jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta, log_z=log_z)
+    estimate = estimate_rejection(
+        jnp.asarray(log_score), jnp.asarray(log_q), log_beta=log_beta, log_z=log_z
+    )
     _show(console, config, accepted, estimate, len(log_q))
     if len(seen) > 1:
         found = costs(*_halves(seen), log_beta=log_beta, rng_key=jax.random.key(config.seed + 2))
@@ -153,19 +201,32 @@ def main(config: Config) -> int:
 def _halves(seen: list[Proposals]) -> list[Half]:
     middle = len(seen) // 2
     parts = seen[:middle], seen[middle:]
-    return [Half(*(np.concatenate([getattr(p, name) for p in part]) for name in Half._fields)) for part in parts]
+    return [
+        Half(*(np.concatenate([getattr(p, name) for p in part]) for name in Half._fields))
+        for part in parts
+    ]
 
 
 def _show_costs(console: Console, found: list[Cost]) -> None:
-    table = Table(title="what β costs and is worth: predicted by the first half of the proposals, found in the second")
+    table = Table(
+        title="what β costs and is worth: predicted by the first half of the proposals, found in the second"
+    )
     for heading in ("log β", "acceptance, predicted", "found", "TV bound, predicted", "found"):
         table.add_column(heading, justify="right")
     for cost in found:
-        table.add_row(f"{cost.log_beta:.2f}", *(f"{f.value:.4f} ± {f.std_error:.4f}" for f in cost[1:]))
+        table.add_row(
+            f"{cost.log_beta:.2f}", *(f"{f.value:.4f} ± {f.std_error:.4f}" for f in cost[1:])
+        )
     console.print(table)
 
 
-def _show(console: Console, config: Config, accepted: list[str], estimate: RejectionEstimate, proposals: int) -> None:
+def _show(
+    console: Console,
+    config: Config,
+    accepted: list[str],
+    estimate: RejectionEstimate,
+    proposals: int,
+) -> None:
     texts = [" ".join(text.split()) for text in accepted[: config.samples]]
     for text in texts:
         console.print(escape(on_one_line(text)), highlight=False)
@@ -176,13 +237,17 @@ def _show(console: Console, config: Config, accepted: list[str], estimate: Rejec
     satisfied = float(contains_any([config.word], accepted).mean()) if accepted else float("nan")
     rate, bound = estimate
     console.print(
-        f"\n{len(accepted)} of {proposals} proposals accepted, of which {satisfied:.0%} have the word. Acceptance rate "
-        f"{float(rate.value):.4f} ± {float(rate.std_error):.4f}; TV from the target at most {float(bound.value):.3f} ± "
-        f"{float(bound.std_error):.3f} (Z from {float(bound.ess):.0f} effective samples).",
+        f"\n{len(accepted)} of {proposals} proposals accepted, of which {satisfied:.0%} have the "
+        f"word. Acceptance rate {float(rate.value):.4f} ± {float(rate.std_error):.4f}; TV from the "
+        f"target at most {float(bound.value):.3f} ± {float(bound.std_error):.3f} (Z from "
+        f"{float(bound.ess):.0f} effective samples).",
         highlight=False,
     )
     if len(accepted) < config.samples:
-        console.print(f"Gave up after {proposals} proposals; raise --max-proposals or --acceptance-rate.", style="yellow")
+        console.print(
+            f"Gave up after {proposals} proposals; raise --max-proposals or --acceptance-rate.",
+            style="yellow",
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Writes docs/kl_gradients.md, "Is your KL gradient right?": python -m experiments.kl_gradients --help.
+"""Writes docs/kl_gradients.md, "Is your KL gradient right?": python -m experiments.kl_gradients
+--help.
 
 Nothing is sampled: each loss form is summed over every sequence of a small space, in float64.
 """
@@ -28,7 +29,8 @@ LARGEST = 2**12
 
 @dataclass(frozen=True)
 class Config:
-    """Sum the gradients of popular KL losses over a small space and compare them with the true ones.
+    """Sum the gradients of popular KL losses over a small space and compare them with the true
+    ones.
 
     Examples:
 
@@ -49,8 +51,9 @@ class Config:
         check_numbers(self)
         if self.vocab_size**self.max_tokens > LARGEST:
             raise ValueError(
-                f"--vocab-size {self.vocab_size} and --max-tokens {self.max_tokens} make a space that is too large to list: "
-                f"take sizes with vocab_size ** max_tokens up to {LARGEST}."
+                f"--vocab-size {self.vocab_size} and --max-tokens {self.max_tokens} make a space "
+                f"that is too large to list: take sizes with vocab_size ** max_tokens up to "
+                f"{LARGEST}."
             )
 
 
@@ -65,11 +68,14 @@ class World(NamedTuple):
 
 
 def make_world(config: Config) -> World:
-    """Logits of scale 1 for the base, of ½ for the policy's way from it, and of ¼ for the old policy's from the new."""
+    """Logits of scale 1 for the base, of ½ for the policy's way from it, and of ¼ for the old
+    policy's from the new."""
     rng = np.random.default_rng(config.seed)
     space = enumeration.sequences(config.vocab_size, config.max_tokens, eos_id=0)
     log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(config.vocab_size, config.max_tokens)
-    base, policy, old = (jnp.asarray(rng.normal(size=(prefixes, config.vocab_size))) for _ in range(3))
+    base, policy, old = (
+        jnp.asarray(rng.normal(size=(prefixes, config.vocab_size))) for _ in range(3)
+    )
     params = base + 0.5 * policy
     log_a, log_q = (log_prob_fn(logits, *space) for logits in (base, params + 0.25 * old))
     return World(log_prob_fn, params, space, log_a, log_q)
@@ -91,7 +97,8 @@ def with_ratio(loss: Loss) -> Loss:
 
 
 def in_reward(loss: Loss, *, ratio: bool) -> Loss:
-    """As a cost in the reward: stopped, before the log-probability, off-policy with the stopped ratio."""
+    """As a cost in the reward: stopped, before the log-probability, off-policy with the stopped
+    ratio."""
 
     def scored(log_pi, log_a, log_q):
         weight = jnp.exp(log_pi - log_q) if ratio else 1.0
@@ -104,14 +111,20 @@ def penalty(divergence: divergences.FDivergence, *, off_policy: bool) -> Loss:
     """What fjax offers."""
 
     def loss(log_pi, log_a, log_q):
-        return policy_gradients.divergence_penalty(log_pi, log_a, log_q if off_policy else None, divergence=divergence)
+        return policy_gradients.divergence_penalty(
+            log_pi, log_a, log_q if off_policy else None, divergence=divergence
+        )
 
     return loss
 
 
 def expected(world: World, loss: Loss, *, off_policy: bool) -> jax.Array:
     """The gradient of the loss, summed over the space."""
-    log_q = world.log_q if off_policy else jax.lax.stop_gradient(world.log_prob_fn(world.params, *world.space))
+    log_q = (
+        world.log_q
+        if off_policy
+        else jax.lax.stop_gradient(world.log_prob_fn(world.params, *world.space))
+    )
 
     return enumeration.expected_gradient(loss, *world[:3], world.log_a, log_q)
 
@@ -129,7 +142,10 @@ def error(found: jax.Array, true: jax.Array) -> str:
 
 def both(world: World, true: jax.Array, make: Callable[[bool], Loss]) -> tuple[str, str]:
     """Errors of what ``make(off_policy)`` gives, on-policy and off-policy."""
-    on, off = (error(expected(world, make(off_policy), off_policy=off_policy), true) for off_policy in (False, True))
+    on, off = (
+        error(expected(world, make(off_policy), off_policy=off_policy), true)
+        for off_policy in (False, True)
+    )
     return on, off
 
 
@@ -140,11 +156,17 @@ def rows(world: World) -> list[tuple[str, str, str]]:
     for name in ("k1", "k2", "k3"):
         plain, ratio = k(name), with_ratio(k(name))
         table.append((f"{name}, differentiated", *both(world, true, lambda _, loss=plain: loss)))
-        table.append((f"{name} × π/q, differentiated", *both(world, true, lambda _, loss=ratio: loss)))
+        table.append(
+            (f"{name} × π/q, differentiated", *both(world, true, lambda _, loss=ratio: loss))
+        )
     for name in ("k1", "k2", "k3"):
-        found = both(world, true, lambda off_policy, loss=k(name): in_reward(loss, ratio=off_policy))
+        found = both(
+            world, true, lambda off_policy, loss=k(name): in_reward(loss, ratio=off_policy)
+        )
         table.append((f"{name} in the reward", *found))
-    found = both(world, true, lambda off_policy: penalty(divergences.reverse_kl(), off_policy=off_policy))
+    found = both(
+        world, true, lambda off_policy: penalty(divergences.reverse_kl(), off_policy=off_policy)
+    )
     return [*table, ("`fjax.policy_gradients.divergence_penalty`", *found)]
 
 
@@ -157,19 +179,29 @@ def other_divergences(world: World) -> list[tuple[str, str, str]]:
         divergences.squared_hellinger(),
         divergences.alpha_divergence(0.3),
     )
-    return [(f.name, *both(world, of(world, f), lambda off_policy, f=f: penalty(f, off_policy=off_policy))) for f in made]
+    return [
+        (
+            f.name,
+            *both(world, of(world, f), lambda off_policy, f=f: penalty(f, off_policy=off_policy)),
+        )
+        for f in made
+    ]
 
 
 def table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *lines])
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *lines]
+    )
 
 
 def page(config: Config) -> str:
     """The whole document."""
     with jax.enable_x64(True):
         world = make_world(config)
-        k3_is_forward = error(expected(world, k("k3"), off_policy=False), of(world, divergences.forward_kl()))
+        k3_is_forward = error(
+            expected(world, k("k3"), off_policy=False), of(world, divergences.forward_kl())
+        )
         first, second = rows(world), other_divergences(world)
     columns = ("loss", "samples from π", "samples from an older q")
     return PAGE.format(

@@ -12,12 +12,22 @@ from ._command import run
 from ._evaluate import NAMES
 from ._run_folder import RunError, read_json, read_metrics
 
-DEFAULT = ("satisfaction", "kl_to_base", "entropy", "distinct_2", "forward_kl", "total_variation", "jensen_shannon", "log_z")
+DEFAULT = (
+    "satisfaction",
+    "kl_to_base",
+    "entropy",
+    "distinct_2",
+    "forward_kl",
+    "total_variation",
+    "jensen_shannon",
+    "log_z",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Print the last evaluation of several runs as a Markdown table, with standard errors, samples and seconds.
+    """Print the last evaluation of several runs as a Markdown table, with standard errors, samples
+    and seconds.
 
     Examples:
 
@@ -48,7 +58,11 @@ def evaluations(folder: Path) -> list[dict]:
 def main(config: Config) -> int:
     """One row a run, after a row for the base model of the first."""
     header = ["", *(NAMES.get(name, name) for name in config.figures), "samples drawn", "seconds"]
-    rows = [header, ["---"] * len(header), row("base model", evaluations(config.runs[0])[0], config.figures)]
+    rows = [
+        header,
+        ["---"] * len(header),
+        row("base model", evaluations(config.runs[0])[0], config.figures),
+    ]
     for folder in config.runs:
         written = read_json(folder / "config.json", "divergence", "clip")
         clip = f", f' clipped to {written['clip']}" if written["clip"] else ""
@@ -59,7 +73,10 @@ def main(config: Config) -> int:
 
 def row(title: str, record: dict, figures: tuple[str, ...]) -> list[str]:
     """Title, figures with their errors, samples and seconds."""
-    cells = [_cell(*(float(record.get(key, "nan")) for key in (name, f"{name}_std_error"))) for name in figures]
+    cells = [
+        _cell(*(float(record.get(key, "nan")) for key in (name, f"{name}_std_error")))
+        for name in figures
+    ]
     return [title, *cells, f"{record['samples']:,}", f"{record['seconds']:.0f}"]
 
 

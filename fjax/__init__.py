@@ -1,16 +1,26 @@
-"""fjax aligns language models by minimising an f-divergence between the model and an explicit target distribution.
+"""fjax aligns language models by minimising an f-divergence between the model and an explicit
+target distribution.
 
     ∇D_f(π‖p) = E_{x~π}[ f'(π(x)/p(x)) ∇log π(x) ]
 
-One identity covers RLHF with a KL penalty, generation with distributional control, and everything between. Below are
-the names people type daily; the rest is reached through its module, as in ``fjax.sampling.top_p``. The mathematics is
-there at once. What is about language models is loaded on first use, so that a loss costs neither flax nor transformers.
+One identity covers RLHF with a KL penalty, generation with distributional control, and everything
+between. Below are the names people type daily; the rest is reached through its module, as in
+``fjax.sampling.top_p``. The mathematics is there at once. What is about language models is loaded
+on first use, so that a loss costs neither flax nor transformers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import divergences, enumeration, estimators, policy_gradients, preferences, surrogates, targets
+from . import (
+    divergences,
+    enumeration,
+    estimators,
+    policy_gradients,
+    preferences,
+    surrogates,
+    targets,
+)
 from .divergences import (
     FDivergence,
     alpha_divergence,

@@ -1,8 +1,9 @@
-"""The door of every public function that takes arrays: shapes are checked here, and the dtype of the computation chosen.
+"""The door of every public function that takes arrays: shapes are checked here, and the dtype of
+the computation chosen.
 
-Broadcasting would turn ``[C, N]``, or ``[N]`` beside ``[N, 1]``, into wrong numbers without a word. Shapes are static, so
-the checks cost nothing once compiled, and hold under `jit`, `vmap` and `shard_map`, each of which shows a function the
-shape that it really works on.
+Broadcasting would turn ``[C, N]``, or ``[N]`` beside ``[N, 1]``, into wrong numbers without a word.
+Shapes are static, so the checks cost nothing once compiled, and hold under `jit`, `vmap` and
+`shard_map`, each of which shows a function the shape that it really works on.
 """
 
 import math
@@ -16,7 +17,8 @@ from fjax._typing import Array
 
 
 def one_axis(**arrays: Array | None) -> tuple:
-    """The arrays as one number a sample, each ``[N]``, in a common dtype of at least float32; None stays None.
+    """The arrays as one number a sample, each ``[N]``, in a common dtype of at least float32; None
+    stays None.
 
     Args:
         arrays: by the names that the caller's users know them by.
@@ -30,14 +32,16 @@ def one_axis(**arrays: Array | None) -> tuple:
     given = _given(arrays)
     if any(np.ndim(x) != 1 for x in given.values()):
         raise ValueError(
-            f"{_listed(given)} must be one number a sample, of shape [N]; got {_shapes(given)}. For several contexts or "
+            f"{_listed(given)} must be one number a sample, of shape [N]; got {_shapes(given)}. "
+            f"For several contexts or "
             "groups, map the function over them with jax.vmap."
         )
     return same_shape(**arrays)
 
 
 def same_shape(**arrays: Array | None) -> tuple:
-    """The arrays of an elementwise function, all of one shape, in a common dtype of at least float32; None stays None.
+    """The arrays of an elementwise function, all of one shape, in a common dtype of at least
+    float32; None stays None.
 
     Args:
         arrays: by the names that the caller's users know them by.
@@ -52,7 +56,8 @@ def same_shape(**arrays: Array | None) -> tuple:
     given = _given(arrays)
     if len({np.shape(x) for x in given.values()}) > 1:
         raise ValueError(
-            f"{_listed(given)} must have one shape; got {_shapes(given)}. They are not broadcast: for several contexts or "
+            f"{_listed(given)} must have one shape; got {_shapes(given)}. They are not broadcast: "
+            f"for several contexts or "
             "groups, map the function over them with jax.vmap."
         )
     dtype = float_dtype(*given.values())
@@ -60,7 +65,8 @@ def same_shape(**arrays: Array | None) -> tuple:
 
 
 def float_dtype(*arrays: Array):
-    """What these are computed in: the widest of their dtypes, and float32 where that is narrower or not a float.
+    """What these are computed in: the widest of their dtypes, and float32 where that is narrower or
+    not a float.
 
     >>> float_dtype(jnp.zeros(1, jnp.int8)).name, float_dtype(jnp.zeros(1, bool), jnp.zeros(1, jnp.float16)).name
     ('float32', 'float32')
@@ -75,7 +81,8 @@ def as_mask(where: None, like: Array, *, name: str = ...) -> None: ...
 @overload
 def as_mask(where: Array | None, like: Array, *, name: str = ...) -> Array | None: ...
 def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array | None:
-    """``where`` as booleans of the shape of ``like``; integers count where they are not 0. None stays None.
+    """``where`` as booleans of the shape of ``like``; integers count where they are not 0. None
+    stays None.
 
     Args:
         where: True = counted.
@@ -93,18 +100,24 @@ def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array |
     where = jnp.asarray(where)
     if where.shape != np.shape(like):
         raise ValueError(
-            f"{name} must have the shape of what it masks, {_shape(like)}; got {_shape(where)}. For several contexts or "
+            f"{name} must have the shape of what it masks, {_shape(like)}; got {_shape(where)}. "
+            f"For several contexts or "
             "groups, map the function over them with jax.vmap."
         )
     if where.dtype != bool and not jnp.issubdtype(where.dtype, jnp.integer):
-        raise ValueError(f"{name} must be booleans, True = counted; got {where.dtype.name}. Compare first, as in w > 0.")
+        raise ValueError(
+            f"{name} must be booleans, True = counted; got {where.dtype.name}. Compare first, as "
+            f"in w > 0."
+        )
     return where.astype(bool)
 
 
 def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
-    """The arrays ``[N, T]`` in a common dtype, 0 where ``where`` does not count, and ``where`` as booleans after them.
+    """The arrays ``[N, T]`` in a common dtype, 0 where ``where`` does not count, and ``where`` as
+    booleans after them.
 
-    What is not counted may be anything, NaN included: replaced before a formula sees it, it reaches no gradient either.
+    What is not counted may be anything, NaN included: replaced before a formula sees it, it reaches
+    no gradient either.
 
     Args:
         where: tokens that count; None means all.
@@ -119,7 +132,8 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
     kept = same_shape(**arrays)
     if np.ndim(kept[0]) != 2:
         raise ValueError(
-            f"{_listed(arrays)} must be one number a token, of shape [N, T]; got {_shapes(arrays)}. For several contexts or "
+            f"{_listed(arrays)} must be one number a token, of shape [N, T]; got "
+            f"{_shapes(arrays)}. For several contexts or "
             "groups, map the function over them with jax.vmap."
         )
     mask = as_mask(where, kept[0])
@@ -129,12 +143,15 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
 
 
 def is_concrete(value: object) -> bool:
-    """Whether the number can be looked at: not while a transformation traces it, as an annealed β under `jax.jit` is."""
+    """Whether the number can be looked at: not while a transformation traces it, as an annealed β
+    under `jax.jit` is.
+    """
     return not isinstance(value, Tracer)
 
 
 def positive(**values: float | Array) -> None:
-    """Options such as β: one number each, above 0 and finite. Of one that is traced only the shape can be checked.
+    """Options such as β: one number each, above 0 and finite. Of one that is traced only the shape
+    can be checked.
 
     Args:
         values: by the names that the caller's users know them by.
@@ -149,11 +166,14 @@ def positive(**values: float | Array) -> None:
     for name, value in values.items():
         one_number(**{name: value})
         if is_concrete(value) and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive{' and finite' * bool(value > 0)}, got {value}.")
+            raise ValueError(
+                f"{name} must be positive{' and finite' * bool(value > 0)}, got {value}."
+            )
 
 
 def one_number(**values: float | Array) -> None:
-    """Options that are one number each, traced or not; an array of them would be broadcast against the samples.
+    """Options that are one number each, traced or not; an array of them would be broadcast against
+    the samples.
 
     Args:
         values: by the names that the caller's users know them by.
@@ -168,7 +188,8 @@ def one_number(**values: float | Array) -> None:
     for name, value in values.items():
         if np.shape(value) != ():
             raise ValueError(
-                f"{name} must be one number, got shape {_shape(value)}. For several, map the function over them with jax.vmap."
+                f"{name} must be one number, got shape {_shape(value)}. For several, map the "
+                f"function over them with jax.vmap."
             )
 
 
@@ -187,8 +208,14 @@ def made(divergence: object) -> None:
         return
     if callable(divergence):
         name = getattr(divergence, "__name__", "it")
-        raise ValueError(f"divergence must be an FDivergence; {name} is a function that makes one: divergence={name}().")
-    raise ValueError(f"divergence must be an FDivergence, as fjax.jensen_shannon() makes one; got {divergence!r}.")
+        raise ValueError(
+            f"divergence must be an FDivergence; {name} is a function that makes one: "
+            f"divergence={name}()."
+        )
+    raise ValueError(
+        f"divergence must be an FDivergence, as fjax.jensen_shannon() makes one; got "
+        f"{divergence!r}."
+    )
 
 
 def predicted(where: Array, *, start: int = 1) -> Array:
@@ -203,12 +230,14 @@ def predicted(where: Array, *, start: int = 1) -> Array:
     Traceback (most recent call last):
     ValueError: where counts column 0 of row 0, ...
     """
-    if not is_concrete(where) or not (early := np.asarray(where)[..., :start]).any():  # NumPy: within jit, jax would trace
+    # NumPy: within jit, jax would trace
+    if not is_concrete(where) or not (early := np.asarray(where)[..., :start]).any():
         return where
     *row, column = map(int, np.argwhere(early)[0])
     raise ValueError(
-        f"where counts column {column}{''.join(f' of row {i}' for i in row)}, but nothing predicts a token before column "
-        f"{start}: count completions only, each behind a prompt of at least one token (the end-of-sequence token will do)."
+        f"where counts column {column}{''.join(f' of row {i}' for i in row)}, but nothing predicts "
+        f"a token before column {start}: count completions only, each behind a prompt of at least "
+        f"one token (the end-of-sequence token will do)."
     )
 
 

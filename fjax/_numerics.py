@@ -19,16 +19,18 @@ def times_exp(x: Float[Array, "*n"], s: Float[Array, "*n"]) -> Float[Array, "*n"
     For factors of which it is known that x grows slower than exp(-s) as s → -inf.
     """
     zero = jnp.isneginf(s)
-    # Double `where`: the branch that is not taken must not see inf · 0, whose NaN would pass into gradients.
+    # Double `where`: the branch that is not taken must not see inf · 0, whose NaN would pass into
+    # gradients.
     product = jnp.where(zero, 0.0, x) * jnp.exp(jnp.where(zero, 0.0, s))
     return jnp.where(zero, 0.0, product)
 
 
 def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """``x · exp(log_weight)`` through logarithms: infinite only where the product is, and 0 wins over inf.
+    """``x · exp(log_weight)`` through logarithms: infinite only where the product is, and 0 wins
+    over inf.
 
-    Neither factor alone may over- or underflow: x = 1e30 with a weight of e^-100 is e^-31, not 0. Not for
-    gradients.
+    Neither factor alone may over- or underflow: x = 1e30 with a weight of e^-100 is e^-31, not 0.
+    Not for gradients.
     """
     zero = (x == 0) | jnp.isneginf(log_weight)
     size = jnp.log(jnp.abs(jnp.where(zero, 1.0, x))) + jnp.where(zero, 0.0, log_weight)
@@ -38,10 +40,12 @@ def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Arr
 def continued(
     function: Callable[[Float[Array, "*m"]], Float[Array, "*m"]], log_t: Float[Array, "*n"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """An elementwise function of t as x · exp(s), (x, s): finite for finite log_t, where the function itself overflows.
+    """An elementwise function of t as x · exp(s), (x, s): finite for finite log_t, where the
+    function itself overflows.
 
-    What grows beyond the floats has become a power of t long before, to any precision, and is continued as that power from
-    halfway there. So its product with a weight is infinite only where it is. To be differentiated.
+    What grows beyond the floats has become a power of t long before, to any precision, and is
+    continued as that power from halfway there. So its product with a weight is infinite only where
+    it is. To be differentiated.
     """
     stopped = jax.lax.stop_gradient(log_t)
     shares = 0.5 ** jnp.arange(1, _HALVINGS + 1, dtype=log_t.dtype).reshape(-1, *[1] * log_t.ndim)
@@ -63,26 +67,35 @@ def in_range(x: Float[Array, "*n"]) -> Bool[Array, "*n"]:
 
 
 def count(x: Float[Array, "N"], where: Bool[Array, "N"] | None) -> Float[Array, ""]:
-    """How many entries ``where`` counts, as a float of the dtype of x; all of them if it is None."""
+    """How many entries ``where`` counts, as a float of the dtype of x; all of them if it is
+    None.
+    """
     return jnp.asarray(x.shape[0], x.dtype) if where is None else where.sum(dtype=x.dtype)
 
 
-def keep(x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float | Float[Array, ""]) -> Float[Array, "N"]:
+def keep(
+    x: Float[Array, "N"], where: Bool[Array, "N"] | None, otherwise: float | Float[Array, ""]
+) -> Float[Array, "N"]:
     """The entries counted; ``otherwise`` elsewhere, whatever stood there, NaN included."""
     return x if where is None else jnp.where(where, x, otherwise)
 
 
-def deviations(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> tuple[Float[Array, ""], Float[Array, "N"]]:
-    """An entry c, and how far each one counted is from it: to be averaged in place of x, as mean = c + mean deviation.
+def deviations(
+    x: Float[Array, "N"], where: Bool[Array, "N"] | None = None
+) -> tuple[Float[Array, ""], Float[Array, "N"]]:
+    """An entry c, and how far each one counted is from it: to be averaged in place of x, as mean =
+    c + mean deviation.
 
-    So equal entries deviate by exactly 0, and so do all that differ by rounding only (four units in the last place), which
-    would come out at full size where something is divided by their spread. Not counted is 0. c is the smallest in absolute
-    value, lest the others lose their digits beside a large one.
+    So equal entries deviate by exactly 0, and so do all that differ by rounding only (four units in
+    the last place), which would come out at full size where something is divided by their spread.
+    Not counted is 0. c is the smallest in absolute value, lest the others lose their digits beside
+    a large one.
     """
     size = keep(jnp.abs(x), where, jnp.inf)
     finite = jnp.isfinite(size)
     smallest = size == jnp.where(finite, size, jnp.inf).min(initial=jnp.inf)
-    # By sums and minima only: an entry cannot be picked out of rows that are spread over an explicit mesh.
+    # By sums and minima only: an entry cannot be picked out of rows that are spread over an
+    # explicit mesh.
     reference = jnp.where(finite.any(), jnp.where(smallest, x, jnp.inf).min(initial=jnp.inf), 0.0)
     deviation = keep(x - reference, where, 0.0)
     rounding = 4 * jnp.finfo(x.dtype).eps * keep(jnp.abs(x), where, 0.0).max(initial=0.0)
@@ -91,18 +104,24 @@ def deviations(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> t
 
 
 def centred(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> Float[Array, "N"]:
-    """The entries minus the mean of those counted, exactly 0 where all are equal but for rounding; not counted is 0."""
+    """The entries minus the mean of those counted, exactly 0 where all are equal but for rounding;
+    not counted is 0.
+    """
     _, deviation = deviations(x, where)
     return keep(deviation - deviation.sum() / count(x, where), where, 0.0)
 
 
-def mean_and_error(x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean and its standard error (with n - 1) over the entries counted; the error of a single one is NaN."""
+def mean_and_error(
+    x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean and its standard error (with n - 1) over the entries counted; the error of a single one
+    is NaN.
+    """
     n = count(x, where)
     mean = keep(x, where, 0.0).sum() / n
     squares = keep((x - mean) ** 2, where, 0.0)
-    # An infinite mean has no spread worth a number: inf - inf would be NaN where the honest answer is
-    # "unbounded".
+    # An infinite mean has no spread worth a number: inf - inf would be NaN where the honest answer
+    # is "unbounded".
     error = jnp.where(jnp.isinf(mean), jnp.inf, jnp.sqrt(squares.sum() / (n - 1) / n))
     return mean, error
 
@@ -110,11 +129,15 @@ def mean_and_error(x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = Non
 def ess_from_logs(log_sum: Float[Array, ""], log_sum_sq: Float[Array, ""]) -> Float[Array, ""]:
     """(Σw)²/Σw² from log Σw and log Σw²; 0 where all weights are 0."""
     some = ~jnp.isneginf(log_sum)
-    return jnp.where(some, jnp.exp(2 * jnp.where(some, log_sum, 0.0) - jnp.where(some, log_sum_sq, 0.0)), 0.0)
+    return jnp.where(
+        some, jnp.exp(2 * jnp.where(some, log_sum, 0.0) - jnp.where(some, log_sum_sq, 0.0)), 0.0
+    )
 
 
 def ess_of(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
-    """(Σw)²/Σw² of the weights themselves, shifted by the largest so that scale costs no precision."""
+    """(Σw)²/Σw² of the weights themselves, shifted by the largest so that scale costs no
+    precision.
+    """
     top = jnp.max(log_weights, initial=-jnp.inf)
     shifted = log_weights - jnp.where(jnp.isneginf(top), 0.0, top)
     return ess_from_logs(jax.nn.logsumexp(shifted), jax.nn.logsumexp(2 * shifted))
@@ -128,15 +151,22 @@ def wright_omega(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """
     x = jnp.asarray(x)
     finite = jnp.where(jnp.isfinite(x), x, 0.0)
-    guess = jnp.where(finite > 1, finite - jnp.log(jnp.maximum(finite, 1.0)), jnp.exp(jnp.minimum(finite, 1.0) - 1))
-    # Below -30 the solution is e^x to any precision; from 1 and e^(x-1) four steps of third order are enough elsewhere.
+    guess = jnp.where(
+        finite > 1,
+        finite - jnp.log(jnp.maximum(finite, 1.0)),
+        jnp.exp(jnp.minimum(finite, 1.0) - 1),
+    )
+    # Below -30 the solution is e^x to any precision; from 1 and e^(x-1) four steps of third order
+    # are enough elsewhere.
     w = jnp.where(finite < -30, jnp.exp(jnp.minimum(finite, 0.0)), guess)
     for _ in range(4):
         safe = jnp.maximum(w, jnp.finfo(w.dtype).tiny)
         residual = jnp.where(finite < -30, 0.0, finite - safe - jnp.log(safe))
         turn = 2 * (1 + safe) * (1 + safe + 2 * residual / 3)
         w = safe * (1 + residual / (1 + safe) * (turn - residual) / (turn - 2 * residual))
-    return jnp.where(jnp.isneginf(x), 0.0, jnp.where(jnp.isposinf(x), jnp.inf, jnp.where(jnp.isnan(x), x, w)))
+    return jnp.where(
+        jnp.isneginf(x), 0.0, jnp.where(jnp.isposinf(x), jnp.inf, jnp.where(jnp.isnan(x), x, w))
+    )
 
 
 @wright_omega.defjvp
@@ -148,14 +178,20 @@ def _wright_omega_jvp(primals, tangents):
 
 
 def gather(x: ArrayOrNone, axis_name: str | None) -> ArrayOrNone:
-    """The entries of all devices along ``axis_name``, as one axis, the same on each; x itself if there is no such axis.
+    """The entries of all devices along ``axis_name``, as one axis, the same on each; x itself if
+    there is no such axis.
 
-    Statistics are of numbers a sample, so bringing them all together costs nothing beside the model that made them, and
-    every formula stays the one of a single device.
+    Statistics are of numbers a sample, so bringing them all together costs nothing beside the model
+    that made them, and every formula stays the one of a single device.
     """
     if x is None or axis_name is None:
         return x
-    # A sum of zeros and own rows, and not `all_gather`: its result is known to be the same everywhere.
+    # A sum of zeros and own rows, and not `all_gather`: its result is known to be the same
+    # everywhere.
     kept = x.astype(jnp.int32) if x.dtype == bool else x
-    rows = jnp.zeros((jax.lax.axis_size(axis_name), *x.shape), kept.dtype).at[jax.lax.axis_index(axis_name)].set(kept)
+    rows = (
+        jnp.zeros((jax.lax.axis_size(axis_name), *x.shape), kept.dtype)
+        .at[jax.lax.axis_index(axis_name)]
+        .set(kept)
+    )
     return jax.lax.psum(rows, axis_name).reshape(-1, *x.shape[1:]).astype(x.dtype)

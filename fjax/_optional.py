@@ -1,4 +1,6 @@
-"""Packages that only some of fjax needs, imported when they are needed, with an error that says how to get them."""
+"""Packages that only some of fjax needs, imported when they are needed, with an error that says how
+to get them.
+"""
 
 from importlib import import_module
 from types import ModuleType
@@ -10,5 +12,6 @@ def import_optional(package: str, *, extra: str) -> ModuleType:
         return import_module(package)
     except ImportError as error:
         raise ImportError(
-            f"This needs {package}, which cannot be imported ({error}). Install it with `pip install 'fjax[{extra}]'`."
+            f"This needs {package}, which cannot be imported ({error}). Install it with `pip "
+            f"install 'fjax[{extra}]'`."
         ) from error

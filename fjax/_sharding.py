@@ -1,7 +1,8 @@
-"""Explicit mesh axes: there an array's type says how it is spread, and many operations must be told how their result is.
+"""Explicit mesh axes: there an array's type says how it is spread, and many operations must be told
+how their result is.
 
-What is to work on rows spread over such an axis goes through `spread_as`: within, the compiler chooses, as it does on every
-other mesh, and the results are spread as the rows are.
+What is to work on rows spread over such an axis goes through `spread_as`: within, the compiler
+chooses, as it does on every other mesh, and the results are spread as the rows are.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,17 @@ from fjax._typing import Array
 
 
 def spread_as(rows: Array, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``; where ``args`` are spread over Explicit axes, its results are along axis 0, as ``rows`` is.
+    """``function(*args)``; where ``args`` are spread over Explicit axes, its results are along axis
+    0, as ``rows`` is.
 
     >>> spread_as(jnp.zeros(2), lambda x, y: x + y, jnp.ones(2), 2).tolist()
     [3.0, 3.0]
     """
     leaves, tree = jax.tree.flatten(args)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-    mesh = next((jax.typeof(leaves[i]).sharding.mesh for i in places if _is_spread(leaves[i])), None)
+    mesh = next(
+        (jax.typeof(leaves[i]).sharding.mesh for i in places if _is_spread(leaves[i])), None
+    )
     if mesh is None:
         return function(*args)
     structure: Any = None
@@ -31,13 +35,17 @@ def spread_as(rows: Array, function: Callable[..., Any], *args: Any) -> Any:
     def within(arrays: list[Array]) -> tuple[list[Array], list[Array]]:
         nonlocal structure, is_row
         given = dict(zip(places, arrays, strict=True))
-        found, structure = jax.tree.flatten(function(*tree.unflatten([given.get(i, x) for i, x in enumerate(leaves)])))
+        found, structure = jax.tree.flatten(
+            function(*tree.unflatten([given.get(i, x) for i, x in enumerate(leaves)]))
+        )
         is_row = [jnp.ndim(x) > 0 for x in found]
         return [x for x in found if jnp.ndim(x)], [x for x in found if not jnp.ndim(x)]
 
     along = PartitionSpec(*jax.typeof(rows).sharding.spec[:1])
     with use_abstract_mesh(mesh):
-        results: Any = auto_axes(within, out_sharding=(along, PartitionSpec()))([leaves[i] for i in places])
+        results: Any = auto_axes(within, out_sharding=(along, PartitionSpec()))(
+            [leaves[i] for i in places]
+        )
     arrays, scalars = map(iter, results)
     return structure.unflatten([next(arrays) if row else next(scalars) for row in is_row])
 

@@ -1,4 +1,6 @@
-"""The types that signatures share: annotated arrays, opaque parameters, and the functions a user brings."""
+"""The types that signatures share: annotated arrays, opaque parameters, and the functions a user
+brings.
+"""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,10 +40,16 @@ class LogitsFn(Protocol):
 
 @runtime_checkable
 class DecodeFn(Protocol):
-    """The cached model: appends tokens to the cache and returns the logits that follow the last column."""
+    """The cached model: appends tokens to the cache and returns the logits that follow the last
+    column.
+    """
 
     def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], cache: Any, where: Bool[Array, "B T"] | None = None
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        cache: Any,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B V"], Any]: ...
 
 
@@ -49,11 +57,15 @@ class DecodeFn(Protocol):
 class ScoreFn(Protocol):
     """A reward model: one number a sequence."""
 
-    def __call__(self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]: ...
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B"]: ...
 
 
 @runtime_checkable
 class LogProbFn(Protocol):
     """Log-probability of each sequence, summed in float32 over the tokens that ``where`` counts."""
 
-    def __call__(self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]: ...
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B"]: ...

@@ -1,9 +1,10 @@
-"""Tiny sequence spaces listed whole: exact Z, divergences and gradients, to test against and to teach with.
+"""Tiny sequence spaces listed whole: exact Z, divergences and gradients, to test against and to
+teach with.
 
-The space is that of the sampler: every sequence that ends with ``eos_id`` within T tokens, and every
-unfinished prefix of exactly T tokens. Any autoregressive policy sums to one over it, and an expectation over
-it is a sum. So an unbiased gradient is not argued for but seen: `expected_gradient` of the loss equals
-`exact_gradient` of the divergence.
+The space is that of the sampler: every sequence that ends with ``eos_id`` within T tokens, and
+every unfinished prefix of exactly T tokens. Any autoregressive policy sums to one over it, and an
+expectation over it is a sum. So an unbiased gradient is not argued for but seen:
+`expected_gradient` of the loss equals `exact_gradient` of the divergence.
 
 >>> from fjax import forward_kl, leave_one_out
 >>> space = sequences(3, 2, eos_id=0)
@@ -55,7 +56,8 @@ class Space(NamedTuple):
     """All sequences of a space, one a row.
 
     Attributes:
-        tokens: ``[S, T]``, the prompt first if there is one, ``eos_id`` after the end of a sequence.
+        tokens: ``[S, T]``, the prompt first if there is one, ``eos_id`` after the end of a
+            sequence.
         where: True from behind the prompt up to and including the token that ends the sequence.
     """
 
@@ -63,7 +65,9 @@ class Space(NamedTuple):
     where: Bool[Array, "S T"]
 
 
-def sequences(vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence[int] = ()) -> Space:
+def sequences(
+    vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence[int] = ()
+) -> Space:
     """Lists the space of sequences over ``vocab_size`` tokens, at most ``max_tokens`` long.
 
     It has 1 + (V-1) + … + (V-1)^(T-1) finished sequences and (V-1)^T unfinished ones.
@@ -71,10 +75,10 @@ def sequences(vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence
     Args:
         vocab_size: V.
         max_tokens: T, the prompt not counted.
-        eos_id: the token that ends a sequence and counts as part of it. Also the padding after it, on
-            purpose: whoever takes masks from token ids gets wrong probabilities here.
-        prompt: tokens before every sequence, not counted. A language model needs at least one to predict the
-            first.
+        eos_id: the token that ends a sequence and counts as part of it. Also the padding after it,
+            on purpose: whoever takes masks from token ids gets wrong probabilities here.
+        prompt: tokens before every sequence, not counted. A language model needs at least one to
+            predict the first.
 
     Returns:
         The space, in the order of length, then of token ids.
@@ -90,21 +94,27 @@ def sequences(vocab_size: int, max_tokens: int, *, eos_id: int, prompt: Sequence
     """
     if not 0 <= eos_id < vocab_size:
         raise ValueError(f"eos_id is one of the {vocab_size} tokens, got {eos_id}.")
-    _refuse_large(vocab_size * (vocab_size - 1) ** max_tokens, f"{vocab_size} tokens and length {max_tokens}")
+    _refuse_large(
+        vocab_size * (vocab_size - 1) ** max_tokens, f"{vocab_size} tokens and length {max_tokens}"
+    )
     others = [token for token in range(vocab_size) if token != eos_id]
     prefixes = (prefix for length in range(max_tokens) for prefix in product(others, repeat=length))
     rows = [*((*prefix, eos_id) for prefix in prefixes), *product(others, repeat=max_tokens)]
-    tokens = np.array([[*prompt, *row, *[eos_id] * (max_tokens - len(row))] for row in rows], np.int32)
+    tokens = np.array(
+        [[*prompt, *row, *[eos_id] * (max_tokens - len(row))] for row in rows], np.int32
+    )
     ends = len(prompt) + np.array([len(row) for row in rows])[:, None]
     column = np.arange(tokens.shape[1])
     return Space(jnp.asarray(tokens), jnp.asarray((column >= len(prompt)) & (column < ends)))
 
 
 def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, int]:
-    """A policy with a free next-token distribution after every prefix, and the number of its prefixes.
+    """A policy with a free next-token distribution after every prefix, and the number of its
+    prefixes.
 
-    Its parameters are logits ``[prefixes, V]``: row 0 for the empty prefix, then base-V numbers of one digit,
-    of two, … It can represent every distribution over the space, so D_f(π‖p) = 0 is attainable.
+    Its parameters are logits ``[prefixes, V]``: row 0 for the empty prefix, then base-V numbers of
+    one digit, of two, … It can represent every distribution over the space, so D_f(π‖p) = 0 is
+    attainable.
 
     Args:
         vocab_size: V.
@@ -122,15 +132,26 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
     """
     first_row = _first_rows(vocab_size, max_tokens)
 
-    def log_prob_fn(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    def log_prob_fn(
+        params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B"]:
         if np.ndim(tokens) != 2 or tokens.shape[1] != max_tokens:
-            raise ValueError(f"The table is for {max_tokens} tokens, got tokens of shape {list(np.shape(tokens))}.")
+            raise ValueError(
+                f"The table is for {max_tokens} tokens, got tokens of shape "
+                f"{list(np.shape(tokens))}."
+            )
         if np.shape(params) != (first_row[-1], vocab_size):
-            raise ValueError(f"The table is [{first_row[-1]}, {vocab_size}], got params {list(np.shape(params))}.")
+            raise ValueError(
+                f"The table is [{first_row[-1]}, {vocab_size}], got params "
+                f"{list(np.shape(params))}."
+            )
         where = jnp.asarray(as_mask(where, tokens))
         tokens = jnp.where(where, tokens, 0)  # what is not counted may be no token at all
         table = jax.nn.log_softmax(jnp.asarray(params, float_dtype(params)))
-        prefix, total = jnp.zeros(tokens.shape[0], tokens.dtype), jnp.zeros(tokens.shape[0], table.dtype)
+        prefix, total = (
+            jnp.zeros(tokens.shape[0], tokens.dtype),
+            jnp.zeros(tokens.shape[0], table.dtype),
+        )
         for position in range(max_tokens):
             step = table[first_row[position] + prefix, tokens[:, position]]
             total = total + jnp.where(where[:, position], step, 0.0)
@@ -141,10 +162,12 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
 
 
 def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Float[Array, "P V"]:
-    """The exact autoregressive form of a target: parameters of `tabular_log_prob_fn` whose policy *is* p.
+    """The exact autoregressive form of a target: parameters of `tabular_log_prob_fn` whose policy
+    *is* p.
 
-    p(x_t | x_<t) = e^{V(x_≤t) - V(x_<t)} with the soft value V(prefix) = log Σ p(x) over the sequences that begin with it:
-    a backward recursion, which a model can only approximate. So D_f(π‖p) = 0 for every f.
+    p(x_t | x_<t) = e^{V(x_≤t) - V(x_<t)} with the soft value V(prefix) = log Σ p(x) over the
+    sequences that begin with it: a backward recursion, which a model can only approximate. So
+    D_f(π‖p) = 0 for every f.
 
     Args:
         log_p: the target over the space, normalised or not; -inf is allowed.
@@ -175,7 +198,9 @@ def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Flo
 
 
 def _scatter_log_sum(values, rows, columns, log_terms):
-    """Sets each entry to the log of the sum of its terms, each sum in units of its own largest term."""
+    """Sets each entry to the log of the sum of its terms, each sum in units of its own largest
+    term.
+    """
     top = jax.lax.stop_gradient(values.at[rows, columns].max(log_terms))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     total = jnp.zeros_like(values).at[rows, columns].add(jnp.exp(log_terms - top[rows, columns]))
@@ -200,7 +225,12 @@ def exact_log_z(log_score: Float[Array, "S"]) -> Float[Array, ""]:
 
 
 def exact_gradient(
-    log_prob_fn: LogProbFn, params: Params, space: Space, log_p: Float[Array, "S"], *, divergence: FDivergence
+    log_prob_fn: LogProbFn,
+    params: Params,
+    space: Space,
+    log_p: Float[Array, "S"],
+    *,
+    divergence: FDivergence,
 ) -> Params:
     """∇D_f(π‖p) by differentiating the sum over the space.
 
@@ -239,23 +269,27 @@ def expected_gradient(
     *,
     samples: int = 1,
 ) -> Params:
-    """E[∇ mean loss(x_1..x_n)] over all n-tuples of independent samples: what a loss does on average.
+    """E[∇ mean loss(x_1..x_n)] over all n-tuples of independent samples: what a loss does on
+    average.
 
-    Nothing is drawn; each tuple is weighted with its probability Π q(x_i). Use it on a loss of your own.
+    Nothing is drawn; each tuple is weighted with its probability Π q(x_i). Use it on a loss of your
+    own.
 
     Args:
-        loss: (log_pi, log_p, log_q or None) of n samples to n losses; it may look at all n, as leave-one-out
-            does.
-        log_prob_fn: the policy, the only thing differentiated; where the samples come from is held fixed.
+        loss: (log_pi, log_p, log_q or None) of n samples to n losses; it may look at all n, as
+            leave-one-out does.
+        log_prob_fn: the policy, the only thing differentiated; where the samples come from is held
+            fixed.
         params: where the gradient is taken.
         space: from `sequences`.
         log_p: normalised target over the space, handed to the loss.
-        log_q: sampling distribution over the space; None means on-policy, and the loss is given None.
+        log_q: sampling distribution over the space; None means on-policy, and the loss is given
+            None.
         samples: n. There are S^n tuples.
 
     Raises:
-        ValueError: if there are more than a million tuples, an array has not one number a member of the space, or the loss
-            not one a sample.
+        ValueError: if there are more than a million tuples, an array has not one number a member of
+            the space, or the loss not one a sample.
 
     >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
     >>> space = sequences(2, 1, eos_id=0)
@@ -273,8 +307,8 @@ def expected_gradient(
     log_sampled = jax.lax.stop_gradient(log_prob_fn(params, *space)) if log_q is None else log_q
     tuples = jnp.indices((size,) * samples).reshape(samples, -1).T
     probability = jnp.exp(log_sampled[tuples].sum(axis=1))
-    # What is never drawn must not matter, even where its loss is infinite: something that is drawn stands in
-    # for it.
+    # What is never drawn must not matter, even where its loss is infinite: something that is drawn
+    # stands in for it.
     tuples = jnp.where(jnp.isneginf(log_sampled)[tuples], jnp.argmax(log_sampled), tuples)
 
     def value(params):
@@ -283,7 +317,10 @@ def expected_gradient(
         def of_tuple(rows):
             losses = loss(log_pi[rows], log_p[rows], None if log_q is None else log_q[rows])
             if losses.shape != rows.shape:
-                raise ValueError(f"The loss gives one number a sample, {samples} here; got shape {list(losses.shape)}.")
+                raise ValueError(
+                    f"The loss gives one number a sample, {samples} here; got shape "
+                    f"{list(losses.shape)}."
+                )
             return losses.mean()
 
         return jnp.sum(probability * jax.vmap(of_tuple)(tuples))
@@ -329,7 +366,9 @@ def expected_surrogate_gradient(
     """
 
     def loss(log_pi, log_p, log_q):
-        return surrogate_loss(log_pi, log_p, log_q, divergence=divergence, baseline=baseline, clip=clip)
+        return surrogate_loss(
+            log_pi, log_p, log_q, divergence=divergence, baseline=baseline, clip=clip
+        )
 
     return expected_gradient(loss, log_prob_fn, params, space, log_p, log_q, samples=samples)
 
@@ -339,7 +378,10 @@ def _over(space, **arrays):
     kept = one_axis(**arrays)
     for name, x in zip(arrays, kept, strict=True):
         if x is not None and x.shape != space.tokens.shape[:1]:
-            raise ValueError(f"The space has {space.tokens.shape[0]} members, but {name} the shape {list(x.shape)}.")
+            raise ValueError(
+                f"The space has {space.tokens.shape[0]} members, but {name} the shape "
+                f"{list(x.shape)}."
+            )
     return kept
 
 

@@ -1,9 +1,10 @@
 """Log-probabilities of token sequences: the shift by one and the masks, in one place.
 
-A language model's logits at column i predict the token of column i + 1. That shift happens here and nowhere else. What
-counts is said by ``where``, which comes from lengths and never from token ids: with a padding token that is also the
-end-of-sequence token (GPT-2 has no other) a mask of ids would drop the end of every sentence, and the probabilities of
-finished sentences would no longer sum to one.
+A language model's logits at column i predict the token of column i + 1. That shift happens here and
+nowhere else. What counts is said by ``where``, which comes from lengths and never from token ids:
+with a padding token that is also the end-of-sequence token (GPT-2 has no other) a mask of ids would
+drop the end of every sentence, and the probabilities of finished sentences would no longer sum to
+one.
 """
 
 import jax
@@ -13,18 +14,28 @@ from fjax._checks import as_mask, float_dtype, predicted
 from fjax._sharding import spread_as
 from fjax._typing import Array, Bool, Float, Int, LogitsFn, LogProbFn, Params
 
-__all__ = ["make_log_prob_fn", "make_token_log_prob_fn", "pack", "sequence_log_probs", "token_log_probs", "where_from_lengths"]
+__all__ = [
+    "make_log_prob_fn",
+    "make_token_log_prob_fn",
+    "pack",
+    "sequence_log_probs",
+    "token_log_probs",
+    "where_from_lengths",
+]
 
 
-def token_log_probs(logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]) -> Float[Array, "*b T"]:
+def token_log_probs(
+    logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]
+) -> Float[Array, "*b T"]:
     """Log softmax(logits)[token], for logits that already stand above the token they predict.
 
-    One entry minus a log-sum-exp, so that no second array of the logits' size is made. In float32 at least.
+    One entry minus a log-sum-exp, so that no second array of the logits' size is made. In float32
+    at least.
 
     Args:
         logits: unnormalised; -inf for tokens that cannot occur.
-        tokens: one id a position. An id that the vocabulary has not (a padding of -100, say) has log-probability NaN, and
-            gradient 0.
+        tokens: one id a position. An id that the vocabulary has not (a padding of -100, say) has
+            log-probability NaN, and gradient 0.
 
     Raises:
         ValueError: if ``tokens`` has not the shape of ``logits`` without the vocabulary.
@@ -39,7 +50,10 @@ def token_log_probs(logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"]) 
 
 
 def sequence_log_probs(
-    logits: Float[Array, "*b T V"], tokens: Int[Array, "*b T"], *, where: Bool[Array, "*b T"] | Int[Array, "*b T"]
+    logits: Float[Array, "*b T V"],
+    tokens: Int[Array, "*b T"],
+    *,
+    where: Bool[Array, "*b T"] | Int[Array, "*b T"],
 ) -> Float[Array, "*b"]:
     """Log π(x) = Σ_t log π(x_t | x_<t) over the tokens that count; the shift by one is done here.
 
@@ -48,12 +62,12 @@ def sequence_log_probs(
     Args:
         logits: as the model returns them: column i predicts the token of column i + 1.
         tokens: prompt and completion, contiguous; padding on the right.
-        where: tokens that count: the completion, up to and including its end-of-sequence token. Where it is False, ids may
-            be any, and so may the logits that predict them.
+        where: tokens that count: the completion, up to and including its end-of-sequence token.
+            Where it is False, ids may be any, and so may the logits that predict them.
 
     Returns:
-        One log-probability a sequence, in nats. NaN where an id that counts is not in the vocabulary, or where a traced
-        ``where`` counts column 0, which nothing predicts.
+        One log-probability a sequence, in nats. NaN where an id that counts is not in the
+        vocabulary, or where a traced ``where`` counts column 0, which nothing predicts.
 
     Raises:
         ValueError: if shapes differ, or a ``where`` that is not traced counts column 0.
@@ -72,15 +86,16 @@ def make_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1, transform=None) -> 
 
     Args:
         logits_fn: the teacher-forced model.
-        start: first column that may count: the length of the shortest prompt. Earlier ones do not go through the head.
-        transform: what the sampler did to its logits (`fjax.sampling.top_p`, …), to give the log-probability under
-            what was really sampled from; None for the model itself.
+        start: first column that may count: the length of the shortest prompt. Earlier ones do not
+            go through the head.
+        transform: what the sampler did to its logits (`fjax.sampling.top_p`, …), to give the
+            log-probability under what was really sampled from; None for the model itself.
 
     Returns:
-        ``log_prob_fn(params, tokens [B, T], where [B, T]) -> [B]``. Tokens are contiguous, padded on the right with any id
-        (`pack`). NaN for a row that counts a column before ``start``, or whose prompt or completion has an id that the
-        vocabulary has not; ``log_prob_fn`` raises ValueError for shapes that differ, and for the former unless ``where`` is
-        traced.
+        ``log_prob_fn(params, tokens [B, T], where [B, T]) -> [B]``. Tokens are contiguous, padded
+        on the right with any id (`pack`). NaN for a row that counts a column before ``start``, or
+        whose prompt or completion has an id that the vocabulary has not; ``log_prob_fn`` raises
+        ValueError for shapes that differ, and for the former unless ``where`` is traced.
 
     Raises:
         ValueError: if ``start`` is below 1: column 0 has no prediction.
@@ -109,8 +124,8 @@ def make_token_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1):
         start: first column that may count: the length of the shortest prompt.
 
     Returns:
-        ``token_log_prob_fn(params, tokens [B, T], where [B, T]) -> [B, T]``, in line with ``tokens``; NaN at a counted
-        column before ``start``, and as in `make_log_prob_fn`.
+        ``token_log_prob_fn(params, tokens [B, T], where [B, T]) -> [B, T]``, in line with
+        ``tokens``; NaN at a counted column before ``start``, and as in `make_log_prob_fn`.
 
     Raises:
         ValueError: if ``start`` is below 1: column 0 has no prediction.
@@ -126,7 +141,9 @@ def make_token_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1):
         params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"] | Int[Array, "B T"]
     ) -> Float[Array, "B T"]:
         found, where = token_fn(params, tokens, where)
-        return jnp.concatenate([jnp.where(where[:, :start], jnp.nan, 0.0).astype(found.dtype), found], axis=1)
+        return jnp.concatenate(
+            [jnp.where(where[:, :start], jnp.nan, 0.0).astype(found.dtype), found], axis=1
+        )
 
     return token_log_prob_fn
 
@@ -137,7 +154,10 @@ def where_from_lengths(lengths: Int[Array, "*b"], columns: int) -> Bool[Array, "
     >>> where_from_lengths(jnp.array([1, 3]), 3).tolist()
     [[True, False, False], [True, True, True]]
     """
-    return jnp.arange(columns).reshape((1,) * jnp.ndim(lengths) + (-1,)) < jnp.asarray(lengths)[..., None]
+    return (
+        jnp.arange(columns).reshape((1,) * jnp.ndim(lengths) + (-1,))
+        < jnp.asarray(lengths)[..., None]
+    )
 
 
 def pack(
@@ -149,8 +169,8 @@ def pack(
 ) -> tuple[Int[Array, "B U"], Bool[Array, "B U"]]:
     """Prompts and their completions as contiguous rows, all padding on the right; U = P + T.
 
-    What samples a model wants its prompts flush with the first new token; what scores them wants no gap and no mask of
-    attention: a causal model never sees what stands on the right.
+    What samples a model wants its prompts flush with the first new token; what scores them wants no
+    gap and no mask of attention: a causal model never sees what stands on the right.
 
     Args:
         prompt: padded on either side, or in between.
@@ -173,8 +193,8 @@ def pack(
     prompt, completion = jnp.asarray(prompt), jnp.asarray(completion)
     if prompt.ndim != 2 or completion.ndim != 2 or len(prompt) != len(completion):
         raise ValueError(
-            f"prompt and completion must be [B, P] and [B, T], with as many rows; got {list(prompt.shape)} and "
-            f"{list(completion.shape)}."
+            f"prompt and completion must be [B, P] and [B, T], with as many rows; got "
+            f"{list(prompt.shape)} and {list(completion.shape)}."
         )
     prompt_where = as_mask(prompt_where, prompt, name="prompt_where")
     return spread_as(prompt, _pack, prompt, completion, prompt_where, as_mask(where, completion))
@@ -187,7 +207,9 @@ def _pack(prompt, completion, prompt_where, where):
         return tokens, counted
     padding = jnp.concatenate([~prompt_where, jnp.zeros_like(where)], axis=1)
     # What is real comes first, in its order.
-    _, tokens, counted = jax.lax.sort((padding, tokens, counted), dimension=1, is_stable=True, num_keys=1)
+    _, tokens, counted = jax.lax.sort(
+        (padding, tokens, counted), dimension=1, is_stable=True, num_keys=1
+    )
     return tokens, counted
 
 
@@ -196,14 +218,18 @@ def _aligned(logits, tokens):
     logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
     if logits.ndim == 0 or logits.shape[:-1] != tokens.shape:
         raise ValueError(
-            f"logits must have the shape of tokens and one axis more, the vocabulary; got logits of shape {list(logits.shape)} "
-            f"and tokens of shape {list(tokens.shape)}."
+            f"logits must have the shape of tokens and one axis more, the vocabulary; got logits "
+            f"of shape {list(logits.shape)} and tokens of shape {list(tokens.shape)}."
         )
-    return logits.astype(float_dtype(logits)), tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+    return logits.astype(float_dtype(logits)), tokens.astype(
+        jnp.promote_types(tokens.dtype, jnp.int32)
+    )
 
 
 def _counted(logits, tokens, where, transform=None):
-    """Log-probability of each token, 0 where not counted: there, neither logits nor ids are looked at."""
+    """Log-probability of each token, 0 where not counted: there, neither logits nor ids are looked
+    at.
+    """
     logits = _without_gradient_elsewhere(logits, where)
     if transform is not None:
         logits = transform(logits)
@@ -212,35 +238,50 @@ def _counted(logits, tokens, where, transform=None):
 
 @jax.custom_jvp
 def _without_gradient_elsewhere(logits, where):
-    """The logits; the usual double `where` for gradients, but without its pass over the vocabulary where there are none."""
+    """The logits; the usual double `where` for gradients, but without its pass over the vocabulary
+    where there are none.
+    """
     return logits
 
 
 @_without_gradient_elsewhere.defjvp
 def _(primals, tangents):
     logits, where = primals
-    return logits, jnp.where(where[..., None], tangents[0], 0.0)  # of what is masked, 0 · NaN arrives here
+    # of what is masked, 0 · NaN arrives here
+    return logits, jnp.where(where[..., None], tangents[0], 0.0)
 
 
 def _make_counted_fn(logits_fn, start, transform):
-    """(params, tokens, where) -> log-probabilities from column ``start`` on, and where as booleans."""
+    """(params, tokens, where) -> log-probabilities from column ``start`` on, and where as
+    booleans.
+    """
     if start < 1:
-        raise ValueError(f"start must be at least 1, since nothing predicts the token of column 0; got {start}.")
+        raise ValueError(
+            f"start must be at least 1, since nothing predicts the token of column 0; got {start}."
+        )
 
     def token_fn(params, tokens, where):
         tokens = jnp.asarray(tokens)
         if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [B, T], got {list(tokens.shape)}; one sequence is tokens[None].")
+            raise ValueError(
+                f"tokens must be [B, T], got {list(tokens.shape)}; one sequence is tokens[None]."
+            )
         where = predicted(as_mask(where, tokens), start=start)
-        # Behind the last token that counts, ids may be any: nothing that counts sees them, and the model gets what it has.
-        tokens = jnp.where(jax.lax.cummax(where.astype(jnp.int32), axis=1, reverse=True) > 0, tokens, 0)
+        # Behind the last token that counts, ids may be any: nothing that counts sees them, and the
+        # model gets what it has.
+        tokens = jnp.where(
+            jax.lax.cummax(where.astype(jnp.int32), axis=1, reverse=True) > 0, tokens, 0
+        )
         # Float32 before the transform, as the sampler has it.
-        logits, later = _aligned(logits_fn(params, tokens[:, :-1], start=start - 1), tokens[:, start:])
+        logits, later = _aligned(
+            logits_fn(params, tokens[:, :-1], start=start - 1), tokens[:, start:]
+        )
         return _counted(logits, later, where[:, start:], transform), where
 
     return token_fn
 
 
 def _sum(log_probs, where, *, start):
-    # A counted token without a prediction has no log-probability; to leave it out in silence would be a wrong number.
+    # A counted token without a prediction has no log-probability; to leave it out in silence would
+    # be a wrong number.
     return jnp.where(where[..., :start].any(-1), jnp.nan, log_probs.sum(-1))

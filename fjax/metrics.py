@@ -1,4 +1,5 @@
-"""How varied a set of samples is, and how near texts are to references. Tokens or texts in, numbers out.
+"""How varied a set of samples is, and how near texts are to references. Tokens or texts in, numbers
+out.
 
 All of it runs on the host, since n-grams are counted, not summed; and all is between 0 and 1.
 """
@@ -22,10 +23,12 @@ _Mask = Bool[Array, "N T"] | Int[Array, "N T"] | np.ndarray
 
 
 def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) -> float:
-    """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats, near 0 if all samples are alike.
+    """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats, near 0 if all samples
+    are alike.
 
-    Counted over the whole set, so it falls as the set grows: compare sets of one size only. (Averaged over samples, as
-    some define it, the figure would not notice that all samples are the same sentence.)
+    Counted over the whole set, so it falls as the set grows: compare sets of one size only.
+    (Averaged over samples, as some define it, the figure would not notice that all samples are the
+    same sentence.)
 
     Args:
         tokens: one sample a row.
@@ -50,15 +53,17 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) 
 
 
 def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mask) -> float:
-    """Mean BLEU of each sample with all the others as references: near 0 if they share nothing, 1 if all are alike.
+    """Mean BLEU of each sample with all the others as references: near 0 if they share nothing, 1
+    if all are alike.
 
-    Of one sample it is min(1, exp(1 - r/c)) (Π_k m_k/c_k)^(1/n), with c tokens, r those of the reference nearest in
-    length, c_k k-grams, and m_k of them found in a reference, each counted at most as often as in the one that has it
-    most. A sample shorter than n is judged by the orders that it has. Where an order has no match, m_k is ½ the first
-    time, ¼ the second, and so on (NIST's smoothing, "exp" in sacrebleu), else one missing 4-gram would make the whole 0.
+    Of one sample it is min(1, exp(1 - r/c)) (Π_k m_k/c_k)^(1/n), with c tokens, r those of the
+    reference nearest in length, c_k k-grams, and m_k of them found in a reference, each counted at
+    most as often as in the one that has it most. A sample shorter than n is judged by the orders
+    that it has. Where an order has no match, m_k is ½ the first time, ¼ the second, and so on
+    (NIST's smoothing, "exp" in sacrebleu), else one missing 4-gram would make the whole 0.
 
-    It rises with the number of samples, since each new one is another reference: compare sets of one size only, and
-    slice to it. The time goes with the number of tokens, not with its square.
+    It rises with the number of samples, since each new one is another reference: compare sets of
+    one size only, and slice to it. The time goes with the number of tokens, not with its square.
 
     Args:
         tokens: one sample a row; a row without tokens is left out.
@@ -75,15 +80,21 @@ def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mas
     >>> round(self_bleu(tokens, n=2, where=np.ones((2, 4), bool)) ** 2, 6)                    # 3/4 · 2/3
     0.5
 
-    Source: Zhu et al. 2018 (Texygen, arXiv 1802.01886), section 3; smoothing: Chen and Cherry 2014, method 3.
+    Source: Zhu et al. 2018 (Texygen, arXiv 1802.01886), section 3; smoothing: Chen and Cherry 2014,
+    method 3.
     """
     _check_n(n)
     rows = [row for row in _rows(tokens, where) if row]
     if len(rows) < 2:
         return float("nan")
-    matches, totals = np.array([_clipped_matches(rows, k) for k in range(1, n + 1)]).T  # [N, n] each
+    # [N, n] each
+    matches, totals = np.array([_clipped_matches(rows, k) for k in range(1, n + 1)]).T
     lengths = Counter(map(len, rows))
-    return float(_smoothed_bleu(matches, totals, np.array([_nearest(len(row), lengths) for row in rows])).mean())
+    return float(
+        _smoothed_bleu(
+            matches, totals, np.array([_nearest(len(row), lengths) for row in rows])
+        ).mean()
+    )
 
 
 class Rouge(NamedTuple):
@@ -101,10 +112,11 @@ class Rouge(NamedTuple):
 
 
 def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU-4 of texts against one reference each, by sacrebleu with its defaults (13a words, smoothing "exp").
+    """Corpus BLEU-4 of texts against one reference each, by sacrebleu with its defaults (13a words,
+    smoothing "exp").
 
-    min(1, exp(1 - r/c)) (Π_k m_k/c_k)^¼ with matches m_k, k-grams c_k and lengths c and r summed over all texts. Papers
-    print 100 times it.
+    min(1, exp(1 - r/c)) (Π_k m_k/c_k)^¼ with matches m_k, k-grams c_k and lengths c and r summed
+    over all texts. Papers print 100 times it.
 
     Args:
         texts: what was written.
@@ -126,11 +138,12 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of texts against one reference each, by rouge-score, without stemming.
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of texts against one reference each, by rouge-score,
+    without stemming.
 
-    2 P R/(P + R), where P is the share of the text's n-grams (or words, for the longest common subsequence) that the
-    reference matches, and R that of the reference's. Words are runs of a-z and 0-9, upper and lower case alike: what is
-    written in other letters does not count.
+    2 P R/(P + R), where P is the share of the text's n-grams (or words, for the longest common
+    subsequence) that the reference matches, and R that of the reference's. Words are runs of a-z
+    and 0-9, upper and lower case alike: what is written in other letters does not count.
 
     Args:
         texts: what was written.
@@ -149,8 +162,12 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
     _check_pairs(texts, references)
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = import_optional("rouge_score.rouge_scorer", extra="experiments").RougeScorer(names)
-    scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
-    return Rouge(*(estimate_mean(jnp.array([score[name].fmeasure for score in scores])) for name in names))
+    scores = [
+        scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)
+    ]
+    return Rouge(
+        *(estimate_mean(jnp.array([score[name].fmeasure for score in scores])) for name in names)
+    )
 
 
 def _check_n(n: int) -> None:
@@ -160,15 +177,23 @@ def _check_n(n: int) -> None:
 
 def _check_pairs(texts: Sequence[str], references: Sequence[str]) -> None:
     if isinstance(texts, str) or isinstance(references, str):
-        raise ValueError("texts and references are lists with one string a text, got a single string.")
+        raise ValueError(
+            "texts and references are lists with one string a text, got a single string."
+        )
     if not texts or len(texts) != len(references):
-        raise ValueError(f"There must be one reference a text, got {len(texts)} texts and {len(references)} references.")
+        raise ValueError(
+            f"There must be one reference a text, got {len(texts)} texts and {len(references)} "
+            f"references."
+        )
 
 
 def _rows(tokens: Int[Array, "N T"] | np.ndarray, where: _Mask) -> list[list[int]]:
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape != np.shape(where):
-        raise ValueError(f"tokens and where must be [N, T]; got {list(tokens.shape)} and {list(np.shape(where))}.")
+        raise ValueError(
+            f"tokens and where must be [N, T]; got {list(tokens.shape)} and "
+            f"{list(np.shape(where))}."
+        )
     counted = np.asarray(as_mask(jnp.asarray(where), jnp.asarray(tokens)))
     return [row[keep].tolist() for row, keep in zip(tokens, counted, strict=True)]
 
@@ -178,9 +203,11 @@ def _grams(row: list[int], n: int) -> Iterator[tuple[int, ...]]:
 
 
 def _clipped_matches(rows: list[list[int]], n: int) -> list[tuple[int, int]]:
-    """(n-grams found in another row, n-grams) of each row, each gram counted at most as often as in another row.
+    """(n-grams found in another row, n-grams) of each row, each gram counted at most as often as in
+    another row.
 
-    The most that *others* have of a gram is the most that any row has, or the second most for the row that has it.
+    The most that *others* have of a gram is the most that any row has, or the second most for the
+    row that has it.
     """
     counts = [Counter(_grams(row, n)) for row in rows]
     most: dict[tuple[int, ...], int] = {}
@@ -191,7 +218,12 @@ def _clipped_matches(rows: list[list[int]], n: int) -> list[tuple[int, int]]:
             most[gram] = max(highest, c)
             second[gram] = max(second.get(gram, 0), min(highest, c))
     return [
-        (sum(min(c, second[gram] if c == most[gram] else most[gram]) for gram, c in count.items()), count.total())
+        (
+            sum(
+                min(c, second[gram] if c == most[gram] else most[gram]) for gram, c in count.items()
+            ),
+            count.total(),
+        )
         for count in counts
     ]
 
@@ -202,7 +234,9 @@ def _nearest(length: int, lengths: Counter[int]) -> int:
     return min(others, key=lambda other: (abs(other - length), other))
 
 
-def _smoothed_bleu(matches: np.ndarray, totals: np.ndarray, reference_lengths: np.ndarray) -> np.ndarray:
+def _smoothed_bleu(
+    matches: np.ndarray, totals: np.ndarray, reference_lengths: np.ndarray
+) -> np.ndarray:
     """BLEU of each text from its counts by order, ``[N, n]``; `self_bleu` has the formula."""
     smoothed = np.where(matches == 0, 0.5 ** np.cumsum(matches == 0, axis=1), matches)
     there = totals > 0

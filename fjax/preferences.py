@@ -1,11 +1,13 @@
 """Offline preference losses, from log-probabilities of policy and base model on given responses.
 
-Pairs come as ``chosen`` and ``rejected``; u = π/a is a response's ratio to the base model. Every loss is unreduced, one
-number a pair (or a list), to be minimised; only the policy's log-probabilities are differentiated, all else is a constant.
+Pairs come as ``chosen`` and ``rejected``; u = π/a is a response's ratio to the base model. Every
+loss is unreduced, one number a pair (or a list), to be minimised; only the policy's
+log-probabilities are differentiated, all else is a constant.
 
-**The guard.** Losses with u or 1/u in them overflow for whole sequences, whose log-ratios reach hundreds. Beyond
-log u = ±``max_log_ratio`` (20 by default) they are continued by their tangent in log u: finite, still increasing, so that a
-pair keeps its order and a gradient of at most that of e^20. Where log u enters linearly, as in reverse KL, nothing changes.
+**The guard.** Losses with u or 1/u in them overflow for whole sequences, whose log-ratios reach
+hundreds. Beyond log u = ±``max_log_ratio`` (20 by default) they are continued by their tangent in
+log u: finite, still increasing, so that a pair keeps its order and a gradient of at most that of
+e^20. Where log u enters linearly, as in reverse KL, nothing changes.
 
 Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290); Wang et al. 2024 (f-DPO, arXiv 2309.16240).
 """
@@ -28,10 +30,12 @@ def dpo(
     *,
     beta: float | Float[Array, ""],
 ) -> Float[Array, "*n"]:
-    """-log σ(β log u_chosen - β log u_rejected): Bradley–Terry on the reward β log π/a that π would be optimal for.
+    """-log σ(β log u_chosen - β log u_rejected): Bradley–Terry on the reward β log π/a that π would
+    be optimal for.
 
     Args:
-        chosen_log_pi: log-probability of the chosen response under the policy, in nats; differentiated.
+        chosen_log_pi: log-probability of the chosen response under the policy, in nats;
+            differentiated.
         rejected_log_pi: of the rejected one; differentiated.
         chosen_log_a: of the chosen one under the base model.
         rejected_log_a: of the rejected one.
@@ -47,7 +51,9 @@ def dpo(
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
     """
     positive(beta=beta)
-    chosen_log_u, rejected_log_u = _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a)
+    chosen_log_u, rejected_log_u = _log_ratios(
+        chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a
+    )
     margin = chosen_log_u - rejected_log_u
     return -jax.nn.log_sigmoid(beta * margin)
 
@@ -62,22 +68,25 @@ def f_dpo(
     divergence: FDivergence,
     max_log_ratio: float | Float[Array, ""] = 20.0,
 ) -> Float[Array, "*n"]:
-    """-log σ(β f'(u_chosen) - β f'(u_rejected)): DPO for a penalty D_f(π‖a) in place of reverse KL, for which it is DPO.
+    """-log σ(β f'(u_chosen) - β f'(u_rejected)): DPO for a penalty D_f(π‖a) in place of reverse KL,
+    for which it is DPO.
 
     Args:
-        chosen_log_pi: log-probability of the chosen response under the policy, in nats; differentiated.
+        chosen_log_pi: log-probability of the chosen response under the policy, in nats;
+            differentiated.
         rejected_log_pi: of the rejected one; differentiated.
         chosen_log_a: of the chosen one under the base model.
         rejected_log_a: of the rejected one.
         beta: β > 0.
-        divergence: which f. f' must be invertible and go to -∞ at 0 (forward and reverse KL, Jensen–Shannon, Jeffreys,
-            Neyman, Hellinger, α < 1, χ²-mix).
+        divergence: which f. f' must be invertible and go to -∞ at 0 (forward and reverse KL,
+            Jensen–Shannon, Jeffreys, Neyman, Hellinger, α < 1, χ²-mix).
         max_log_ratio: the guard, see above.
 
     Raises:
-        ValueError: if β is not positive, the shapes differ, or for another f. With f'(0) finite, as for Pearson's χ², the
-            optimum gives some responses probability 0, its ratio says nothing about their reward, and the normaliser does
-            not cancel; total variation's f' has no inverse at all.
+        ValueError: if β is not positive, the shapes differ, or for another f. With f'(0) finite, as
+            for Pearson's χ², the optimum gives some responses probability 0, its ratio says nothing
+            about their reward, and the normaliser does not cancel; total variation's f' has no
+            inverse at all.
 
     >>> from fjax import forward_kl
     >>> zero = jnp.zeros(1)
@@ -88,7 +97,9 @@ def f_dpo(
     """
     positive(beta=beta)
     _check_admissible(divergence)
-    chosen_log_u, rejected_log_u = _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a)
+    chosen_log_u, rejected_log_u = _log_ratios(
+        chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a
+    )
     link = _guarded(divergence.derivative, max_log_ratio)
     return -jax.nn.log_sigmoid(beta * (link(chosen_log_u) - link(rejected_log_u)))
 
@@ -103,15 +114,18 @@ def chi_po(
     max_reward: float | Float[Array, ""] | None = None,
     max_log_ratio: float | Float[Array, ""] = 20.0,
 ) -> Float[Array, "*n"]:
-    """-log σ(clip(β φ(u_chosen) - β φ(u_rejected))) with φ(u) = u + log u: DPO that pays for running away from the base.
+    """-log σ(clip(β φ(u_chosen) - β φ(u_rejected))) with φ(u) = u + log u: DPO that pays for
+    running away from the base.
 
     Args:
-        chosen_log_pi: log-probability of the chosen response under the policy, in nats; differentiated.
+        chosen_log_pi: log-probability of the chosen response under the policy, in nats;
+            differentiated.
         rejected_log_pi: of the rejected one; differentiated.
         chosen_log_a: of the chosen one under the base model.
         rejected_log_a: of the rejected one.
         beta: β > 0.
-        max_reward: R of the paper, which limits the margin to ±2R; beyond it a pair has no gradient. None: no limit.
+        max_reward: R of the paper, which limits the margin to ±2R; beyond it a pair has no
+            gradient. None: no limit.
         max_log_ratio: the guard, see above.
 
     Raises:
@@ -124,7 +138,9 @@ def chi_po(
     Source: Huang et al. 2024 (χPO, arXiv 2407.13399), algorithm 1.
     """
     positive(beta=beta)
-    chosen_log_u, rejected_log_u = _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a)
+    chosen_log_u, rejected_log_u = _log_ratios(
+        chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a
+    )
     link = _guarded(lambda log_u: jnp.exp(log_u) + log_u, max_log_ratio)
     margin = beta * (link(chosen_log_u) - link(rejected_log_u))
     if max_reward is not None:
@@ -144,7 +160,8 @@ def ipo(
     """(log u_chosen - log u_rejected - 1/(2β))²: a margin to be met and not to be exceeded.
 
     Args:
-        chosen_log_pi: log-probability of the chosen response under the policy, in nats; differentiated.
+        chosen_log_pi: log-probability of the chosen response under the policy, in nats;
+            differentiated.
         rejected_log_pi: of the rejected one; differentiated.
         chosen_log_a: of the chosen one under the base model.
         rejected_log_a: of the rejected one.
@@ -160,7 +177,9 @@ def ipo(
     Source: Azar et al. 2023 (IPO, arXiv 2310.12036), equation 17.
     """
     positive(beta=beta)
-    chosen_log_u, rejected_log_u = _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a)
+    chosen_log_u, rejected_log_u = _log_ratios(
+        chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a
+    )
     margin = chosen_log_u - rejected_log_u
     return (margin - 1 / (2 * beta)) ** 2
 
@@ -174,7 +193,8 @@ def f_po(
     reward_beta: float | Float[Array, ""],
     divergence: FDivergence,
 ) -> Float[Array, ""]:
-    """D_f(π̂‖p̂) over the K responses to one prompt: π̂ = softmax(β log u), p̂ = softmax(r/β_r). `jax.vmap` gives prompts.
+    """D_f(π̂‖p̂) over the K responses to one prompt: π̂ = softmax(β log u), p̂ = softmax(r/β_r).
+    `jax.vmap` gives prompts.
 
     Args:
         log_pi: log-probabilities of the K responses under the policy, in nats; differentiated.
@@ -206,7 +226,8 @@ def exo(
     beta: float | Float[Array, ""],
     reward_beta: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """KL(π̂‖p̂) over the K responses to one prompt, *reverse* KL where DPO's is the forward one: `f_po` for it.
+    """KL(π̂‖p̂) over the K responses to one prompt, *reverse* KL where DPO's is the forward one:
+    `f_po` for it.
 
     Args:
         log_pi: log-probabilities of the K responses under the policy, in nats; differentiated.
@@ -236,15 +257,18 @@ def exo_pair(
     beta: float | Float[Array, ""],
     label_smoothing: float | Float[Array, ""] = 1e-3,
 ) -> Float[Array, "*n"]:
-    """EXO of a pair: s log(s/(1-ε)) + (1-s) log((1-s)/ε) with s = σ(β log u_chosen - β log u_rejected).
+    """EXO of a pair: s log(s/(1-ε)) + (1-s) log((1-s)/ε) with s = σ(β log u_chosen - β log
+    u_rejected).
 
     Args:
-        chosen_log_pi: log-probability of the chosen response under the policy, in nats; differentiated.
+        chosen_log_pi: log-probability of the chosen response under the policy, in nats;
+            differentiated.
         rejected_log_pi: of the rejected one; differentiated.
         chosen_log_a: of the chosen one under the base model.
         rejected_log_a: of the rejected one.
         beta: β > 0.
-        label_smoothing: ε between 0 and 1, both excluded: a hard label would make reverse KL infinite.
+        label_smoothing: ε between 0 and 1, both excluded: a hard label would make reverse KL
+            infinite.
 
     Raises:
         ValueError: for another ε, a β that is not positive, or shapes that differ.
@@ -258,8 +282,12 @@ def exo_pair(
     positive(beta=beta)
     one_number(label_smoothing=label_smoothing)
     if is_concrete(label_smoothing) and not 0 < label_smoothing < 1:
-        raise ValueError(f"label_smoothing is between 0 and 1, both excluded; got {label_smoothing}.")
-    chosen_log_u, rejected_log_u = _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a)
+        raise ValueError(
+            f"label_smoothing is between 0 and 1, both excluded; got {label_smoothing}."
+        )
+    chosen_log_u, rejected_log_u = _log_ratios(
+        chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a
+    )
     margin = beta * (chosen_log_u - rejected_log_u)
     log_s, log_not = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
     chosen = jnp.exp(log_s) * (log_s - jnp.log1p(-label_smoothing))
@@ -267,7 +295,9 @@ def exo_pair(
 
 
 def _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a):
-    """Log u of both responses, in which the base model is a constant even where it shares the policy's parameters."""
+    """Log u of both responses, in which the base model is a constant even where it shares the
+    policy's parameters.
+    """
     chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a = same_shape(
         chosen_log_pi=chosen_log_pi,
         rejected_log_pi=rejected_log_pi,
@@ -293,7 +323,8 @@ def _guarded(link, limit):
     def guarded(log_u):
         inside = jnp.clip(log_u, -limit, limit)
         value, slope = jax.jvp(link, (inside,), (jnp.ones_like(inside),))
-        # `inside` has no gradient beyond the limit and all of it within; the slope is a constant either way.
+        # `inside` has no gradient beyond the limit and all of it within; the slope is a constant
+        # either way.
         return value + jax.lax.stop_gradient(slope) * (log_u - inside)
 
     return guarded
@@ -315,7 +346,9 @@ def _check_admissible(divergence):
     at_zero = float(at_zero)
     if at_zero != -float("inf"):
         raise ValueError(
-            f"f-DPO needs f'(0) = -∞, but that of {divergence.name} is {at_zero:.6g}: its optimum gives some responses "
-            "probability 0, where the ratio π/a no longer tells the reward, and the normaliser does not cancel. "
-            "Admissible are forward and reverse KL, Jensen–Shannon, Jeffreys, Neyman, Hellinger, α < 1 and χ²-mix."
+            f"f-DPO needs f'(0) = -∞, but that of {divergence.name} is {at_zero:.6g}: its optimum "
+            f"gives some responses "
+            "probability 0, where the ratio π/a no longer tells the reward, and the normaliser "
+            "does not cancel. Admissible are forward and reverse KL, Jensen–Shannon, Jeffreys, "
+            "Neyman, Hellinger, α < 1 and χ²-mix."
         )

@@ -1,7 +1,8 @@
-"""What the tests of the mathematics share: one table of divergences, and a world small enough to sum over.
+"""What the tests of the mathematics share: one table of divergences, and a world small enough to
+sum over.
 
-A new divergence is tested by one more line of ``CASES``: its textbook generator and what theory says. The
-contracts in test_divergences, test_surrogates and test_estimators run over every line.
+A new divergence is tested by one more line of ``CASES``: its textbook generator and what theory
+says. The contracts in test_divergences, test_surrogates and test_estimators run over every line.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,14 @@ def _alpha_case(a):
 
 def _skew_case(w):
     at_zero, slope = -(1 - w) * np.log(1 - w), -w * np.log(w)
-    return Case(divergences.generalized_jensen_shannon(w), _skew(w), at_zero, slope, w * (1 - w), _skew(1 - w))
+    return Case(
+        divergences.generalized_jensen_shannon(w),
+        _skew(w),
+        at_zero,
+        slope,
+        w * (1 - w),
+        _skew(1 - w),
+    )
 
 
 def _pearson(t):
@@ -137,26 +145,35 @@ def each_of(cases: list[Case]):
 
 
 each = each_of(CASES)
-smooth = each_of([case for case in CASES if case.curvature is not None])  # total variation has a kink at t = 1
+# total variation has a kink at t = 1
+smooth = each_of([case for case in CASES if case.curvature is not None])
 with_conjugate = each_of([case for case in CASES if case.divergence.conjugate is not None])
 with_inverse = each_of([case for case in CASES if case.divergence.inverse_derivative is not None])
 
-TARGETS = [(case, hard) for case in CASES for hard in (False, True) if case.allows_zeros or not hard]
+TARGETS = [
+    (case, hard) for case in CASES for hard in (False, True) if case.allows_zeros or not hard
+]
 each_target = pytest.mark.parametrize(
-    ("case", "hard"), TARGETS, ids=[f"{name(case)}-{'hard' if hard else 'soft'}" for case, hard in TARGETS]
+    ("case", "hard"),
+    TARGETS,
+    ids=[f"{name(case)}-{'hard' if hard else 'soft'}" for case, hard in TARGETS],
 )
 
-# For what is statistical, and slow: the four of the f-DPG paper. That a formula holds for every f is shown exactly, elsewhere.
+# For what is statistical, and slow: the four of the f-DPG paper. That a formula holds for every f
+# is shown exactly, elsewhere.
 each_target_of_the_paper = pytest.mark.parametrize(
     ("case", "hard"),
     [(case, hard) for case, hard in TARGETS if case in CASES[:4]],
-    ids=[f"{name(case)}-{'hard' if hard else 'soft'}" for case, hard in TARGETS if case in CASES[:4]],
+    ids=[
+        f"{name(case)}-{'hard' if hard else 'soft'}" for case, hard in TARGETS if case in CASES[:4]
+    ],
 )
 
 
 @contextmanager
 def refused(message: str):
-    """Expects the ValueError that a user gets, without the type checks of the tests, which come first."""
+    """Expects the ValueError that a user gets, without the type checks of the tests, which come
+    first."""
     checked = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

@@ -1,4 +1,5 @@
-"""Random distributions for the catalogue of laws, and every divergence on a whole batch of them at once."""
+"""Random distributions for the catalogue of laws, and every divergence on a whole batch of them at
+once."""
 
 import functools
 
@@ -30,11 +31,13 @@ def examples(n: int = 8):
 
 
 seeds = st.integers(0, 2**32 - 1)
-"""Of a batch: sizes 2 to 8, Dirichlet of concentration 10^U(-2, 2), a fifth with zeros, a tenth nearly equal."""
+"""Of a batch: sizes 2 to 8, Dirichlet of concentration 10^U(-2, 2), a fifth with zeros, a tenth
+nearly equal."""
 
 
 def distributions(seed: int, count: int, *, zeros: bool = True) -> list[np.ndarray]:
-    """``count`` arrays ``[BATCH, SIZE]`` of probabilities on common spaces; what a space lacks has no mass in any."""
+    """``count`` arrays ``[BATCH, SIZE]`` of probabilities on common spaces; what a space lacks has
+    no mass in any."""
     rng = np.random.default_rng(seed)
     results = np.zeros((count, BATCH, SIZE))
     for row in range(BATCH):

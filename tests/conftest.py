@@ -1,9 +1,11 @@
-"""What every test stands on: the CPU as eight devices, no silent broadcasting of ranks, the same examples each time."""
+"""What every test stands on: the CPU as eight devices, no silent broadcasting of ranks, the same
+examples each time."""
 
 import os
 
-# Before jax is imported, and in the environment so that processes which tests start are alike. Most of a test's time is
-# compilation; at this level the code runs as fast as at XLA's default, and compiles in about half the time.
+# Before jax is imported, and in the environment so that processes which tests start are alike. Most
+# of a test's time is compilation; at this level the code runs as fast as at XLA's default, and
+# compiles in about half the time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
@@ -12,7 +14,8 @@ import jax
 import jaxtyping
 import pytest
 
-# Eight devices let `pmap` and `shard_map` be tested on any machine; processes which tests start have one, as a user's.
+# Eight devices let `pmap` and `shard_map` be tested on any machine; processes which tests start
+# have one, as a user's.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,12 +29,17 @@ hypothesis.settings.load_profile("fjax")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--bare", action="store_true", help="run as a user does: without the two nets below")
-    parser.addoption("--one-case", action="store_true", help="of each parametrised test the first case alone")
+    parser.addoption(
+        "--bare", action="store_true", help="run as a user does: without the two nets below"
+    )
+    parser.addoption(
+        "--one-case", action="store_true", help="of each parametrised test the first case alone"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    """What a second Python is for: does all of it run there? That the numbers are right is shown once."""
+    """What a second Python is for: does all of it run there? That the numbers are right is shown
+    once."""
     if not config.getoption("--one-case"):
         return
     first = {item.nodeid.split("[")[0]: item for item in reversed(items)}
@@ -53,7 +61,8 @@ def _remove_nets():
 
 @pytest.fixture
 def bare():
-    """One test as a user would run it; for all that the two nets would see first, wrong shapes above all."""
+    """One test as a user would run it; for all that the two nets would see first, wrong shapes
+    above all."""
     before = jaxtyping.config.jaxtyping_disable, jax.config.jax_numpy_rank_promotion
     _remove_nets()
     yield

@@ -1,6 +1,8 @@
-"""Every f of `tests.cases.CASES` and its slope, as in a textbook, to fifty digits and without an end to the exponents.
+"""Every f of `tests.cases.CASES` and its slope, as in a textbook, to fifty digits and without an
+end to the exponents.
 
-So weights can be compared with what they are at log_t = ±10^4, where neither e^log_t nor f' is a number of the machine.
+So weights can be compared with what they are at log_t = ±10^4, where neither e^log_t nor f' is a
+number of the machine.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,10 @@ def _alpha(a: str):
         return lambda t: t - 1 - t.ln(), lambda t: 1 - 1 / t
     if a == 1:
         return lambda t: t * t.ln() - t + 1, lambda t: t.ln()
-    return lambda t: (t**a - 1 - a * (t - 1)) / (a * (a - 1)), lambda t: (t ** (a - 1) - 1) / (a - 1)
+    return (
+        lambda t: (t**a - 1 - a * (t - 1)) / (a * (a - 1)),
+        lambda t: (t ** (a - 1) - 1) / (a - 1),
+    )
 
 
 def _skew(w: str):
@@ -27,7 +32,8 @@ def _skew(w: str):
 
     def f(t):
         m = w * t + 1 - w
-        # Where t is large the two logarithms are alike to fifty digits, which have to be the difference's.
+        # Where t is large the two logarithms are alike to fifty digits, which have to be the
+        # difference's.
         return w * t * (t / m).ln() - (1 - w) * m.ln()
 
     return f, lambda t: w * (t / (w * t + 1 - w)).ln()
@@ -70,10 +76,21 @@ def exactly(case: Case, log_pi: float, log_p: float, log_q: float) -> tuple[floa
         return x if not infinite or abs(x) < BEYOND / 1000 else x * Decimal("inf")
 
     with localcontext(WIDE):
-        log_pi, log_p, log_q = (max(Decimal(x), -BEYOND) if x > -float("inf") else -BEYOND for x in (log_pi, log_p, log_q))
+        log_pi, log_p, log_q = (
+            max(Decimal(x), -BEYOND) if x > -float("inf") else -BEYOND
+            for x in (log_pi, log_p, log_q)
+        )
         t = (log_pi - log_p).exp()
         if t > 1:
             ratio = (log_pi - log_q).exp()
-            return float(limit(slope(t))), float(limit(slope(t)) * ratio), float(limit(f(t) / t) * ratio)
+            return (
+                float(limit(slope(t))),
+                float(limit(slope(t)) * ratio),
+                float(limit(f(t) / t) * ratio),
+            )
         ratio = (log_p - log_q).exp()
-        return float(limit(slope(t))), float(limit(t * slope(t)) * ratio), float(limit(f(t)) * ratio)
+        return (
+            float(limit(slope(t))),
+            float(limit(t * slope(t)) * ratio),
+            float(limit(f(t)) * ratio),
+        )

@@ -1,4 +1,5 @@
-"""Writes docs/api.md, every public name with the first line of its docstring: python -m tests.make_api_page."""
+"""Writes docs/api.md, every public name with the first line of its docstring: python -m
+tests.make_api_page."""
 
 import importlib
 import inspect
@@ -25,11 +26,24 @@ def first_line(module: ModuleType, name: str = "") -> str:
     """Of the docstring, as one cell of a table; a type's stands below it in the source."""
     text = (getattr(module, name) if name else module).__doc__
     thing = getattr(module, name, None)
-    if name and not inspect.isroutine(thing) and not inspect.isclass(thing) and not inspect.ismodule(thing):
-        sources = [Path(loaded.__file__).read_text() for loaded in list(sys.modules.values()) if _is_below(loaded, module)]
-        found = (re.search(rf'^{name} = .*\n"""(.*)', source, re.MULTILINE) for source in sources)
+    if (
+        name
+        and not inspect.isroutine(thing)
+        and not inspect.isclass(thing)
+        and not inspect.ismodule(thing)
+    ):
+        sources = [
+            Path(loaded.__file__).read_text()
+            for loaded in list(sys.modules.values())
+            if _is_below(loaded, module)
+        ]
+        found = (
+            re.search(rf'^{name} = .*\n"""((?:.|\n)*?)"""', source, re.MULTILINE)
+            for source in sources
+        )
         text = next((match[1].removesuffix('"""') for match in found if match), text)
-    return (text or "").strip().splitlines()[0].replace("|", "\\|")
+    paragraph = inspect.cleandoc(text or "").split("\n\n")[0]
+    return " ".join(paragraph.split()).replace("|", "\\|")
 
 
 def _is_below(loaded: ModuleType, module: ModuleType) -> bool:
@@ -42,9 +56,15 @@ def page() -> str:
     for name in MODULES:
         module = importlib.import_module(f"fjax.{name}")
         lines = [f"| `{entry}` | {first_line(module, entry)} |" for entry in module.__all__]
-        parts.append(f"## fjax.{name}\n\n{first_line(module)}\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n")
+        parts.append(
+            f"## fjax.{name}\n\n{first_line(module)}\n\n| | |\n| --- | --- |\n"
+            + "\n".join(lines)
+            + "\n"
+        )
     top = ", ".join(f"`{name}`" for name in fjax.__all__)
-    parts.append(f"## At the top level\n\nWhat is typed daily is there as `fjax.<name>`, too: {top}.\n")
+    parts.append(
+        f"## At the top level\n\nWhat is typed daily is there as `fjax.<name>`, too: {top}.\n"
+    )
     return "\n".join(parts)
 
 

@@ -1,7 +1,9 @@
-"""Makes tests/fixtures: a tiny random GPT-2 as transformers writes it, and what torch computes with it.
+"""Makes tests/fixtures: a tiny random GPT-2 as transformers writes it, and what torch computes with
+it.
 
-With torch installed, ``python tests/make_fixtures.py`` writes them anew. They let every machine check parity without
-torch; where torch is present, tests/models/test_parity.py compares with it directly as well.
+With torch installed, ``python tests/make_fixtures.py`` writes them anew. They let every machine
+check parity without torch; where torch is present, tests/models/test_parity.py compares with it
+directly as well.
 """
 
 from pathlib import Path
@@ -22,16 +24,21 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
+    )
 
 
 def torch_gpt2(shape: dict, *, eos_id: int, seed: int = 0, scale: float = 1.0):
-    """transformers' GPT-2 with random weights, all of them: biases and norms too, or errors in them would not show."""
+    """transformers' GPT-2 with random weights, all of them: biases and norms too, or errors in them
+    would not show."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(**shape, bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale).add_(0.05 * scale * torch.randn_like(parameter))
@@ -39,7 +46,8 @@ def torch_gpt2(shape: dict, *, eos_id: int, seed: int = 0, scale: float = 1.0):
 
 
 def torch_answers(model, tokens: np.ndarray, counted: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits, log-probabilities of the counted tokens, and the gradient of their sum in three tensors."""
+    """Logits, log-probabilities of the counted tokens, and the gradient of their sum in three
+    tensors."""
     import torch
 
     ids = torch.tensor(tokens, dtype=torch.long)
@@ -49,16 +57,26 @@ def torch_answers(model, tokens: np.ndarray, counted: np.ndarray) -> dict[str, n
     model.zero_grad()
     sequence.sum().backward()
     named = dict(model.named_parameters())
-    chosen = ("transformer.wte.weight", "transformer.h.1.attn.c_attn.weight", "transformer.h.0.ln_1.bias")
+    chosen = (
+        "transformer.wte.weight",
+        "transformer.h.1.attn.c_attn.weight",
+        "transformer.h.0.ln_1.bias",
+    )
     return {
         "logits": logits.detach().numpy(),
         "sequence_log_probs": sequence.detach().numpy(),
-        **{f"gradient {name.removeprefix('transformer.')}": named[name].grad.numpy() for name in chosen},
+        **{
+            f"gradient {name.removeprefix('transformer.')}": named[name].grad.numpy()
+            for name in chosen
+        },
     }
 
 
-def batch(shape: dict, *, rows: int = 3, columns: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens, and a mask of completions of different lengths behind prompts of two tokens."""
+def batch(
+    shape: dict, *, rows: int = 3, columns: int = 12, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens, and a mask of completions of different lengths behind prompts of two
+    tokens."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, shape["vocab_size"], (rows, columns))
     ends = rng.integers(3, columns + 1, (rows, 1))
@@ -75,7 +93,13 @@ def main() -> None:
     make_tokenizer().save_pretrained(FOLDER / "tiny-gpt2")
     tokens, counted = batch(SHAPE)
     prompt = torch.tensor(tokens[:, :4])
-    greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=EOS)
+    greedy = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=EOS,
+    )
     np.savez_compressed(
         FOLDER / "tiny-gpt2-torch.npz",
         tokens=tokens,

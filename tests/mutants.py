@@ -1,4 +1,5 @@
-"""What `tests/mutate.py` breaks: mathematics, sampler, tuners and rollouts, each with the tests that must notice."""
+"""What `tests/mutate.py` breaks: mathematics, sampler, tuners and rollouts, each with the tests
+that must notice."""
 
 from typing import NamedTuple
 
@@ -29,7 +30,11 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "fjax/divergences/catalogue.py",
         "tests/test_divergences.py tests/test_contracts.py",
-        ("reverse KL's f' without its constant", "derivative=lambda log_t: log_t + 1,", "derivative=lambda log_t: log_t,"),
+        (
+            "reverse KL's f' without its constant",
+            "derivative=lambda log_t: log_t + 1,",
+            "derivative=lambda log_t: log_t,",
+        ),
         (
             "total variation not halved",
             "derivative=lambda log_t: 0.5 * jnp.sign(log_t)",
@@ -45,19 +50,31 @@ MUTANTS: tuple[Mutant, ...] = (
             "derivative=lambda log_t: -jnp.expm1(-log_t / 2)",
             "derivative=lambda log_t: -jnp.expm1(-log_t)",
         ),
-        ("skewed Jensen–Shannon, weights exchanged", "(log_weight, log_rest - log_t)", "(log_rest, log_weight - log_t)"),
+        (
+            "skewed Jensen–Shannon, weights exchanged",
+            "(log_weight, log_rest - log_t)",
+            "(log_rest, log_weight - log_t)",
+        ),
     ),
     *_of(
         "fjax/surrogates.py",
         "tests/test_surrogates.py",
-        ("a weight of 0 times -inf", "weights * jnp.where(weights == 0, 0.0, log_pi)", "weights * log_pi"),
+        (
+            "a weight of 0 times -inf",
+            "weights * jnp.where(weights == 0, 0.0, log_pi)",
+            "weights * log_pi",
+        ),
         ("off-policy baseline without π/q", "value = weighted(value, log_pi - log_q)", "pass"),
         (
             "a stratum of one has a baseline",
             "several = jnp.maximum(sizes.sum(), 1), sizes > 1",
             "several = jnp.maximum(sizes.sum(), 1), sizes > 0",
         ),
-        ("leave-one-out divides by n", "/ jnp.maximum(own_size - 1, 1)", "/ jnp.maximum(own_size, 1)"),
+        (
+            "leave-one-out divides by n",
+            "/ jnp.maximum(own_size - 1, 1)",
+            "/ jnp.maximum(own_size, 1)",
+        ),
     ),
     *_of(
         "fjax/_numerics.py",
@@ -68,7 +85,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "fjax/estimators.py",
         "tests/test_estimators.py",
         ("error of D_f forgets that of Z", "terms + slope * (jnp.exp(log_p - log_q) - 1)", "terms"),
-        ("error of a weighted mean without its correction", "/ (1 - 1 / jnp.maximum(ess, 1)))", "/ 1)"),
+        (
+            "error of a weighted mean without its correction",
+            "/ (1 - 1 / jnp.maximum(ess, 1))",
+            "",
+        ),
         (
             "shares of a mixture exchanged",
             "for share in (1 - base_fraction, base_fraction)",
@@ -78,14 +99,22 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "fjax/targets.py",
         "tests/test_targets.py tests/test_catalogue_gradients.py",
-        ("log Z of a fit without λ·μ̄", "log_z=log_tilted + _dot(soft, moments)", "log_z=log_tilted"),
+        (
+            "log Z of a fit without λ·μ̄",
+            "log_z=log_tilted + _dot(soft, moments)",
+            "log_z=log_tilted",
+        ),
         ("a ridge of 1e-2", "return 1e-9 if dtype == jnp.float64 else 1e-5", "return 1e-2"),
         ("reward times β", "log_a + rewards / beta", "log_a + rewards * beta"),
     ),
     *_of(
         "fjax/policy_gradients/losses.py",
         "tests/test_policy_gradients.py tests/test_losses_against_formulas.py",
-        ("PPO's bounds exchanged", "jnp.clip(ratio, 1 - clip[0], 1 + clip[1])", "jnp.clip(ratio, 1 - clip[1], 1 + clip[0])"),
+        (
+            "PPO's bounds exchanged",
+            "jnp.clip(ratio, 1 - clip[0], 1 + clip[1])",
+            "jnp.clip(ratio, 1 - clip[1], 1 + clip[0])",
+        ),
         (
             "GSPO's sum for the mean",
             "mean = (token_log_pi - token_log_q).sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)",
@@ -105,7 +134,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "acceptance = Estimate(value, error,",
             "acceptance = Estimate(value, 3 * error,",
         ),
-        ("the bound forgets the error of log Z", "jnp.hypot(error / value, log_z.std_error)", "(error / value)"),
+        (
+            "the bound forgets the error of log Z",
+            "jnp.hypot(error / value, log_z.std_error)",
+            "(error / value)",
+        ),
     ),
     *_of(
         "fjax/log_probs.py",
@@ -124,8 +157,16 @@ MUTANTS: tuple[Mutant, ...] = (
             "lengths=progress.lengths + ~ended",
             "lengths=progress.lengths + ~(ended | (drawn == eos_id))",
         ),
-        ("tokens after the end have probabilities", "jnp.where(ended, 0.0, log_probs)", "log_probs"),
-        ("one key for all steps", "jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)", "row_keys"),
+        (
+            "tokens after the end have probabilities",
+            "jnp.where(ended, 0.0, log_probs)",
+            "log_probs",
+        ),
+        (
+            "one key for all steps",
+            "jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)",
+            "row_keys",
+        ),
         (
             "copies of a prompt share their key",
             "ids[:, None] * n + jnp.arange(n, dtype=ids.dtype)[None, :]",
@@ -150,7 +191,11 @@ MUTANTS: tuple[Mutant, ...] = (
             ".sum(-1, keepdims=True) >= enough",
             ".sum(-1, keepdims=True) > enough + 1e-3",
         ),
-        ("top-k keeps one more", "kept.sum(-1, keepdims=True) >= k", "kept.sum(-1, keepdims=True) > k"),
+        (
+            "top-k keeps one more",
+            "kept.sum(-1, keepdims=True) >= k",
+            "kept.sum(-1, keepdims=True) > k",
+        ),
     ),
     *_of(
         "fjax/training/_update.py",
@@ -161,7 +206,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "effective_sample_size(scores.log_q.ravel())",
         ),
         ("spread of the rewards squared", "reward_std=rewards.std()", "reward_std=rewards.var()"),
-        ("error over contexts with n for n - 1", "jnp.sqrt(spread / (n - 1) / n)", "jnp.sqrt(spread / n / n)"),
+        (
+            "error over contexts with n for n - 1",
+            "jnp.sqrt(spread / (n - 1) / n)",
+            "jnp.sqrt(spread / n / n)",
+        ),
         ("repeated rows of a last part count", ".at[len(tokens) :].set(0.0)", ""),
         (
             "a context without Z counts in the mean",
@@ -178,10 +227,22 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "fjax/training/policy_gradient.py",
         "tests/training/test_policy_gradient.py",
-        ("PPO's advantages unscaled", "advantages = advantages / (jnp.std(advantages) + 1e-6)", "pass"),
+        (
+            "PPO's advantages unscaled",
+            "advantages = advantages / (jnp.std(advantages) + 1e-6)",
+            "pass",
+        ),
         ("no shuffle", "jax.random.permutation(key, samples)", "jnp.arange(samples)"),
-        ("clipped fraction of one bound", "(ratio < 1 - clip[0]) | (ratio > 1 + clip[1])", "(ratio > 1 + clip[1])"),
-        ("RLOO forgets π/q", "return (rewards - others) * jnp.exp(log_pi - rollout.log_q)", "return rewards - others"),
+        (
+            "clipped fraction of one bound",
+            "(ratio < 1 - clip[0]) | (ratio > 1 + clip[1])",
+            "(ratio > 1 + clip[1])",
+        ),
+        (
+            "RLOO forgets π/q",
+            "return (rewards - others) * jnp.exp(log_pi - rollout.log_q)",
+            "return rewards - others",
+        ),
     ),
     *_of(
         "fjax/training/state.py",
@@ -192,8 +253,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "experiments/_programs.py",
         "tests/experiments/test_steps.py::test_log_q_is_of_the_mixture_that_the_batch_was_drawn_from "
         "tests/experiments/test_steps.py::test_every_way_of_drawing_tells_the_update_whose_the_samples_are",
-        ("shares of policy and base exchanged", "1 - n / len(batch.tokens)))", "n / len(batch.tokens)))"),
-        ("rows of the base are the policy's", "len(batch.tokens)) >= batch.from_policy", "len(batch.tokens)) < 0"),
+        (
+            "shares of policy and base exchanged",
+            "1 - n / len(batch.tokens)))",
+            "n / len(batch.tokens)))",
+        ),
+        (
+            "rows of the base are the policy's",
+            "len(batch.tokens)) >= batch.from_policy",
+            "len(batch.tokens)) < 0",
+        ),
         (
             "log q is log π",
             "batch._replace(log_q=_mix(batch.log_pi, batch.log_a, ",
@@ -203,11 +272,19 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "experiments/_programs.py",
         "tests/experiments/test_conditional.py",
-        ("prompts chosen by the key of row 0", "jax.random.fold_in(rng_key, CHOICE_KEY)", "jax.random.fold_in(rng_key, 0)"),
+        (
+            "prompts chosen by the key of row 0",
+            "jax.random.fold_in(rng_key, CHOICE_KEY)",
+            "jax.random.fold_in(rng_key, 0)",
+        ),
     ),
     *_of(
         "experiments/_evaluate.py",
         "tests/experiments/test_lexical_constraint.py",
-        ("two units in one distance", 'unit = "total_variation" if infinite else divergence', "unit = divergence"),
+        (
+            "two units in one distance",
+            'unit = "total_variation" if infinite else divergence',
+            "unit = divergence",
+        ),
     ),
 )

@@ -1,8 +1,10 @@
-"""Breaks the code on purpose, one line at a time, and says which breaks the tests do not notice: `make mutants`.
+"""Breaks the code on purpose, one line at a time, and says which breaks the tests do not notice:
+`make mutants`.
 
-A mutant is a copy of the tree in which one line of `tests/mutants.py` has been applied. The tests that should see it run on
-that copy; one that they pass has survived, and shows a test that is missing. Some minutes; not part of `.ci/run`, where
-`tests/test_mutants.py` only checks that every line still applies.
+A mutant is a copy of the tree in which one line of `tests/mutants.py` has been applied. The tests
+that should see it run on that copy; one that they pass has survived, and shows a test that is
+missing. Some minutes; not part of `.ci/run`, where `tests/test_mutants.py` only checks that every
+line still applies.
 """
 
 import os
@@ -30,7 +32,9 @@ def apply(mutant: Mutant, root: Path) -> None:
     path = root / mutant.path
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.before) != 1:
-        raise ValueError(f"{mutant.path} has {mutant.before!r} {source.count(mutant.before)} times, not once.")
+        raise ValueError(
+            f"{mutant.path} has {mutant.before!r} {source.count(mutant.before)} times, not once."
+        )
     path.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
 
 
@@ -42,25 +46,44 @@ def is_noticed(mutant: Mutant) -> bool:
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy / name)
         apply(mutant, copy)
-        # Their own PYTHONPATH: an editable install would otherwise give the processes that tests start the whole code.
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *mutant.tests.split()]
+        # Their own PYTHONPATH: an editable install would otherwise give the processes that tests
+        # start the whole code.
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-n0",
+            "-p",
+            "no:cacheprovider",
+            *mutant.tests.split(),
+        ]
         environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT, text=True)
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT, text=True
+            )
         except subprocess.TimeoutExpired:
             return True
     if done.returncode not in (0, 1):  # nothing collected, say: neither noticed nor survived
-        raise RuntimeError(f"{mutant}: pytest could not run its tests.\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{mutant}: pytest could not run its tests.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
     return done.returncode == 1
 
 
 def main(chosen: list[str]) -> int:
     """Runs those whose description or path has one of the words in it; without any, all."""
-    mutants = [m for m in MUTANTS if not chosen or any(word in f"{m.path} {m.what}" for word in chosen)]
+    mutants = [
+        m for m in MUTANTS if not chosen or any(word in f"{m.path} {m.what}" for word in chosen)
+    ]
     survivors, begun = [], time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for mutant, noticed in zip(mutants, pool.map(is_noticed, mutants), strict=True):
-            print(f"{'killed  ' if noticed else 'SURVIVED'}  {mutant.path}: {mutant.what}", flush=True)
+            print(
+                f"{'killed  ' if noticed else 'SURVIVED'}  {mutant.path}: {mutant.what}", flush=True
+            )
             survivors += [] if noticed else [mutant]
     print(f"{len(mutants)} mutants, {len(survivors)} survived; {time.monotonic() - begun:.0f} s.")
     return bool(survivors)

@@ -1,4 +1,5 @@
-"""Groups 21 to 34 of the catalogue: gradients by enumeration, closed forms, and the ends of the number formats."""
+"""Groups 21 to 34 of the catalogue: gradients by enumeration, closed forms, and the ends of the
+number formats."""
 
 import functools
 import itertools
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fjax import divergences as d
-from fjax import enumeration, estimators, log_probs, policy_gradients, preferences, surrogates, targets
+from fjax import (
+    enumeration,
+    estimators,
+    log_probs,
+    policy_gradients,
+    preferences,
+    surrogates,
+    targets,
+)
 from fjax.sampling import accept, estimate_rejection, log_acceptance
 from tests.cases import CASES, each, each_target, name, with_inverse, world
 from tests.catalogue import distributions, equal, examples, float64, of, seeds
@@ -31,7 +40,8 @@ def cosine(a, b):
     return float(jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b))
 
 
-# ---- 21 to 27: gradients ----------------------------------------------------------------------------------------------------
+# ---- 21 to 27: gradients
+# ----------------------------------------------------------------------------------------------------
 
 
 @each_target
@@ -56,8 +66,14 @@ def test_22_baselines(case):
     exact = gradient(small, small.log_p, case.divergence)
     np.testing.assert_allclose(expected(lambda x, *_: x, small, small.log_p), 0, atol=1e-14)
     options = {"divergence": case.divergence}
-    for baseline, samples, factor in ((3.0, 1, 1.0), (surrogates.leave_one_out, 3, 1.0), (jnp.mean, 3, 2 / 3)):
-        found = enumeration.expected_surrogate_gradient(*small[:3], small.log_p, baseline=baseline, samples=samples, **options)
+    for baseline, samples, factor in (
+        (3.0, 1, 1.0),
+        (surrogates.leave_one_out, 3, 1.0),
+        (jnp.mean, 3, 2 / 3),
+    ):
+        found = enumeration.expected_surrogate_gradient(
+            *small[:3], small.log_p, baseline=baseline, samples=samples, **options
+        )
         np.testing.assert_allclose(found, factor * exact, atol=1e-10)
 
 
@@ -91,13 +107,16 @@ def test_24_rlhf_is_reverse_kl_to_the_tilted_base():
     of_objective = jax.grad(objective)(small.params)
     for shift in (0.0, 5.0):
         log_score = targets.reward_tilted(log_a, rewards + shift, beta=beta)
-        for log_p in (log_score - enumeration.exact_log_z(log_score), log_score):  # Z is only a shift of f'
+        # Z is only a shift of f'
+        for log_p in (log_score - enumeration.exact_log_z(log_score), log_score):
             found = enumeration.expected_surrogate_gradient(*small[:3], log_p, divergence=KL)
             np.testing.assert_allclose(found, -of_objective / beta, atol=1e-10)
 
     def loss(log_pi, log_a, _):  # REINFORCE with k1 inside the reward
         index = jnp.argmin(abs(log_pi[:, None] - small.log_pi[None]), axis=1)
-        return policy_gradients.reinforce(log_pi, rewards[index] - beta * policy_gradients.k1(log_pi, log_a))
+        return policy_gradients.reinforce(
+            log_pi, rewards[index] - beta * policy_gradients.k1(log_pi, log_a)
+        )
 
     np.testing.assert_allclose(expected(loss, small, log_a), -of_objective, atol=1e-10)
 
@@ -111,7 +130,9 @@ def test_25_whether_the_direction_depends_on_z(case):
     """Not for the α family; for all others, and most for total variation."""
     small = world(5)
     right = gradient(small, small.log_p, case.divergence)
-    wrong = enumeration.expected_surrogate_gradient(*small[:3], small.log_p + np.log(3), divergence=case.divergence)
+    wrong = enumeration.expected_surrogate_gradient(
+        *small[:3], small.log_p + np.log(3), divergence=case.divergence
+    )
     if name(case) in FREE or name(case).startswith("alpha"):
         assert cosine(right, wrong) == pytest.approx(1, abs=1e-10)
     elif name(case) != "half_and_half":
@@ -139,13 +160,19 @@ def test_26_what_differentiating_the_k_estimators_gives():
     assert cosine(forward, reverse) < 0.999
     for k in losses.values():
         off = expected(k, small, log_a, log_q)
-        assert min(jnp.linalg.norm(off - reverse), jnp.linalg.norm(off - forward)) > 0.05 * jnp.linalg.norm(reverse)
+        assert min(
+            jnp.linalg.norm(off - reverse), jnp.linalg.norm(off - forward)
+        ) > 0.05 * jnp.linalg.norm(reverse)
 
     def times_ratio(k):
-        return lambda log_pi, log_a, log_q: jnp.exp(log_pi - log_q) * losses[k](log_pi, log_a, log_q)
+        return lambda log_pi, log_a, log_q: (
+            jnp.exp(log_pi - log_q) * losses[k](log_pi, log_a, log_q)
+        )
 
     for k in ("k1", "k3"):
-        np.testing.assert_allclose(expected(times_ratio(k), small, log_a, log_q), reverse, atol=1e-10)
+        np.testing.assert_allclose(
+            expected(times_ratio(k), small, log_a, log_q), reverse, atol=1e-10
+        )
 
 
 @float64
@@ -183,7 +210,8 @@ def test_26_the_penalty_has_the_value_and_the_gradient(case, off_policy):
 
 @float64
 def test_26_trajectory_balance():
-    """On-policy it is reverse KL, for any Z; with its own estimate of Z shrunk by (n-1)/n; and ψ for every f."""
+    """On-policy it is reverse KL, for any Z; with its own estimate of Z shrunk by (n-1)/n; and ψ
+    for every f."""
     small = world(6)
     reverse = gradient(small, small.log_p, KL)
 
@@ -194,14 +222,22 @@ def test_26_trajectory_balance():
         return policy_gradients.trajectory_balance(log_pi, log_p + 2)
 
     np.testing.assert_allclose(expected(balance, small, small.log_p), reverse, atol=1e-10)
-    np.testing.assert_allclose(expected(own_z, small, small.log_p, samples=3), 2 / 3 * reverse, atol=1e-10)
-    assert policy_gradients.trajectory_balance(small.log_p, small.log_p + 2) == pytest.approx(0, abs=1e-20)
+    np.testing.assert_allclose(
+        expected(own_z, small, small.log_p, samples=3), 2 / 3 * reverse, atol=1e-10
+    )
+    assert policy_gradients.trajectory_balance(small.log_p, small.log_p + 2) == pytest.approx(
+        0, abs=1e-20
+    )
     for case in CASES:
 
         def psi(log_pi, log_p, _, f=case.divergence):
             return policy_gradients.f_trajectory_balance(log_pi, log_p, divergence=f)
 
-        np.testing.assert_allclose(expected(psi, small, small.log_p), gradient(small, small.log_p, case.divergence), atol=1e-10)
+        np.testing.assert_allclose(
+            expected(psi, small, small.log_p),
+            gradient(small, small.log_p, case.divergence),
+            atol=1e-10,
+        )
 
 
 @each
@@ -209,8 +245,12 @@ def test_26_trajectory_balance():
 def test_27_the_monte_carlo_mean_is_within_five_standard_errors(case):
     small, n = world(7), 20_000
     rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(n,))
-    loss = functools.partial(surrogates.surrogate_loss, divergence=case.divergence, baseline=surrogates.leave_one_out)
-    weights = jax.grad(lambda x: loss(x, small.log_p[rows], small.log_q[rows]).sum())(small.log_pi[rows])
+    loss = functools.partial(
+        surrogates.surrogate_loss, divergence=case.divergence, baseline=surrogates.leave_one_out
+    )
+    weights = jax.grad(lambda x: loss(x, small.log_p[rows], small.log_q[rows]).sum())(
+        small.log_pi[rows]
+    )
     scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
     gradients = weights[:, None, None] * scores[rows]
     error = gradients.std(axis=0) / np.sqrt(n)
@@ -218,7 +258,8 @@ def test_27_the_monte_carlo_mean_is_within_five_standard_errors(case):
     assert (difference <= 5 * error + 1e-14).all()
 
 
-# ---- 28 to 32: closed forms -------------------------------------------------------------------------------------------------
+# ---- 28 to 32: closed forms
+# -------------------------------------------------------------------------------------------------
 
 
 @each_target
@@ -227,11 +268,17 @@ def test_28_the_factorised_target_is_the_target(case, hard):
     log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 3)
     space = enumeration.sequences(3, 3, eos_id=0)
     rng = np.random.default_rng(0)
-    log_p = jax.nn.log_softmax(jnp.where((space.tokens == 2).any(1) | (not hard), jnp.asarray(rng.normal(size=15)), -jnp.inf))
+    log_p = jax.nn.log_softmax(
+        jnp.where(
+            (space.tokens == 2).any(1) | (not hard), jnp.asarray(rng.normal(size=15)), -jnp.inf
+        )
+    )
     params = enumeration.factorize(log_p + 7.0, space, vocab_size=3)
     log_pi = log_prob_fn(params, *space)
     np.testing.assert_allclose(jnp.exp(log_pi), jnp.exp(log_p), atol=1e-14)
-    assert float(d.exact_divergence(log_pi, log_p, divergence=case.divergence)) == pytest.approx(0, abs=1e-10)
+    assert float(d.exact_divergence(log_pi, log_p, divergence=case.divergence)) == pytest.approx(
+        0, abs=1e-10
+    )
 
 
 @with_inverse
@@ -239,10 +286,15 @@ def test_28_the_factorised_target_is_the_target(case, hard):
 def test_28_no_policy_beats_the_regularised_optimum(case):
     f = case.divergence
     rng, beta = np.random.default_rng(0), 0.4
-    log_a, rewards = jnp.log(jnp.asarray(rng.dirichlet(np.ones(6)))), jnp.asarray(rng.normal(size=6))
+    log_a, rewards = (
+        jnp.log(jnp.asarray(rng.dirichlet(np.ones(6)))),
+        jnp.asarray(rng.normal(size=6)),
+    )
 
     def objective(log_pi):
-        return float(jnp.exp(log_pi) @ rewards - beta * d.exact_divergence(log_pi, log_a, divergence=f))
+        return float(
+            jnp.exp(log_pi) @ rewards - beta * d.exact_divergence(log_pi, log_a, divergence=f)
+        )
 
     best = policy_gradients.f_regularized_optimum(log_a, rewards, beta=beta, divergence=f)
     assert float(jnp.exp(best).sum()) == pytest.approx(1, abs=1e-10)
@@ -293,12 +345,16 @@ def test_29_a_single_boolean_feature_and_a_hard_one():
     fit, _ = exponential(log_a, fires[:, None].astype(float), jnp.array([0.5]))
     assert float(fit.coefficients[0]) == pytest.approx(-np.log(rate / (1 - rate)), abs=1e-8)
     features = jnp.stack([fires, jnp.arange(10) < 5], axis=1).astype(float)
-    fit, log_p = exponential(log_a, features, jnp.array([1.0, 0.5]))  # a hybrid: the one always, the other half of the time
+    # a hybrid: the one always, the other half of the time
+    fit, log_p = exponential(log_a, features, jnp.array([1.0, 0.5]))
     assert fit.coefficients[0] == np.inf
     assert fit.converged
     np.testing.assert_allclose(jnp.exp(log_p) @ features, [1.0, 0.5], atol=1e-8)
     pointwise = targets.pointwise(log_a, fires)
-    assert float(fit.log_z) <= float(enumeration.exact_log_z(pointwise)) + abs(float(fit.coefficients[1])) + 1e-9
+    assert (
+        float(fit.log_z)
+        <= float(enumeration.exact_log_z(pointwise)) + abs(float(fit.coefficients[1])) + 1e-9
+    )
 
 
 @examples(10)
@@ -315,7 +371,8 @@ def test_30_pointwise_targets(seed):
     best = pi * satisfied / hits[:, None]
     left = of(KL, p, pi)
     assert (left >= -np.log(hits) - 1e-8).all()
-    equal(left, of(KL, p, best) - np.log(hits), 1e-8)  # GUARD: what rejection removes is exactly -log of its rate
+    # GUARD: what rejection removes is exactly -log of its rate
+    equal(left, of(KL, p, best) - np.log(hits), 1e-8)
 
 
 @float64
@@ -330,16 +387,23 @@ def test_30_quasi_rejection():
         rate = jnp.exp(log_q + log_acceptance(log_score, log_q, log_beta=log_beta))
         z_beta = float(jnp.minimum(jnp.exp(log_score), np.exp(log_beta) * jnp.exp(log_q)).sum())
         assert float(rate.sum()) == pytest.approx(z_beta / np.exp(log_beta), rel=1e-12)
-        tv = float(d.exact_divergence(jnp.log(rate / rate.sum()), log_p, divergence=d.total_variation()))
+        tv = float(
+            d.exact_divergence(jnp.log(rate / rate.sum()), log_p, divergence=d.total_variation())
+        )
         assert tv <= 1 - z_beta / z + 1e-12
         assert tv <= last + 1e-12
         last = tv
         rows = jax.random.categorical(jax.random.key(0), log_q, shape=(20_000,))
         estimate = estimate_rejection(log_score[rows], log_q[rows], log_beta=log_beta)
-        for found, exact in ((estimate.acceptance_rate, float(rate.sum())), (estimate.tv_bound, 1 - z_beta / z)):
+        for found, exact in (
+            (estimate.acceptance_rate, float(rate.sum())),
+            (estimate.tv_bound, 1 - z_beta / z),
+        ):
             assert abs(float(found.value) - exact) <= 5 * float(found.std_error) + 1e-12
         known = estimators.Estimate(jnp.log(z), jnp.zeros(()), jnp.zeros(()))
-        with_z = estimate_rejection(log_score[rows], log_q[rows], log_beta=log_beta, log_z=known).tv_bound
+        with_z = estimate_rejection(
+            log_score[rows], log_q[rows], log_beta=log_beta, log_z=known
+        ).tv_bound
         assert abs(float(with_z.value) - (1 - z_beta / z)) <= 5 * float(with_z.std_error) + 1e-12
         kept = accept(jax.random.key(1), log_score[rows], log_q[rows], log_beta=log_beta)
         assert (rows[kept] % 3 != 0).all()
@@ -356,10 +420,14 @@ def test_31_normaliser_weights_and_effective_samples(seed):
     q, score, values = rng.dirichlet(np.ones(6)), rng.uniform(size=6), rng.normal(size=6)
     pairs = np.array(list(itertools.product(range(6), repeat=2)))
     log_q, log_score = jnp.log(jnp.asarray(q)), jnp.log(jnp.asarray(score))
-    z = jax.vmap(lambda rows: jnp.exp(estimators.estimate_log_z(log_score[rows], log_q[rows]).value))(pairs)
+    z = jax.vmap(
+        lambda rows: jnp.exp(estimators.estimate_log_z(log_score[rows], log_q[rows]).value)
+    )(pairs)
     assert float((q[pairs].prod(axis=1) * z).sum()) == pytest.approx(score.sum(), rel=1e-12)
     log_weights = log_score - log_q
-    plain, scaled = (estimators.estimate_mean(jnp.asarray(values), log_weights + shift) for shift in (0.0, 300.0))
+    plain, scaled = (
+        estimators.estimate_mean(jnp.asarray(values), log_weights + shift) for shift in (0.0, 300.0)
+    )
     np.testing.assert_allclose(plain, scaled, rtol=1e-10)
     assert 1 - 1e-12 <= float(estimators.effective_sample_size(log_weights)) <= 6 + 1e-12
 
@@ -373,21 +441,30 @@ def test_32_preference_losses(seed, shift):
     swapped = (log_pi[1], log_pi[0], log_a[1], log_a[0])
     pairs = (*log_pi, *log_a)
     plain = preferences.dpo(*pairs, beta=beta)
-    np.testing.assert_allclose(preferences.f_dpo(*pairs, beta=beta, divergence=KL), plain, rtol=1e-12)
     np.testing.assert_allclose(
-        preferences.f_dpo(*pairs, beta=beta, divergence=d.alpha_divergence(1.0 - 1e-9)), plain, rtol=1e-6
+        preferences.f_dpo(*pairs, beta=beta, divergence=KL), plain, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        preferences.f_dpo(*pairs, beta=beta, divergence=d.alpha_divergence(1.0 - 1e-9)),
+        plain,
+        rtol=1e-6,
     )
     margin = beta * ((log_pi[0] - log_a[0]) - (log_pi[1] - log_a[1]))
-    np.testing.assert_allclose(preferences.dpo(*swapped, beta=beta), plain + margin, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        preferences.dpo(*swapped, beta=beta), plain + margin, rtol=1e-9, atol=1e-12
+    )
     same = (*log_a, *log_a)
     for case in CASES:
         if np.isneginf(case.divergence.derivative(-jnp.inf)):
             at_base = preferences.f_dpo(*same, beta=beta, divergence=case.divergence)
             np.testing.assert_allclose(at_base, np.log(2), rtol=1e-12)
-    # Adding a reward to both responses, that is moving both ratios by one factor, changes nothing in DPO, IPO and EXO.
+    # Adding a reward to both responses, that is moving both ratios by one factor, changes nothing
+    # in DPO, IPO and EXO.
     moved = (log_pi[0] + shift, log_pi[1] + shift, *log_a)
     for loss in (preferences.dpo, preferences.ipo, preferences.exo_pair):
-        np.testing.assert_allclose(loss(*moved, beta=beta), loss(*pairs, beta=beta), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            loss(*moved, beta=beta), loss(*pairs, beta=beta), rtol=1e-7, atol=1e-9
+        )
     # Without its u, χPO is DPO.
     u = [jnp.exp(log_pi[i] - log_a[i]) for i in (0, 1)]
     loss = preferences.chi_po(*pairs, beta=beta)
@@ -395,15 +472,23 @@ def test_32_preference_losses(seed, shift):
     link = -jnp.log(jnp.expm1(loss)) - beta * (u[0] - u[1])
     np.testing.assert_allclose(link[exact], margin[exact], rtol=1e-6, atol=1e-6)
     for i in range(4):
-        log_u, rewards = log_pi[:, i] - log_a[:, i], jnp.array([1.0, -1.0]) * 0.5 * np.log((1 - 1e-2) / 1e-2)
+        log_u, rewards = (
+            log_pi[:, i] - log_a[:, i],
+            jnp.array([1.0, -1.0]) * 0.5 * np.log((1 - 1e-2) / 1e-2),
+        )
         pair = preferences.exo_pair(*(x[i] for x in pairs), beta=beta, label_smoothing=1e-2)
         both = {"beta": beta, "reward_beta": 1.0}
         zeros = jnp.zeros(2)
-        assert float(preferences.f_po(log_u, zeros, rewards, divergence=KL, **both)) == pytest.approx(float(pair), rel=1e-8)
-        assert float(preferences.exo(log_u, zeros, rewards, **both)) == pytest.approx(float(pair), rel=1e-8)
+        assert float(
+            preferences.f_po(log_u, zeros, rewards, divergence=KL, **both)
+        ) == pytest.approx(float(pair), rel=1e-8)
+        assert float(preferences.exo(log_u, zeros, rewards, **both)) == pytest.approx(
+            float(pair), rel=1e-8
+        )
 
 
-# ---- 33 and 34: the ends of the number formats ------------------------------------------------------------------------------
+# ---- 33 and 34: the ends of the number formats
+# ------------------------------------------------------------------------------
 
 LOG_T = jnp.array([-jnp.inf, -1e4, -88.0, -1e-8, 0.0, 1e-8, 88.0, 1e4, jnp.inf])
 
@@ -416,12 +501,16 @@ def test_33_float32_never_gives_nan(case):
     for log_q in (None, jnp.full_like(log_pi, -50.0)):
 
         def total(log_pi, log_q=log_q):
-            loss = surrogates.surrogate_loss(log_pi, log_p, log_q, divergence=case.divergence, clip=(-1e6, 1e6), baseline=0.1)
+            loss = surrogates.surrogate_loss(
+                log_pi, log_p, log_q, divergence=case.divergence, clip=(-1e6, 1e6), baseline=0.1
+            )
             return loss.sum()
 
         slopes = jax.jit(jax.grad(total))(log_pi)
         assert not np.isnan(slopes).any()
-    exact = jax.grad(lambda x: d.exact_divergence(x, jnp.array([0.0, -jnp.inf]), divergence=case.divergence))
+    exact = jax.grad(
+        lambda x: d.exact_divergence(x, jnp.array([0.0, -jnp.inf]), divergence=case.divergence)
+    )
     assert not np.isnan(exact(jnp.array([-1.0, -0.5]))).any()
 
 
@@ -431,8 +520,12 @@ def test_33_total_variation_at_its_kink_and_z_of_improbable_sequences():
     state = running.init()
     for seed in range(20):
         state = running.update(state, -1000 + jax.random.normal(jax.random.key(seed), (100,)))
-    every = np.concatenate([np.asarray(jax.random.normal(jax.random.key(s), (100,)), np.float64) for s in range(20)])
-    assert float(running.estimate(state).value) + 1000 == pytest.approx(np.log(np.exp(every).mean()), abs=2e-4)
+    every = np.concatenate(
+        [np.asarray(jax.random.normal(jax.random.key(s), (100,)), np.float64) for s in range(20)]
+    )
+    assert float(running.estimate(state).value) + 1000 == pytest.approx(
+        np.log(np.exp(every).mean()), abs=2e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -452,5 +545,10 @@ def test_every_group_of_the_catalogue_is_here():
     import re
     from pathlib import Path
 
-    text = "".join((Path(__file__).parent / f"test_catalogue_{part}.py").read_text() for part in ("laws", "gradients"))
-    assert {int(n) for n in re.findall(r"^def test_(\d\d)_", text, re.MULTILINE)} == set(range(1, 35))
+    text = "".join(
+        (Path(__file__).parent / f"test_catalogue_{part}.py").read_text()
+        for part in ("laws", "gradients")
+    )
+    assert {int(n) for n in re.findall(r"^def test_(\d\d)_", text, re.MULTILINE)} == set(
+        range(1, 35)
+    )

@@ -14,7 +14,13 @@ from fjax import enumeration
 from tests.cases import CASES, each, name, smooth, with_conjugate, world
 from tests.catalogue import at_most, distributions, equal, examples, float64, of, seeds
 
-KL, REVERSE, TV, JS, H2 = d.reverse_kl(), d.forward_kl(), d.total_variation(), d.jensen_shannon(), d.squared_hellinger()
+KL, REVERSE, TV, JS, H2 = (
+    d.reverse_kl(),
+    d.forward_kl(),
+    d.total_variation(),
+    d.jensen_shannon(),
+    d.squared_hellinger(),
+)
 CHI2, DELTA, J = d.pearson_chi2(), d.triangular_discrimination(), d.jeffreys()
 """KL is KL(first‖second), as in the catalogue; REVERSE the other way round."""
 
@@ -46,7 +52,9 @@ def test_02_the_functions_are_of_one_convex_f(case, log_t):
     assert (np.diff(slope) >= -1e-12).all()
     assert float(divergence.generator(jnp.zeros(()))) == 0
     assert float(divergence.slope_at_infinity) == pytest.approx(case.slope_at_infinity, rel=1e-12)
-    assert case.curvature is None or float(divergence.curvature) == pytest.approx(case.curvature, rel=1e-12)
+    assert case.curvature is None or float(divergence.curvature) == pytest.approx(
+        case.curvature, rel=1e-12
+    )
 
 
 def shifted(f: d.FDivergence, c: float) -> d.FDivergence:
@@ -65,7 +73,9 @@ def test_03_a_multiple_of_t_minus_1_changes_nothing(case, seed, c):
     pi, p = distributions(seed, 2, zeros=False)
     value = of(case.divergence, pi, p)
     changed = np.asarray(
-        jax.vmap(lambda a, b: d.exact_divergence(a, b, divergence=shifted(case.divergence, c)))(jnp.log(pi), jnp.log(p))
+        jax.vmap(lambda a, b: d.exact_divergence(a, b, divergence=shifted(case.divergence, c)))(
+            jnp.log(pi), jnp.log(p)
+        )
     )
     some = abs(value) < 1e6
     equal(changed[some], value[some], 1e-9)
@@ -148,7 +158,11 @@ def test_07_processing_never_adds(case, seed):
     at_most(of(case.divergence, merged_pi, merged_p), of(case.divergence, pi, p))
     # A sufficient statistic: two atoms with one ratio become one.
     halves = [np.concatenate([x[:, :7], x[:, 7:] / 2, x[:, 7:] / 2], axis=1) for x in (pi, p)]
-    split = np.asarray(jax.vmap(lambda a, b: d.exact_divergence(a, b, divergence=case.divergence))(*map(jnp.log, halves)))
+    split = np.asarray(
+        jax.vmap(lambda a, b: d.exact_divergence(a, b, divergence=case.divergence))(
+            *map(jnp.log, halves)
+        )
+    )
     equal(split, of(case.divergence, pi, p))
 
 
@@ -159,7 +173,11 @@ def test_07_processing_never_adds(case, seed):
 def test_08_jointly_convex(case, seed, share):
     pi, p, pi2, p2 = distributions(seed, 4)
     mixed = of(case.divergence, share * pi + (1 - share) * pi2, share * p + (1 - share) * p2)
-    parts = [w * v for w, v in ((share, of(case.divergence, pi, p)), (1 - share, of(case.divergence, pi2, p2))) if w > 0]
+    parts = [
+        w * v
+        for w, v in ((share, of(case.divergence, pi, p)), (1 - share, of(case.divergence, pi2, p2)))
+        if w > 0
+    ]
     at_most(mixed, sum(parts), 1e-8)
 
 
@@ -184,7 +202,11 @@ def test_10_near_the_target_all_are_one_quadratic_form(case):
     direction -= direction.mean()
     epsilon = 1e-4
     both = [  # terms of third order have opposite signs
-        float(d.exact_divergence(jnp.log(q + step * direction), jnp.log(jnp.asarray(q)), divergence=case.divergence))
+        float(
+            d.exact_divergence(
+                jnp.log(q + step * direction), jnp.log(jnp.asarray(q)), divergence=case.divergence
+            )
+        )
         for step in (epsilon, -epsilon)
     ]
     expected = case.curvature / 2 * (direction**2 / q).sum()
@@ -192,9 +214,9 @@ def test_10_near_the_target_all_are_one_quadratic_form(case):
 
     logits = jnp.asarray(rng.normal(size=5))
     target = jax.nn.log_softmax(logits)
-    hessian = jax.hessian(lambda x: d.exact_divergence(jax.nn.log_softmax(x), target, divergence=case.divergence))(
-        logits + 1e-9
-    )
+    hessian = jax.hessian(
+        lambda x: d.exact_divergence(jax.nn.log_softmax(x), target, divergence=case.divergence)
+    )(logits + 1e-9)
     fisher = jnp.diag(jnp.exp(target)) - jnp.outer(jnp.exp(target), jnp.exp(target))
     np.testing.assert_allclose(hessian, case.curvature * fisher, atol=1e-6)
 
@@ -218,7 +240,9 @@ def test_11_fenchel_and_young(case, seed):
         if test_function is best:
             equal(lower, terms, 1e-7)
     if divergence.inverse_derivative is not None:
-        np.testing.assert_allclose(divergence.inverse_derivative(jnp.asarray(best)), np.exp(log_t), rtol=1e-6)
+        np.testing.assert_allclose(
+            divergence.inverse_derivative(jnp.asarray(best)), np.exp(log_t), rtol=1e-6
+        )
 
 
 @examples()
@@ -232,13 +256,20 @@ def test_12_limits_of_the_families(seed):
     for small in (1e-3, 1e-6):
         for a, expected in ((small, reverse), (-small, reverse), (1 - small, kl), (1 + small, kl)):
             value = np.asarray(
-                jax.vmap(lambda x, y, a=a: d.exact_divergence(x, y, divergence=d.alpha_divergence(a)))(jnp.log(pi), jnp.log(p))
+                jax.vmap(
+                    lambda x, y, a=a: d.exact_divergence(x, y, divergence=d.alpha_divergence(a))
+                )(jnp.log(pi), jnp.log(p))
             )
             equal(value[moderate], expected[moderate], 20 * small)
         low, high = d.generalized_jensen_shannon(small), d.generalized_jensen_shannon(1 - small)
         for f, expected in ((low, kl), (high, reverse)):
             value = (
-                np.asarray(jax.vmap(lambda x, y, f=f: d.exact_divergence(x, y, divergence=f))(jnp.log(pi), jnp.log(p))) / small
+                np.asarray(
+                    jax.vmap(lambda x, y, f=f: d.exact_divergence(x, y, divergence=f))(
+                        jnp.log(pi), jnp.log(p)
+                    )
+                )
+                / small
             )
             at_most(value[moderate], expected[moderate], 1e-6)
     equal(of(d.alpha_divergence(0.0), pi, p), reverse)
@@ -328,7 +359,11 @@ def test_18_bounds_of_the_families(seed):
     p, q = distributions(seed, 2)
     kl = of(KL, p, q)
     for weight in (0.1, 0.8):
-        value = of(next(c.divergence for c in CASES if name(c) == f"generalized_jensen_shannon_{weight}"), p, q)
+        value = of(
+            next(c.divergence for c in CASES if name(c) == f"generalized_jensen_shannon_{weight}"),
+            p,
+            q,
+        )
         entropy = -weight * np.log(weight) - (1 - weight) * np.log(1 - weight)
         at_most(value, np.full_like(value, entropy))
         at_most(value, weight * kl)
@@ -349,7 +384,11 @@ def renyi(a: float, p: np.ndarray, q: np.ndarray) -> np.ndarray:
 @float64
 def test_19_renyi_grows_with_its_order_and_roots_are_metrics(seed):
     p, q, r = distributions(seed, 3)
-    orders = [renyi(a, p, q) for a in (0.3, 0.75)] + [of(KL, p, q)] + [renyi(a, p, q) for a in (1.25, 2.5)]
+    orders = (
+        [renyi(a, p, q) for a in (0.3, 0.75)]
+        + [of(KL, p, q)]
+        + [renyi(a, p, q) for a in (1.25, 2.5)]
+    )
     for lower, higher in itertools.pairwise(orders):
         known = (lower < 15) & (higher < 15)  # beyond, 1 + a(a-1) D_a has no digits left
         at_most(lower[known], higher[known], 1e-7)
@@ -369,7 +408,9 @@ def test_20_products_and_the_chain_rule(seed):
         return np.einsum("bi,bj->bij", a, b).reshape(len(a), -1)
 
     def value(f, a, b):
-        return np.asarray(jax.vmap(lambda x, y: d.exact_divergence(x, y, divergence=f))(jnp.log(a), jnp.log(b)))
+        return np.asarray(
+            jax.vmap(lambda x, y: d.exact_divergence(x, y, divergence=f))(jnp.log(a), jnp.log(b))
+        )
 
     p, q = both(p1, p2), both(q1, q2)
     equal(value(KL, p, q), value(KL, p1, q1) + value(KL, p2, q2))
@@ -394,6 +435,8 @@ def test_20_kl_of_sequences_is_the_sum_over_positions():
         counted = np.asarray(space.where[:, position])
         step = (jnp.exp(tables[0][index]) * (tables[0][index] - tables[1][index])).sum(axis=1)
         total += float((weights * step * counted).sum())
-        rows = [row * 3 + int(token) for row, token in zip(rows, space.tokens[:, position], strict=True)]
+        rows = [
+            row * 3 + int(token) for row, token in zip(rows, space.tokens[:, position], strict=True)
+        ]
     expected = d.exact_divergence(log_pi, log_a, divergence=KL)
     assert total == pytest.approx(float(expected), rel=1e-12)

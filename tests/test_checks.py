@@ -1,4 +1,5 @@
-"""What stands at every door: shapes, dtypes, masks; as a user meets it, without the nets of this suite."""
+"""What stands at every door: shapes, dtypes, masks; as a user meets it, without the nets of this
+suite."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((), ()), ((3,), (3, 1)), ((3,), ())])
 def test_one_number_a_sample_or_an_error_that_names_vmap(shapes):
-    with pytest.raises(ValueError, match=r"log_pi and log_p must be one number a sample.*jax\.vmap"):
+    with pytest.raises(
+        ValueError, match=r"log_pi and log_p must be one number a sample.*jax\.vmap"
+    ):
         _checks.one_axis(log_pi=jnp.zeros(shapes[0]), log_p=jnp.zeros(shapes[1]))
 
 
@@ -23,7 +26,13 @@ def test_equal_lengths(shapes):
 
 @pytest.mark.parametrize(
     ("given", "computed"),
-    [("bool", "float32"), ("int8", "float32"), ("float16", "float32"), ("bfloat16", "float32"), ("float32", "float32")],
+    [
+        ("bool", "float32"),
+        ("int8", "float32"),
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+    ],
 )
 def test_everything_but_float64_is_computed_in_float32(given, computed):
     x, none, y = _checks.one_axis(x=jnp.ones(2, given), none=None, y=jnp.ones(2, jnp.float16))
@@ -47,7 +56,9 @@ def test_masks_of_integers_count_and_others_are_refused():
     assert _checks.as_mask(jnp.array([2, 0, 1]), jnp.zeros(3)).tolist() == [True, False, True]
     with pytest.raises(ValueError, match=r"must be booleans.*got float32"):
         _checks.as_mask(jnp.ones(3), jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"must have the shape of what it masks, \[3\]; got \[3, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"must have the shape of what it masks, \[3\]; got \[3, 1\]"
+    ):
         _checks.as_mask(jnp.ones((3, 1), bool), jnp.zeros(3))
 
 

@@ -1,4 +1,5 @@
-"""Only the policy's log-probabilities are differentiated, and what is an option may be traced: for every loss at once."""
+"""Only the policy's log-probabilities are differentiated, and what is an option may be traced: for
+every loss at once."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,7 +18,8 @@ N, T = 5, 3
 
 
 class Call(NamedTuple):
-    """A function, its arrays by name, the options that may be traced, and how many arrays it differentiates, from the first."""
+    """A function, its arrays by name, the options that may be traced, and how many arrays it
+    differentiates, from the first."""
 
     function: object
     arrays: tuple[str, ...]
@@ -76,13 +78,20 @@ def arrays(names: tuple[str, ...], seed: int = 0) -> list[jax.Array]:
         if name == "satisfied":
             return jnp.arange(N) % 2 == 0
         shape = (N, T) if name.startswith("token") else () if name == "log_z" else (N,)
-        return jnp.asarray(np.random.default_rng([seed, *name.encode()]).normal(size=shape), jnp.float32) - 2
+        return (
+            jnp.asarray(
+                np.random.default_rng([seed, *name.encode()]).normal(size=shape), jnp.float32
+            )
+            - 2
+        )
 
     return [one(name) for name in names]
 
 
 def test_every_loss_has_a_line():
-    assert {*policy_gradients.__all__, *preferences.__all__} == {name.split(".")[0] for name in CALLS}
+    assert {*policy_gradients.__all__, *preferences.__all__} == {
+        name.split(".")[0] for name in CALLS
+    }
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -91,7 +100,9 @@ def test_only_the_policy_is_differentiated(name):
     call = CALLS[name]
     given = arrays(call.arrays)
     everything = tuple(range(len(given)))
-    gradients = jax.grad(lambda *x: call.function(*x, **call.options).sum(), argnums=everything)(*given)
+    gradients = jax.grad(lambda *x: call.function(*x, **call.options).sum(), argnums=everything)(
+        *given
+    )
     for i, gradient in enumerate(gradients):
         assert (abs(gradient).max() > 0) == (i < call.live), call.arrays[i]
         assert np.isfinite(gradient).all()
@@ -116,7 +127,9 @@ def test_a_base_model_of_the_same_parameters_is_a_constant(name):
     assert abs(live) > 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name, call in {**CALLS, **TRACED_ONLY}.items() if call.options])
+@pytest.mark.parametrize(
+    "name", [name for name, call in {**CALLS, **TRACED_ONLY}.items() if call.options]
+)
 def test_options_may_be_traced(name):
     """As where β is annealed within one compiled step; the numbers are those of a plain number."""
     call = {**CALLS, **TRACED_ONLY}[name]
@@ -126,11 +139,15 @@ def test_options_may_be_traced(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), fixed, traced)
     batch = jax.tree.map(lambda x: jnp.array([x, 1.5 * x]), call.options)
     several = jax.vmap(lambda options: call.function(*given, **options))(batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-6), fixed, several)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-6), fixed, several
+    )
 
 
 def test_annealing_does_not_compile_again():
-    step = jax.jit(chex.assert_max_traces(lambda beta: preferences.dpo(*arrays(pair), beta=beta), n=1))
+    step = jax.jit(
+        chex.assert_max_traces(lambda beta: preferences.dpo(*arrays(pair), beta=beta), n=1)
+    )
     for beta in (0.1, 0.2, 0.3):
         step(beta)
 
@@ -154,14 +171,18 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "option"), REFUSED, ids=[f"{name}-{next(iter(option))}" for name, option in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "option"), REFUSED, ids=[f"{name}-{next(iter(option))}" for name, option in REFUSED]
+)
 def test_a_number_out_of_range_is_refused_with_its_name(name, option, bare):
     call = {**CALLS, **TRACED_ONLY}[name]
     with pytest.raises(ValueError, match=next(iter(option))):
         call.function(*arrays(call.arrays), **call.options | option)
 
 
-@pytest.mark.parametrize("name", [name for name, call in {**CALLS, **TRACED_ONLY}.items() if call.options])
+@pytest.mark.parametrize(
+    "name", [name for name, call in {**CALLS, **TRACED_ONLY}.items() if call.options]
+)
 def test_several_numbers_for_an_option_are_refused(name, bare):
     """Regression: a β of shape [N, 1] made a loss of [N, N]."""
     call = {**CALLS, **TRACED_ONLY}[name]
@@ -173,9 +194,15 @@ def test_several_numbers_for_an_option_are_refused(name, bare):
 
 UNCALLED = {
     "k_estimator": lambda f: policy_gradients.k_estimator(*arrays(listed[:2]), divergence=f),
-    "divergence_penalty": lambda f: policy_gradients.divergence_penalty(*arrays(listed[:2]), divergence=f),
-    "f_trajectory_balance": lambda f: policy_gradients.f_trajectory_balance(*arrays(("log_pi", "log_p")), divergence=f),
-    "f_regularized_optimum": lambda f: policy_gradients.f_regularized_optimum(*arrays(listed[1:]), beta=0.5, divergence=f),
+    "divergence_penalty": lambda f: policy_gradients.divergence_penalty(
+        *arrays(listed[:2]), divergence=f
+    ),
+    "f_trajectory_balance": lambda f: policy_gradients.f_trajectory_balance(
+        *arrays(("log_pi", "log_p")), divergence=f
+    ),
+    "f_regularized_optimum": lambda f: policy_gradients.f_regularized_optimum(
+        *arrays(listed[1:]), beta=0.5, divergence=f
+    ),
     "f_dpo": lambda f: preferences.f_dpo(*arrays(pair), beta=0.5, divergence=f),
     "f_po": lambda f: preferences.f_po(*arrays(listed), beta=0.5, reward_beta=0.7, divergence=f),
 }

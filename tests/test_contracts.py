@@ -36,7 +36,11 @@ def test_a_divergence_from_a_plain_function_keeps_it_too():
 
 @pytest.mark.parametrize(
     ("f", "expected"),
-    [(lambda t: t * jnp.log(t), jnp.inf), (lambda t: -jnp.log(t), 0.0), (lambda t: (jnp.sqrt(t) - 1) ** 2, 1.0)],
+    [
+        (lambda t: t * jnp.log(t), jnp.inf),
+        (lambda t: -jnp.log(t), 0.0),
+        (lambda t: (jnp.sqrt(t) - 1) ** 2, 1.0),
+    ],
 )
 def test_the_slope_at_infinity_is_found(f, expected):
     assert float(from_generator(f).slope_at_infinity) == pytest.approx(expected)
@@ -71,17 +75,24 @@ def test_a_broken_divergence_is_named(change, message):
 
 
 def test_a_concave_function_breaks_the_contract():
-    concave = FDivergence("concave", jnp.expm1, lambda s: 1 / (1 + jnp.exp(s)), lambda s: -jnp.expm1(-s))
+    concave = FDivergence(
+        "concave", jnp.expm1, lambda s: 1 / (1 + jnp.exp(s)), lambda s: -jnp.expm1(-s)
+    )
     with pytest.raises(AssertionError):
         check_divergence(concave)
 
 
 def test_the_table_has_every_named_divergence():
-    """A new f is tested by one line of `tests.cases.CASES`; this fails while that line is missing."""
+    """A new f is tested by one line of `tests.cases.CASES`; this fails while that line is
+    missing."""
     from fjax import divergences
 
     other = {"FDivergence", "Elementwise", "dual", "exact_divergence", "from_generator", "mixture"}
-    named = {name for name in divergences.__all__ if name not in other and not name.startswith("alpha_from")}
+    named = {
+        name
+        for name in divergences.__all__
+        if name not in other and not name.startswith("alpha_from")
+    }
     tested = {case.divergence.name for case in CASES}
     for name in named:
         assert any(entry.startswith(name.removesuffix("_divergence")) for entry in tested), name
@@ -105,7 +116,8 @@ def plain(t):
     lambda: mixture([forward_kl(), jensen_shannon()], [1, 2.0], name="both"), lambda: from_generator(plain, name="squares"),
 ])  # fmt: skip
 def test_made_equally_they_are_equal_and_traced_once(make):
-    """Regression: `jensen_shannon() != jensen_shannon()`, so that each call of a jitted function traced anew."""
+    """Regression: `jensen_shannon() != jensen_shannon()`, so that each call of a jitted function
+    traced anew."""
     traces = []
 
     def derivative(x, divergence):
@@ -129,9 +141,28 @@ TRACED = {
 
 @pytest.mark.parametrize("kind", TRACED)
 def test_an_annealed_option_gives_the_numbers_of_a_known_one(kind):
-    """Values and slopes of every function, at both infinities too, by `jax.jit` and `jax.vmap` over the option."""
+    """Values and slopes of every function, at both infinities too, by `jax.jit` and `jax.vmap` over
+    the option."""
     make, options = TRACED[kind]
-    log_t = jnp.array([-jnp.inf, -1e4, -100.0, -30.0, -3.0, -0.9, -0.1, 0.0, 0.1, 0.9, 3.0, 30.0, 100.0, 1e4, jnp.inf])
+    log_t = jnp.array(
+        [
+            -jnp.inf,
+            -1e4,
+            -100.0,
+            -30.0,
+            -3.0,
+            -0.9,
+            -0.1,
+            0.0,
+            0.1,
+            0.9,
+            3.0,
+            30.0,
+            100.0,
+            1e4,
+            jnp.inf,
+        ]
+    )
 
     def numbers(divergence):
         functions = [f for f in divergence[1:] if f is not None]
@@ -139,14 +170,18 @@ def test_an_annealed_option_gives_the_numbers_of_a_known_one(kind):
 
     known = jnp.stack([numbers(make(option)) for option in options])
     traced = jax.jit(lambda option: numbers(make(option)))
-    np.testing.assert_allclose(jnp.stack([traced(option) for option in options]), known, rtol=3e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        jnp.stack([traced(option) for option in options]), known, rtol=3e-5, atol=1e-6
+    )
     at_once = jax.jit(jax.vmap(lambda option: numbers(make(option))))(jnp.array(options))
     np.testing.assert_allclose(at_once, known, rtol=3e-5, atol=1e-6)
 
 
 def test_a_clip_may_be_annealed():
     log_pi, log_p = jnp.array([[-1.0, -9.0], [-3.0, -1.0]])
-    weights = jax.jit(lambda most: score_weights(log_pi, log_p, divergence=forward_kl(), clip=(-most, most)))
+    weights = jax.jit(
+        lambda most: score_weights(log_pi, log_p, divergence=forward_kl(), clip=(-most, most))
+    )
     for most in (0.1, 5.0):
         expected = score_weights(log_pi, log_p, divergence=forward_kl(), clip=(-most, most))
         np.testing.assert_array_equal(weights(most), expected)
@@ -173,7 +208,10 @@ def test_their_functions_compute_in_float32(given):
     dual, lambda f: mixture([f], [1.0]), check_divergence,
 ])  # fmt: skip
 def test_a_divergence_that_was_not_called_is_said_to_be_none(call):
-    with pytest.raises(ValueError, match=r"jensen_shannon is a function that makes one: divergence=jensen_shannon\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"jensen_shannon is a function that makes one: divergence=jensen_shannon\(\)",
+    ):
         call(jensen_shannon)
     with pytest.raises(ValueError, match="got 'jensen_shannon'"):
         call("jensen_shannon")

@@ -27,10 +27,15 @@ def test_the_names_are_unique():
 
 @each
 def test_generator_and_integrand_are_the_textbook_formula(case, x64):
-    t = np.exp(LOG_T.astype(np.longdouble))  # the textbook loses its digits near t = 1, where there is none to lose
+    # the textbook loses its digits near t = 1, where there is none to lose
+    t = np.exp(LOG_T.astype(np.longdouble))
     f, log_t = case.f(t), jnp.asarray(LOG_T)
-    np.testing.assert_allclose(case.divergence.generator(log_t), f.astype(float), rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(case.divergence.integrand(log_t), (f / t).astype(float), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        case.divergence.generator(log_t), f.astype(float), rtol=1e-12, atol=1e-15
+    )
+    np.testing.assert_allclose(
+        case.divergence.integrand(log_t), (f / t).astype(float), rtol=1e-12, atol=1e-15
+    )
 
 
 @each
@@ -41,16 +46,23 @@ def test_derivative_is_the_slope_of_the_generator(case, x64):
     by_generator = jax.vmap(jax.grad(case.divergence.generator))(log_t)
     by_integrand = jax.vmap(jax.grad(case.divergence.integrand))(log_t)
     intercept = case.divergence.intercept(log_t)
-    np.testing.assert_allclose(intercept, case.divergence.generator(log_t) - np.exp(LOG_T) * slope, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(
+        intercept, case.divergence.generator(log_t) - np.exp(LOG_T) * slope, rtol=1e-9, atol=1e-14
+    )
     np.testing.assert_allclose(by_generator, np.exp(LOG_T) * slope, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(by_integrand, slope - case.divergence.integrand(log_t), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        by_integrand, slope - case.divergence.integrand(log_t), rtol=1e-12, atol=1e-14
+    )
 
 
 @each
 def test_derivative_is_the_slope_of_the_textbook_formula(case, x64):
-    """By differences of fourth order in extended precision: nothing of fjax but f' itself is in it."""
+    """By differences of fourth order in extended precision: nothing of fjax but f' itself is in
+    it."""
     t, h = np.exp(LOG_T[abs(LOG_T) > 0.01].astype(np.longdouble)), np.longdouble(1e-4)
-    slope = (8 * (case.f(t + h * t) - case.f(t - h * t)) - case.f(t + 2 * h * t) + case.f(t - 2 * h * t)) / (12 * h * t)
+    slope = (
+        8 * (case.f(t + h * t) - case.f(t - h * t)) - case.f(t + 2 * h * t) + case.f(t - 2 * h * t)
+    ) / (12 * h * t)
     coded = case.divergence.derivative(jnp.asarray(LOG_T[abs(LOG_T) > 0.01]))
     np.testing.assert_allclose(coded, slope.astype(float), rtol=1e-11, atol=1e-12)
 
@@ -71,7 +83,9 @@ def test_limits_and_curvature(case, x64):
     divergence = case.divergence
     assert float(divergence.value_at_zero) == pytest.approx(case.at_zero, rel=1e-14)
     assert float(divergence.slope_at_infinity) == pytest.approx(case.slope_at_infinity, rel=1e-14)
-    assert float(divergence.integrand(jnp.asarray(jnp.inf))) == pytest.approx(case.slope_at_infinity, rel=1e-14)
+    assert float(divergence.integrand(jnp.asarray(jnp.inf))) == pytest.approx(
+        case.slope_at_infinity, rel=1e-14
+    )
     if case.curvature is not None:  # f''(1) is the slope of f' in log t as well, t being 1
         assert float(divergence.curvature) == pytest.approx(case.curvature, rel=1e-14)
 
@@ -90,11 +104,14 @@ def test_float32_has_no_nan_in_values_or_gradients(case):
 @each
 @pytest.mark.parametrize("field", FIELDS)
 def test_float32_is_as_good_as_float64(case, field):
-    """In relative error, near t = 1 too; but f', a weight, and its dual's only in absolute error there."""
+    """In relative error, near t = 1 too; but f', a weight, and its dual's only in absolute error
+    there."""
     log_t = jnp.asarray(EXTREMES[np.isfinite(EXTREMES)])
     value = np.asarray(getattr(case.divergence, field)(log_t), np.float64)
     with jax.enable_x64(True):
-        reference = np.asarray(getattr(case.divergence, field)(jnp.asarray(np.asarray(log_t, np.float64))))
+        reference = np.asarray(
+            getattr(case.divergence, field)(jnp.asarray(np.asarray(log_t, np.float64)))
+        )
     representable = abs(reference) < 1e38
     atol = 1e-7 if field in ("derivative", "intercept") else 1e-36
     np.testing.assert_allclose(value[representable], reference[representable], rtol=4e-6, atol=atol)
@@ -168,7 +185,8 @@ def test_members_without_mass_and_padding_change_nothing(case, x64):
 
 @each
 def test_gradient_of_exact_divergence_where_the_two_agree(case, x64):
-    """At t = 1 exactly, `minimum` and `maximum` would each pass on half of f'(1): a regression test."""
+    """At t = 1 exactly, `minimum` and `maximum` would each pass on half of f'(1): a regression
+    test."""
     log_pi, log_p = jnp.log(jnp.array([0.5, 0.2, 0.3])), jnp.log(jnp.array([0.5, 0.3, 0.2]))
     gradient = jax.grad(lambda x: exact_divergence(x, log_p, divergence=case.divergence))(log_pi)
     expected = jnp.exp(log_pi) * case.divergence.derivative(log_pi - log_p)
@@ -199,7 +217,8 @@ def test_known_relations(x64):
 
 
 def test_jensen_shannon_keeps_its_digits_near_the_target():
-    """f(t) ≈ (log t)²/8 at 1e-4 is 1e-9: a difference of numbers near log 2 would have no digit left."""
+    """f(t) ≈ (log t)²/8 at 1e-4 is 1e-9: a difference of numbers near log 2 would have no digit
+    left."""
     log_t = jnp.float32(1e-4)
     assert float(jensen_shannon().generator(log_t)) == pytest.approx(1.25006e-9, rel=1e-5)
 

@@ -1,4 +1,5 @@
-"""Documentation that is tested: examples run, the table regenerates, every public name is described, no link is broken."""
+"""Documentation that is tested: examples run, the table regenerates, every public name is
+described, no link is broken."""
 
 import doctest
 import importlib
@@ -29,9 +30,13 @@ def test_examples_run(path):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     parser = doctest.DocTestParser()
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    test = parser.get_doctest("\n".join(b for b in blocks if ">>>" in b), {}, path.name, str(path), 0)
+    test = parser.get_doctest(
+        "\n".join(b for b in blocks if ">>>" in b), {}, path.name, str(path), 0
+    )
     output: list[str] = []
-    assert doctest.DocTestRunner(optionflags=flags).run(test, out=output.append).failed == 0, "".join(output)
+    assert doctest.DocTestRunner(optionflags=flags).run(test, out=output.append).failed == 0, (
+        "".join(output)
+    )
 
 
 def test_the_readme_has_an_example_without_flax():
@@ -43,7 +48,9 @@ def test_the_readme_has_an_example_without_flax():
 
 
 def test_the_table_of_kl_gradients_is_what_its_script_makes():
-    assert (ROOT / "docs" / "kl_gradients.md").read_text() == kl_gradients.page(kl_gradients.Config())
+    assert (ROOT / "docs" / "kl_gradients.md").read_text() == kl_gradients.page(
+        kl_gradients.Config()
+    )
 
 
 def test_the_page_of_all_names_is_what_its_script_makes():

@@ -1,6 +1,8 @@
-"""What every public function of the mathematics does with wrong shapes, other dtypes and masked junk, as a user meets it.
+"""What every public function of the mathematics does with wrong shapes, other dtypes and masked
+junk, as a user meets it.
 
-A function with arrays among its arguments needs a row in ``DOORS``; `test_every_public_function_has_a_row` fails without.
+A function with arrays among its arguments needs a row in ``DOORS``;
+`test_every_public_function_has_a_row` fails without.
 """
 
 import inspect
@@ -14,12 +16,29 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from fjax import divergences, enumeration, estimators, policy_gradients, preferences, surrogates, targets
+from fjax import (
+    divergences,
+    enumeration,
+    estimators,
+    policy_gradients,
+    preferences,
+    surrogates,
+    targets,
+)
 from fjax.sampling import rejection
 
 pytestmark = pytest.mark.usefixtures("bare")
 
-MODULES = (divergences, estimators, surrogates, policy_gradients, preferences, targets, enumeration, rejection)
+MODULES = (
+    divergences,
+    estimators,
+    surrogates,
+    policy_gradients,
+    preferences,
+    targets,
+    enumeration,
+    rejection,
+)
 N, C, T, K = 8, 4, 3, 2  # samples, which eight devices can share, contexts, tokens, features
 F = divergences.jensen_shannon()
 
@@ -30,9 +49,10 @@ class Door(NamedTuple):
     Attributes:
         call: takes the arrays as keyword arguments, by the names that its error messages use.
         arrays: name -> shape.
-        of: what the function is about: "samples", each array one number a sample, so that a further axis is an error, or
-            "entries", which are independent: then equal shapes will do.
-        mask: which argument is a mask, if any; None for a call with all of them counted must be possible.
+        of: what the function is about: "samples", each array one number a sample, so that a further
+            axis is an error, or "entries", which are independent: then equal shapes will do.
+        mask: which argument is a mask, if any; None for a call with all of them counted must be
+            possible.
         masks: what of the others it makes not count; all, if empty.
     """
 
@@ -50,11 +70,14 @@ def samples(call: Callable, *names: str, of: str = "samples", mask: str | None =
 
 def _mean_of(update):
     # What a state is computed in is its own affair: by default the precision that JAX is set to.
-    return lambda log_weights, where=None: tuple(update(estimators.init_log_mean(jnp.float32), log_weights, where=where))
+    return lambda log_weights, where=None: tuple(
+        update(estimators.init_log_mean(jnp.float32), log_weights, where=where)
+    )
 
 
 three = ("log_pi", "log_p", "log_q")
-# A function with several ways to be called has several rows, told apart by what stands behind the point.
+# A function with several ways to be called has several rows, told apart by what stands behind the
+# point.
 DOORS: dict[str, Door] = {
     "exact_divergence": samples(partial(divergences.exact_divergence, divergence=F), "log_pi", "log_p", mask="where"),
     "effective_sample_size": samples(estimators.effective_sample_size, "log_weights", mask="where"),
@@ -178,26 +201,40 @@ DOORS |= {
     ),
     "estimate_rejection": samples(partial(rejection.estimate_rejection, log_beta=0.5), "log_score", "log_q"),
 }  # fmt: skip
-NO_ARRAYS_OF_SAMPLES = {"log_mean_estimate", "product_of_experts"}  # what takes a state, or an option that may be an array
+# what takes a state, or an option that may be an array
+NO_ARRAYS_OF_SAMPLES = {"log_mean_estimate", "product_of_experts"}
 
 
 def takes_arrays(function) -> bool:
     """Not an option, which is one number, but arrays of samples."""
     annotations = (p.annotation for p in inspect.signature(function).parameters.values())
-    return any("Array" in str(annotation) and "''" not in str(annotation) for annotation in annotations)
+    return any(
+        "Array" in str(annotation) and "''" not in str(annotation) for annotation in annotations
+    )
 
 
 def test_every_public_function_has_a_row():
-    public = {f for module in MODULES for f in map(vars(module).get, module.__all__) if inspect.isfunction(f)}
+    public = {
+        f
+        for module in MODULES
+        for f in map(vars(module).get, module.__all__)
+        if inspect.isfunction(f)
+    }
     expected = {f.__name__ for f in public if takes_arrays(f)} - NO_ARRAYS_OF_SAMPLES
     assert len(expected) > 10
-    assert expected <= {name.split(".")[0] for name in DOORS}, expected - {name.split(".")[0] for name in DOORS}
+    assert expected <= {name.split(".")[0] for name in DOORS}, expected - {
+        name.split(".")[0] for name in DOORS
+    }
 
 
 def values(door: Door, seed: int = 0, dtype="float32") -> dict[str, jax.Array]:
-    """Whole numbers from -4 to -1, which every dtype has but booleans; masks of which the first two count."""
+    """Whole numbers from -4 to -1, which every dtype has but booleans; masks of which the first two
+    count."""
     rng = np.random.default_rng(seed)
-    arrays = {name: jnp.asarray(rng.integers(-4, 0, shape)).astype(dtype) for name, shape in door.arrays.items()}
+    arrays = {
+        name: jnp.asarray(rng.integers(-4, 0, shape)).astype(dtype)
+        for name, shape in door.arrays.items()
+    }
     if door.mask is not None:
         counts = rng.uniform(size=door.arrays[door.mask]) < 0.6
         counts[..., :2] = True
@@ -206,7 +243,8 @@ def values(door: Door, seed: int = 0, dtype="float32") -> dict[str, jax.Array]:
 
 
 def wrong(door: Door):
-    """Every array by itself with a further axis and too short, and all of them with an axis for contexts."""
+    """Every array by itself with a further axis and too short, and all of them with an axis for
+    contexts."""
     right = values(door)
     if len(right) > 1:
         for name, x in right.items():
@@ -240,7 +278,11 @@ def test_so_are_they_under_jit_vmap_and_shard_map(name):
 
     spread = jax.shard_map(call, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     stacked = jax.tree.map(lambda x: jnp.stack([x] * C), arrays)
-    for transformed, given in ((jax.jit(call), arrays), (jax.vmap(call), stacked), (spread, arrays)):
+    for transformed, given in (
+        (jax.jit(call), arrays),
+        (jax.vmap(call), stacked),
+        (spread, arrays),
+    ):
         with pytest.raises(ValueError, match=r"jax\.vmap"):
             transformed(given)
 
@@ -251,7 +293,10 @@ def test_contexts_come_from_vmap(name):
     batch = [values(door, seed) for seed in range(C)]
     together = {key: jnp.stack([arrays[key] for arrays in batch]) for key in batch[0]}
     each = [door.call(**arrays) for arrays in batch]
-    close(jax.vmap(lambda arrays: door.call(**arrays))(together), jax.tree.map(lambda *x: jnp.stack(x), *each))
+    close(
+        jax.vmap(lambda arrays: door.call(**arrays))(together),
+        jax.tree.map(lambda *x: jnp.stack(x), *each),
+    )
     if door.of == "entries":
         close(door.call(**together), jax.tree.map(lambda *x: jnp.stack(x), *each))
 
@@ -259,7 +304,8 @@ def test_contexts_come_from_vmap(name):
 @each_door
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int32"])
 def test_everything_but_float64_is_computed_in_float32(name, dtype):
-    """All arguments in the dtype, and each by itself beside float32: the numbers are those of float32 throughout."""
+    """All arguments in the dtype, and each by itself beside float32: the numbers are those of
+    float32 throughout."""
     door = DOORS[name]
     right = values(door)
     expected = door.call(**right)
@@ -274,8 +320,16 @@ def test_everything_but_float64_is_computed_in_float32(name, dtype):
 def test_three_hundred_samples_of_int8_are_counted(name):
     """Regression: 300 is no int8."""
     door = DOORS[name]
-    many = door._replace(arrays={key: (300, *shape[1:]) if shape[0] == N else shape for key, shape in door.arrays.items()})
-    jax.tree.map(np.testing.assert_array_equal, door.call(**values(many, dtype="int8")), door.call(**values(many)))
+    many = door._replace(
+        arrays={
+            key: (300, *shape[1:]) if shape[0] == N else shape for key, shape in door.arrays.items()
+        }
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        door.call(**values(many, dtype="int8")),
+        door.call(**values(many)),
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, door in DOORS.items() if door.mask])
@@ -285,19 +339,28 @@ def test_masked_entries_may_be_anything(name, junk):
     door = DOORS[name]
     clean = values(door)
     counted = clean.pop(door.mask)
-    masked = [key for key in clean if clean[key].shape == counted.shape and (not door.masks or key in door.masks)]
+    masked = [
+        key
+        for key in clean
+        if clean[key].shape == counted.shape and (not door.masks or key in door.masks)
+    ]
     dirty = clean | {key: jnp.where(counted, clean[key], junk) for key in masked}
 
     def total(arrays, mask):
         leaves = jax.tree.leaves(door.call(**arrays, **{door.mask: mask}))
-        return sum(jnp.where(counted, x, 0.0).sum() if x.shape == counted.shape else x.sum() for x in leaves)
+        return sum(
+            jnp.where(counted, x, 0.0).sum() if x.shape == counted.shape else x.sum()
+            for x in leaves
+        )
 
     for mask in (counted, counted.astype(jnp.int32) * 2):
         value, gradient = jax.value_and_grad(total)(dirty, mask)
         expected, slope = jax.value_and_grad(total)(clean, counted)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         for key in masked:
-            np.testing.assert_allclose(gradient[key], jnp.where(counted, slope[key], 0.0), rtol=1e-6, err_msg=key)
+            np.testing.assert_allclose(
+                gradient[key], jnp.where(counted, slope[key], 0.0), rtol=1e-6, err_msg=key
+            )
 
 
 def test_a_mask_of_floats_is_refused():
@@ -314,11 +377,14 @@ def close(a, b):
 
 @each_door
 def test_float32_stays_float32_in_64_bit_mode(name, x64):
-    """As with JAX_ENABLE_X64=1, where a plain `jnp.zeros` or `arange` inside would be of 64 bits."""
+    """As with JAX_ENABLE_X64=1, where a plain `jnp.zeros` or `arange` inside would be of 64
+    bits."""
     door = DOORS[name]
     with jax.enable_x64(False):
         arrays = values(door)
         expected = door.call(**arrays)
     found = door.call(**arrays)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
     assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}

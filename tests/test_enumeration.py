@@ -1,4 +1,5 @@
-"""The space is complete and without repetition, probabilities over it sum to one, expectations are sums."""
+"""The space is complete and without repetition, probabilities over it sum to one, expectations are
+sums."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,18 @@ from fjax import divergences, enumeration
 from tests.cases import refused, world
 
 
-@pytest.mark.parametrize(("vocab_size", "max_tokens", "eos_id"), [(2, 1, 0), (3, 3, 1), (4, 2, 3), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("vocab_size", "max_tokens", "eos_id"), [(2, 1, 0), (3, 3, 1), (4, 2, 3), (1, 1, 0)]
+)
 def test_the_space_is_complete(vocab_size, max_tokens, eos_id):
     space = enumeration.sequences(vocab_size, max_tokens, eos_id=eos_id)
     kept = [tuple(row[mask]) for row, mask in zip(*map(np.asarray, space), strict=True)]
     others = vocab_size - 1
-    assert len(kept) == len(set(kept)) == sum(others**i for i in range(max_tokens)) + others**max_tokens
+    assert (
+        len(kept)
+        == len(set(kept))
+        == sum(others**i for i in range(max_tokens)) + others**max_tokens
+    )
     for row in kept:
         assert eos_id not in row[:-1]
         assert row[-1] == eos_id or len(row) == max_tokens
@@ -57,15 +64,20 @@ def test_the_score_has_mean_zero_and_only_under_the_policy(x64):
 
 
 def test_tuples_have_their_own_expectation(x64):
-    """The mean of separate losses has the expectation of one; a product of two samples has its own."""
+    """The mean of separate losses has the expectation of one; a product of two samples has its
+    own."""
     small = world()
     arguments = (*small[:3], small.log_p, small.log_q)
     one = enumeration.expected_gradient(lambda log_pi, *_: log_pi, *arguments)
     two = enumeration.expected_gradient(lambda log_pi, *_: log_pi, *arguments, samples=2)
     np.testing.assert_allclose(one, two, atol=1e-14)
     # ∇ E[log π(x) log π(y)] = 2 E[log π] E[∇log π] for independent x and y.
-    product = enumeration.expected_gradient(lambda log_pi, *_: jnp.broadcast_to(log_pi.prod(), (2,)), *arguments, samples=2)
-    np.testing.assert_allclose(product, 2 * (jnp.exp(small.log_q) * small.log_pi).sum() * one, atol=1e-13)
+    product = enumeration.expected_gradient(
+        lambda log_pi, *_: jnp.broadcast_to(log_pi.prod(), (2,)), *arguments, samples=2
+    )
+    np.testing.assert_allclose(
+        product, 2 * (jnp.exp(small.log_q) * small.log_pi).sum() * one, atol=1e-13
+    )
 
 
 def test_what_is_never_drawn_does_not_matter(x64):
@@ -75,7 +87,9 @@ def test_what_is_never_drawn_does_not_matter(x64):
         lambda log_pi, log_p, log_q: log_pi / jnp.exp(log_q), *small[:3], small.log_p, log_q
     )
     drawn = jnp.isfinite(log_q)
-    expected = jax.grad(lambda params: small.log_prob_fn(params, *small.space)[drawn].sum())(small.params)
+    expected = jax.grad(lambda params: small.log_prob_fn(params, *small.space)[drawn].sum())(
+        small.params
+    )
     np.testing.assert_allclose(gradient, expected, atol=1e-14)
 
 
@@ -85,7 +99,9 @@ def test_exact_gradient_descends_to_the_target(x64):
     divergence = divergences.jensen_shannon()
 
     def step(params, _):
-        gradient = enumeration.exact_gradient(small.log_prob_fn, params, small.space, small.log_p, divergence=divergence)
+        gradient = enumeration.exact_gradient(
+            small.log_prob_fn, params, small.space, small.log_p, divergence=divergence
+        )
         return params - 4 * gradient, None
 
     params = jax.lax.scan(step, small.params, length=2000)[0]
@@ -107,7 +123,8 @@ def test_what_cannot_be_listed_is_refused():
 
 @pytest.mark.parametrize("depth", [120.0, 1000.0])
 def test_a_factorised_target_stays_in_log_space(depth):
-    """Regression: a prefix of e^-120 had logits of -inf. Below it everything is known to full precision."""
+    """Regression: a prefix of e^-120 had logits of -inf. Below it everything is known to full
+    precision."""
     log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 2)
     space = enumeration.sequences(3, 2, eos_id=0)
     rare = (space.tokens[:, 0] == 2) & space.where[:, 1]
@@ -116,8 +133,12 @@ def test_a_factorised_target_stays_in_log_space(depth):
     params = enumeration.factorize(log_p, space, vocab_size=3)
     assert np.isfinite(params).all()
     np.testing.assert_allclose(log_prob_fn(params, *space), log_p, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.nn.softmax(params[2 + 1]), jax.nn.softmax(log_p[rare]), rtol=1e-5)
-    gradient = jax.grad(lambda x: log_prob_fn(enumeration.factorize(x, space, vocab_size=3), *space)[2])(log_p)
+    np.testing.assert_allclose(
+        jax.nn.softmax(params[2 + 1]), jax.nn.softmax(log_p[rare]), rtol=1e-5
+    )
+    gradient = jax.grad(
+        lambda x: log_prob_fn(enumeration.factorize(x, space, vocab_size=3), *space)[2]
+    )(log_p)
     assert np.isfinite(gradient).all()
 
 
@@ -136,7 +157,8 @@ def test_a_table_is_of_one_shape_and_masks_may_be_integers(bare):
     log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
     space = enumeration.sequences(3, 2, eos_id=0)
     for params in (jnp.zeros((prefixes - 1, 3)), jnp.zeros((prefixes, 4))):
-        with pytest.raises(ValueError, match=r"The table is \[4, 3\]"):  # reads beyond it would be clamped
+        # reads beyond it would be clamped
+        with pytest.raises(ValueError, match=r"The table is \[4, 3\]"):
             log_prob_fn(params, *space)
     params = jnp.asarray(np.random.default_rng(0).normal(size=(prefixes, 3)), jnp.bfloat16)
     expected = log_prob_fn(params.astype(jnp.float32), *space)
@@ -155,10 +177,14 @@ def test_arrays_are_of_the_space_and_losses_one_a_sample(bare):
     with pytest.raises(ValueError, match=r"log_p and log_q must have one shape"):
         enumeration.expected_gradient(*arguments, small.log_p, small.log_q[:1])
     with pytest.raises(ValueError, match=r"jax\.vmap"):
-        enumeration.exact_gradient(*small[:3], small.log_p[None], divergence=divergences.forward_kl())
+        enumeration.exact_gradient(
+            *small[:3], small.log_p[None], divergence=divergences.forward_kl()
+        )
     with pytest.raises(ValueError, match=r"7 members, but log_p the shape \[6\]"):
         enumeration.factorize(small.log_p[:6], small.space, vocab_size=3)
     with pytest.raises(ValueError, match=r"one number a sample, 2 here; got shape \[2, 2\]"):
-        enumeration.expected_gradient(lambda log_pi, log_p, _: log_pi[:, None] - log_p, *small[:3], small.log_p, samples=2)
+        enumeration.expected_gradient(
+            lambda log_pi, log_p, _: log_pi[:, None] - log_p, *small[:3], small.log_p, samples=2
+        )
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         enumeration.expected_gradient(*arguments, small.log_p, samples=0)

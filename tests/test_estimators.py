@@ -1,4 +1,5 @@
-"""Estimators' expectations summed over a small space; standard errors against the spread they predict."""
+"""Estimators' expectations summed over a small space; standard errors against the spread they
+predict."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from tests.cases import each, each_target_of_the_paper, world
 
 
 def proposals(small):
-    """The policy itself, a distribution that is neither it nor the target, and an even mixture of both."""
+    """The policy itself, a distribution that is neither it nor the target, and an even mixture of
+    both."""
     mixture = jnp.logaddexp(small.log_pi, small.log_p_hard) - np.log(2)
     return {"policy": (small.log_pi, None), "other": (small.log_q,) * 2, "mixture": (mixture,) * 2}
 
@@ -34,7 +36,9 @@ def test_divergences_are_unbiased_and_so_are_their_squared_errors(case, hard, pr
 
     def estimate(rows):
         at = None if log_q is None else log_q[rows]
-        return estimators.estimate_divergence(small.log_pi[rows], log_p[rows], at, divergence=case.divergence)
+        return estimators.estimate_divergence(
+            small.log_pi[rows], log_p[rows], at, divergence=case.divergence
+        )
 
     pairs, probability = over_tuples(log_sampled, 2, estimate)
     if hard and not case.allows_zeros:
@@ -54,7 +58,9 @@ def test_z_is_unbiased(proposal, x64):
     small = world()
     log_score = small.log_p_hard - 1.5
     log_sampled, _ = proposals(small)[proposal]
-    pairs, probability = over_tuples(log_sampled, 2, lambda rows: estimators.estimate_log_z(log_score[rows], log_sampled[rows]))
+    pairs, probability = over_tuples(
+        log_sampled, 2, lambda rows: estimators.estimate_log_z(log_score[rows], log_sampled[rows])
+    )
     z = np.exp(pairs.value)
     assert float(probability @ z) == pytest.approx(np.exp(-1.5), rel=1e-12)
     missed = np.isneginf(pairs.value)
@@ -63,7 +69,9 @@ def test_z_is_unbiased(proposal, x64):
     assert not pairs.ess[missed].any()
     # The standard error is that of Z, divided by Z.
     squared = np.where(missed, 0, (z * pairs.std_error) ** 2)
-    assert float(probability @ squared) == pytest.approx(float(probability @ (z - np.exp(-1.5)) ** 2), rel=1e-10)
+    assert float(probability @ squared) == pytest.approx(
+        float(probability @ (z - np.exp(-1.5)) ** 2), rel=1e-10
+    )
 
 
 def replicate(estimate, log_sampled, *, n=1000, times=400, seed=0):
@@ -75,7 +83,8 @@ def replicate(estimate, log_sampled, *, n=1000, times=400, seed=0):
 def check_spread(batches, exact, *, bias=0.0):
     """Mean within 5 standard errors of the truth, spread as the standard errors say.
 
-    The spread of 400 normal estimates is known to a relative error of 1/√800: 20 % is more than 5 of those.
+    The spread of 400 normal estimates is known to a relative error of 1/√800: 20 % is more than 5
+    of those.
     """
     spread = float(np.std(batches.value, ddof=1))
     assert abs(np.mean(batches.value) - exact) < 5 * spread / np.sqrt(len(batches.value)) + bias
@@ -91,7 +100,9 @@ def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x6
 
     def estimate(rows):
         at = None if log_q is None else log_q[rows]
-        return estimators.estimate_divergence_from_score(small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence)
+        return estimators.estimate_divergence_from_score(
+            small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence
+        )
 
     exact = divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence)
     check_spread(replicate(estimate, log_sampled), float(exact), bias=3 / 1000)
@@ -99,7 +110,10 @@ def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x6
 
 def test_log_z_spread(x64):
     small = world()
-    estimate = replicate(lambda rows: estimators.estimate_log_z(small.log_p_hard[rows] - 1.5, small.log_q[rows]), small.log_q)
+    estimate = replicate(
+        lambda rows: estimators.estimate_log_z(small.log_p_hard[rows] - 1.5, small.log_q[rows]),
+        small.log_q,
+    )
     check_spread(estimate, -1.5, bias=3 / 1000)
 
 
@@ -108,7 +122,9 @@ def test_moments_of_policy_and_target_from_samples_of_neither(x64):
     feature = jnp.asarray(np.random.default_rng(0).normal(size=7))
     for log_weighted in (small.log_pi, small.log_p_hard):
         batches = replicate(
-            lambda rows, to=log_weighted: estimators.estimate_mean(feature[rows], to[rows] + 100 - small.log_q[rows]),
+            lambda rows, to=log_weighted: estimators.estimate_mean(
+                feature[rows], to[rows] + 100 - small.log_q[rows]
+            ),
             small.log_q,
         )
         check_spread(batches, float(jnp.exp(log_weighted) @ feature), bias=3 / 1000)
@@ -118,24 +134,33 @@ def test_entropy_and_kl_to_base(x64):
     small = world()
     pi = np.exp(small.log_pi)
     entropy, kl = -pi @ small.log_pi, pi @ (small.log_pi - small.log_q)
-    singles, probability = over_tuples(small.log_pi, 1, lambda rows: estimators.estimate_entropy(small.log_pi[rows]))
+    singles, probability = over_tuples(
+        small.log_pi, 1, lambda rows: estimators.estimate_entropy(small.log_pi[rows])
+    )
     assert float(probability @ singles.value) == pytest.approx(float(entropy), rel=1e-12)
     singles, probability = over_tuples(
-        small.log_pi, 1, lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows])
+        small.log_pi,
+        1,
+        lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows]),
     )
     assert float(probability @ singles.value) == pytest.approx(float(kl), rel=1e-12)
     uniform = jnp.full(7, -np.log(7))
     batches = replicate(
-        lambda rows: estimators.estimate_kl_to_base(small.log_pi[rows], small.log_q[rows], uniform[rows]),
+        lambda rows: estimators.estimate_kl_to_base(
+            small.log_pi[rows], small.log_q[rows], uniform[rows]
+        ),
         uniform,
     )
     check_spread(batches, float(kl), bias=3 / 1000)
-    batches = replicate(lambda rows: estimators.estimate_entropy(small.log_pi[rows], uniform[rows]), uniform)
+    batches = replicate(
+        lambda rows: estimators.estimate_entropy(small.log_pi[rows], uniform[rows]), uniform
+    )
     check_spread(batches, float(entropy), bias=3 / 1000)
 
 
 def test_hardly_a_sample_in_the_support(x64):
-    """A word of base rate 1 in 500, samples of the base model: the others count, as zeros; no NaN."""
+    """A word of base rate 1 in 500, samples of the base model: the others count, as zeros; no
+    NaN."""
     satisfied = jnp.arange(1000) < 2
     log_a = jnp.full(1000, -np.log(1000.0))
     log_score = jnp.where(satisfied, log_a, -jnp.inf)
@@ -145,7 +170,9 @@ def test_hardly_a_sample_in_the_support(x64):
         estimate = estimators.estimate_divergence(log_a, log_p, divergence=divergence)
         assert float(estimate.value) == pytest.approx(exact, rel=1e-12)
         assert float(estimate.ess) == pytest.approx(2)
-        from_score = estimators.estimate_divergence_from_score(log_a, log_score, divergence=divergence)
+        from_score = estimators.estimate_divergence_from_score(
+            log_a, log_score, divergence=divergence
+        )
         assert float(from_score.value) == pytest.approx(exact, rel=1e-12)
 
 
@@ -183,7 +210,9 @@ def test_no_sample_in_the_support_is_said_and_not_divided_by():
     assert (float(z.value), float(z.std_error), float(z.ess)) == (-np.inf, np.inf, 0)
     for estimate in (
         estimators.estimate_mean(jnp.ones(3), nothing),
-        estimators.estimate_divergence_from_score(log_pi, nothing, divergence=divergences.forward_kl()),
+        estimators.estimate_divergence_from_score(
+            log_pi, nothing, divergence=divergences.forward_kl()
+        ),
     ):
         assert np.isnan(estimate.value)
         assert (float(estimate.std_error), float(estimate.ess)) == (np.inf, 0)
@@ -192,14 +221,18 @@ def test_no_sample_in_the_support_is_said_and_not_divided_by():
 def test_equal_weights_give_the_plain_mean_and_its_error(x64):
     values = jnp.array([1.0, 2.0, 6.0])
     np.testing.assert_allclose(
-        estimators.estimate_mean(values, jnp.full(3, -7.0)), estimators.estimate_mean(values), rtol=1e-12
+        estimators.estimate_mean(values, jnp.full(3, -7.0)),
+        estimators.estimate_mean(values),
+        rtol=1e-12,
     )
 
 
 def test_streaming_equals_all_at_once(x64):
     log_weights = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8))).at[1].set(-jnp.inf)
     running = estimators.running_log_mean()
-    state, _ = jax.lax.scan(lambda state, x: (running.update(state, x), None), running.init(), log_weights)
+    state, _ = jax.lax.scan(
+        lambda state, x: (running.update(state, x), None), running.init(), log_weights
+    )
     assert state.count == 40
     w = np.exp(log_weights.ravel())
     expected = np.log(w.mean()), w.std(ddof=1) / np.sqrt(40) / w.mean(), w.sum() ** 2 / (w**2).sum()
@@ -207,19 +240,26 @@ def test_streaming_equals_all_at_once(x64):
 
 
 def test_the_state_keeps_its_dtype_whatever_the_weights_have(x64):
-    state = estimators.update_log_mean(estimators.init_log_mean(jnp.float32), jnp.zeros(3, jnp.float64))
+    state = estimators.update_log_mean(
+        estimators.init_log_mean(jnp.float32), jnp.zeros(3, jnp.float64)
+    )
     assert {x.dtype for x in state} == {jnp.dtype("float32")}
-    assert {x.dtype for x in estimators.init_log_mean(jnp.bfloat16)} == {jnp.dtype("float32")}  # no sum of many in that
+    # no sum of many in that
+    assert {x.dtype for x in estimators.init_log_mean(jnp.bfloat16)} == {jnp.dtype("float32")}
 
 
 def test_a_defensive_mixture_is_the_density_of_what_was_drawn(x64):
-    """Its weights are bounded by 1/ε, and estimates with it are unbiased: Σ_x q(x) P(x)/q(x) = Z, in full."""
-    log_pi = jax.nn.log_softmax(jnp.array([30.0, 0.0, 1.0, -5.0]))  # hardly covers what the target wants
+    """Its weights are bounded by 1/ε, and estimates with it are unbiased: Σ_x q(x) P(x)/q(x) = Z,
+    in full."""
+    # hardly covers what the target wants
+    log_pi = jax.nn.log_softmax(jnp.array([30.0, 0.0, 1.0, -5.0]))
     log_a = jax.nn.log_softmax(jnp.array([0.0, 1.0, -1.0, 0.5]))
     log_score = log_a + jnp.log(jnp.array([0.0, 1.0, 1.0, 1.0]))
     for share in (0.125, 0.5):
         log_q = estimators.log_mixture(log_pi, log_a, base_fraction=share)
-        np.testing.assert_allclose(jnp.exp(log_q), (1 - share) * jnp.exp(log_pi) + share * jnp.exp(log_a), rtol=1e-12)
+        np.testing.assert_allclose(
+            jnp.exp(log_q), (1 - share) * jnp.exp(log_pi) + share * jnp.exp(log_a), rtol=1e-12
+        )
         assert jnp.exp(log_score - log_q).max() <= 1 / share
         assert jnp.exp(log_pi - log_q).max() <= 1 / (1 - share)
     np.testing.assert_array_equal(estimators.log_mixture(log_pi, log_a, base_fraction=0.0), log_pi)
@@ -242,42 +282,60 @@ def test_streaming_in_float32_at_the_scale_of_sequences():
 @pytest.mark.parametrize("level", [-1000.0, -300.0])
 @pytest.mark.parametrize("spread", [0.0, 2.0], ids=["equal", "spread"])
 def test_a_hundred_thousand_updates_in_float32_forget_nothing(level, spread):
-    """Regression: log Σ w in float32 has no digits left for what one batch adds: -1.12 nats at -1000 by the end."""
+    """Regression: log Σ w in float32 has no digits left for what one batch adds: -1.12 nats at
+    -1000 by the end."""
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1000, 4)), jnp.float32)
     log_weights = level + spread * noise
 
     def step(state, i):
         return estimators.update_log_mean(state, log_weights[i % 1000]), None
 
-    state, _ = jax.jit(lambda: jax.lax.scan(step, estimators.init_log_mean(), jnp.arange(100_000)))()
+    state, _ = jax.jit(
+        lambda: jax.lax.scan(step, estimators.init_log_mean(), jnp.arange(100_000))
+    )()
     w = np.exp(np.asarray(log_weights, np.float64).ravel() - level)
     estimate = estimators.log_mean_estimate(state)
-    assert float(estimate.value) == pytest.approx(np.log(w.mean()) + level, abs=1e-4)  # two units in the last place
+    # two units in the last place
+    assert float(estimate.value) == pytest.approx(np.log(w.mean()) + level, abs=1e-4)
     assert float(state.count) == 400_000
     n, ess = 400_000, 400_000 * w.mean() ** 2 / (w**2).mean()
     assert float(estimate.ess) == pytest.approx(ess, rel=2e-5)
-    assert float(estimate.std_error) == pytest.approx(np.sqrt(max(n / ess - 1, 0) / (n - 1)), rel=1e-4, abs=1e-6)
+    assert float(estimate.std_error) == pytest.approx(
+        np.sqrt(max(n / ess - 1, 0) / (n - 1)), rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_count_goes_on_beyond_what_a_float32_can_add_one_to():
     state = estimators.init_log_mean()
     state = state._replace(sums=jnp.array([2.0**24, 2.0**24, 2.0**24]), largest=jnp.array(0.0))
-    step = jax.jit(lambda state: jax.lax.fori_loop(0, 1000, lambda _, s: estimators.update_log_mean(s, jnp.zeros(1)), state))
+    step = jax.jit(
+        lambda state: jax.lax.fori_loop(
+            0, 1000, lambda _, s: estimators.update_log_mean(s, jnp.zeros(1)), state
+        )
+    )
     state = step(state)
     assert float(state.count) == 2**24 + 1000
     assert float(estimators.log_mean_estimate(state).value) == pytest.approx(0, abs=1e-7)
 
 
 def test_a_new_largest_weight_and_weights_of_zero_change_the_unit_only(x64):
-    """By batches: all zero, then small, then larger by e^500, then small again; also for contexts, by vmap."""
-    batches = jnp.array([[-jnp.inf, -jnp.inf], [-900.0, -jnp.inf], [-400.0, -401.0], [-900.0, -400.5]])
+    """By batches: all zero, then small, then larger by e^500, then small again; also for contexts,
+    by vmap."""
+    batches = jnp.array(
+        [[-jnp.inf, -jnp.inf], [-900.0, -jnp.inf], [-400.0, -401.0], [-900.0, -400.5]]
+    )
     expected = np.log(np.exp(np.asarray(batches) + 400).mean()) - 400
-    state, several = estimators.init_log_mean(), jax.tree.map(lambda x: jnp.stack([x] * 2), estimators.init_log_mean())
+    state, several = (
+        estimators.init_log_mean(),
+        jax.tree.map(lambda x: jnp.stack([x] * 2), estimators.init_log_mean()),
+    )
     for batch in batches:
         state = estimators.update_log_mean(state, batch)
         several = jax.vmap(estimators.update_log_mean)(several, jnp.stack([batch, batch + 7]))
     assert float(estimators.log_mean_estimate(state).value) == pytest.approx(expected, rel=1e-14)
-    np.testing.assert_allclose(jax.vmap(estimators.log_mean_estimate)(several).value, [expected, expected + 7], rtol=1e-14)
+    np.testing.assert_allclose(
+        jax.vmap(estimators.log_mean_estimate)(several).value, [expected, expected + 7], rtol=1e-14
+    )
 
 
 @pytest.mark.usefixtures("bare")
@@ -300,7 +358,11 @@ def test_a_weight_that_is_no_number_is_seen():
 def test_streaming_before_the_first_hit():
     state = estimators.update_log_mean(estimators.init_log_mean(), jnp.full(4, -jnp.inf))
     estimate = estimators.log_mean_estimate(state)
-    assert (float(estimate.value), float(estimate.std_error), float(estimate.ess)) == (-np.inf, np.inf, 0)
+    assert (float(estimate.value), float(estimate.std_error), float(estimate.ess)) == (
+        -np.inf,
+        np.inf,
+        0,
+    )
     state = estimators.update_log_mean(state, jnp.zeros(4))
     assert float(estimators.log_mean_estimate(state).value) == pytest.approx(np.log(0.5))
 
@@ -320,7 +382,9 @@ def test_float32_extremes_are_never_nan(case):
         return estimators.estimate_divergence(*(i[None] for i in x), divergence=case.divergence)
 
     assert not np.isnan(jax.vmap(single)(log_pi, log_p, log_q).value).any()
-    entropies = jax.vmap(lambda x, q: estimators.estimate_entropy(x[None], q[None]).value)(log_pi, log_q)
+    entropies = jax.vmap(lambda x, q: estimators.estimate_entropy(x[None], q[None]).value)(
+        log_pi, log_q
+    )
     assert np.isnan(entropies).sum() == np.isneginf(log_pi).sum()  # no weight at all
 
 
@@ -342,7 +406,9 @@ def test_nothing_is_differentiated(x64):
             + estimators.estimate_log_z(log_p, log_q).value
         )
 
-    assert not any(g.any() for g in jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q))
+    assert not any(
+        g.any() for g in jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
+    )
 
 
 def test_the_bound_of_every_report_holds(x64):
@@ -363,4 +429,6 @@ def test_log_z_of_a_whole_space_is_the_exact_one(x64):
     small = world()
     uniform = jnp.full(7, -np.log(7))
     estimate = estimators.estimate_log_z(small.log_q - 2, uniform)
-    assert float(estimate.value) == pytest.approx(float(enumeration.exact_log_z(small.log_q - 2)), rel=1e-12)
+    assert float(estimate.value) == pytest.approx(
+        float(enumeration.exact_log_z(small.log_q - 2)), rel=1e-12
+    )

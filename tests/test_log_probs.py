@@ -1,4 +1,5 @@
-"""The shift by one, the masks, and the packing of prompts, each against a loop over single tokens."""
+"""The shift by one, the masks, and the packing of prompts, each against a loop over single
+tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,16 @@ def batch():
 def by_hand(logits, tokens, where):
     """Σ over counted tokens of the log-softmax one column to the left."""
     table = np.asarray(jax.nn.log_softmax(logits))
-    return [sum(table[b, t - 1, tokens[b, t]] for t in range(T) if where[b, t]) for b in range(len(tokens))]
+    return [
+        sum(table[b, t - 1, tokens[b, t]] for t in range(T) if where[b, t])
+        for b in range(len(tokens))
+    ]
 
 
 def test_sequence_log_probs_shift_by_one(batch):
-    np.testing.assert_allclose(log_probs.sequence_log_probs(*batch[:2], where=batch[2]), by_hand(*batch), rtol=1e-5)
+    np.testing.assert_allclose(
+        log_probs.sequence_log_probs(*batch[:2], where=batch[2]), by_hand(*batch), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("start", [1, 2, 4])
@@ -50,7 +56,9 @@ def test_make_log_prob_fn_counts_what_stands_behind_the_prompt(batch, start):
 def test_the_transform_of_the_sampler_is_applied(batch):
     logits, tokens, where = batch
     model = lambda params, tokens, where=None, *, start=0: params[:, start : tokens.shape[1]]  # noqa: E731
-    colder = log_probs.make_log_prob_fn(model, transform=sampling.temperature(0.5))(logits, tokens, where)
+    colder = log_probs.make_log_prob_fn(model, transform=sampling.temperature(0.5))(
+        logits, tokens, where
+    )
     np.testing.assert_allclose(colder, by_hand(2 * logits, tokens, where), rtol=1e-5)
 
 
@@ -63,8 +71,14 @@ def by_sequence(logits, tokens, where):
     return log_probs.sequence_log_probs(logits, tokens, where=where)
 
 
-SCORERS = [by_sequence, log_probs.make_log_prob_fn(nothing_more), log_probs.make_token_log_prob_fn(nothing_more)]
-each_scorer = pytest.mark.parametrize("score", SCORERS, ids=["sequence_log_probs", "log_prob_fn", "token_log_prob_fn"])
+SCORERS = [
+    by_sequence,
+    log_probs.make_log_prob_fn(nothing_more),
+    log_probs.make_token_log_prob_fn(nothing_more),
+]
+each_scorer = pytest.mark.parametrize(
+    "score", SCORERS, ids=["sequence_log_probs", "log_prob_fn", "token_log_prob_fn"]
+)
 
 
 @each_scorer
@@ -86,11 +100,14 @@ def test_a_counted_token_before_the_start_is_refused(batch):
 
 @each_scorer
 def test_what_is_not_counted_may_be_anything(batch, score):
-    """Ids of padding and the logits above them, in value and in gradient: NaN and infinities do not pass a mask."""
+    """Ids of padding and the logits above them, in value and in gradient: NaN and infinities do not
+    pass a mask."""
     logits, tokens, where = batch
 
     def value_and_gradient(logits, tokens):
-        return jax.value_and_grad(lambda x: (score(x, tokens, where) * jnp.arange(1.0, 4).reshape(score.shape)).sum())(logits)
+        return jax.value_and_grad(
+            lambda x: (score(x, tokens, where) * jnp.arange(1.0, 4).reshape(score.shape)).sum()
+        )(logits)
 
     score.shape = (-1,) if score(logits, tokens, where).ndim == 1 else (-1, 1)
     expected = value_and_gradient(logits, tokens)
@@ -108,11 +125,18 @@ def test_what_is_not_counted_may_be_anything(batch, score):
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
 @pytest.mark.parametrize("bad", [-100, -1, 5])
 def test_an_id_that_the_vocabulary_has_not_is_nan(batch, dtype, bad):
-    """Also those that NumPy would count from the end; and one such row leaves the others and the gradient alone."""
+    """Also those that NumPy would count from the end; and one such row leaves the others and the
+    gradient alone."""
     logits, tokens, where = batch
     tokens = tokens.at[0, 2].set(bad).astype(dtype)
-    result, gradient = jax.value_and_grad(lambda x: log_probs.sequence_log_probs(x, tokens, where=where)[1:].sum())(logits)
-    assert np.isnan(log_probs.sequence_log_probs(logits, tokens, where=where)).tolist() == [True, False, False]
+    result, gradient = jax.value_and_grad(
+        lambda x: log_probs.sequence_log_probs(x, tokens, where=where)[1:].sum()
+    )(logits)
+    assert np.isnan(log_probs.sequence_log_probs(logits, tokens, where=where)).tolist() == [
+        True,
+        False,
+        False,
+    ]
     assert np.isfinite(result)
     assert np.isfinite(gradient).all()
 
@@ -126,7 +150,9 @@ def test_ids_of_few_bits_are_compared_with_a_large_vocabulary():
 @each_scorer
 def test_integer_masks_count_where_they_are_not_zero(batch, score):
     logits, tokens, where = batch
-    np.testing.assert_array_equal(score(logits, tokens, where.astype(jnp.int32)), score(logits, tokens, where))
+    np.testing.assert_array_equal(
+        score(logits, tokens, where.astype(jnp.int32)), score(logits, tokens, where)
+    )
 
 
 @each_scorer
@@ -138,8 +164,13 @@ def test_masks_are_not_broadcast(batch, score, shape, bare):
 
 @pytest.mark.parametrize("shape", [(T,), (B, 1), (B, T, 1), (B, T - 1)])
 def test_each_distribution_has_one_token(batch, shape, bare):
-    for score in (log_probs.token_log_probs, lambda x, tokens: by_sequence(x, tokens, jnp.zeros(shape, bool))):
-        with pytest.raises(ValueError, match="logits must have the shape of tokens and one axis more"):
+    for score in (
+        log_probs.token_log_probs,
+        lambda x, tokens: by_sequence(x, tokens, jnp.zeros(shape, bool)),
+    ):
+        with pytest.raises(
+            ValueError, match="logits must have the shape of tokens and one axis more"
+        ):
             score(batch[0], jnp.zeros(shape, int))
 
 
@@ -152,8 +183,12 @@ def test_the_transform_is_given_float32(batch):
     """As the sampler has it; in bfloat16, its quotients would be rounded to three digits."""
     logits, tokens, where = batch
     half = logits.astype(jnp.bfloat16)
-    colder = log_probs.make_log_prob_fn(nothing_more, transform=sampling.temperature(0.3))(half, tokens, where)
-    np.testing.assert_allclose(colder, by_hand(half.astype(jnp.float32) / 0.3, tokens, where), rtol=1e-6)
+    colder = log_probs.make_log_prob_fn(nothing_more, transform=sampling.temperature(0.3))(
+        half, tokens, where
+    )
+    np.testing.assert_allclose(
+        colder, by_hand(half.astype(jnp.float32) / 0.3, tokens, where), rtol=1e-6
+    )
 
 
 def test_float32_under_64_bits(batch):
@@ -177,7 +212,9 @@ def test_half_precision_is_summed_in_float32(batch):
 
 def test_what_is_not_counted_has_no_gradient(batch):
     logits, tokens, where = batch
-    gradient = jax.grad(lambda x: log_probs.sequence_log_probs(x, tokens, where=where).sum())(logits)
+    gradient = jax.grad(lambda x: log_probs.sequence_log_probs(x, tokens, where=where).sum())(
+        logits
+    )
     predicts = np.asarray(jnp.pad(where[:, 1:], ((0, 0), (0, 1))))
     assert (np.abs(gradient).max(-1) > 0).tolist() == predicts.tolist()
 
@@ -196,25 +233,42 @@ def test_pack_makes_left_padded_prompts_contiguous():
     tokens, counted = log_probs.pack(prompt, completion, prompt_where=prompt_where, where=where)
     assert tokens[0, :3].tolist() == [5, 1, 2]
     assert tokens[1, :4].tolist() == [6, 7, 8, 3]
-    assert counted.tolist() == [[False, True, True, False, False], [False, False, False, True, False]]
+    assert counted.tolist() == [
+        [False, True, True, False, False],
+        [False, False, False, True, False],
+    ]
 
 
 @pytest.mark.parametrize(
-    "mask", [[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
+    "mask",
+    [
+        [0, 0, 1, 1],
+        [1, 1, 0, 0],
+        [1, 0, 0, 1],
+        [0, 1, 1, 0],
+        [1, 0, 1, 0],
+        [0, 0, 0, 0],
+        [1, 1, 1, 1],
+    ],
 )
 def test_pack_closes_every_gap(mask):
-    """Padding left, right, on both sides or in between, in either kind of mask: real tokens come first, in their order."""
+    """Padding left, right, on both sides or in between, in either kind of mask: real tokens come
+    first, in their order."""
     prompt = jnp.array([[5, 6, 7, 8]])
     where = jnp.array([[True, False]])
     kept = [i for i, m in zip([5, 6, 7, 8], mask, strict=True) if m]
     for prompt_where in (jnp.array([mask]), jnp.array([mask], bool)):
-        tokens, counted = log_probs.pack(prompt, jnp.array([[1, 2]]), prompt_where=prompt_where, where=where)
+        tokens, counted = log_probs.pack(
+            prompt, jnp.array([[1, 2]]), prompt_where=prompt_where, where=where
+        )
         assert tokens[0, : len(kept) + 2].tolist() == [*kept, 1, 2]
         assert jnp.flatnonzero(counted[0]).tolist() == [len(kept)]
 
 
 def test_pack_keeps_ids_whole():
-    tokens, _ = log_probs.pack(jnp.array([[1]], jnp.int8), jnp.array([[300]]), where=jnp.ones((1, 1), bool))
+    tokens, _ = log_probs.pack(
+        jnp.array([[1]], jnp.int8), jnp.array([[300]]), where=jnp.ones((1, 1), bool)
+    )
     assert tokens.tolist() == [[1, 300]]
 
 
@@ -229,14 +283,21 @@ def test_pack_keeps_ids_whole():
     ],
 )
 def test_pack_refuses_what_does_not_belong_together(changes, message, bare):
-    given = {"prompt": jnp.zeros((2, 2), int), "completion": jnp.zeros((2, 3), int), "where": jnp.ones((2, 3), bool)} | changes
+    given = {
+        "prompt": jnp.zeros((2, 2), int),
+        "completion": jnp.zeros((2, 3), int),
+        "where": jnp.ones((2, 3), bool),
+    } | changes
     with pytest.raises(ValueError, match=message):
         log_probs.pack(given.pop("prompt"), given.pop("completion"), **given)
 
 
 def test_where_from_lengths_of_any_rank():
     assert log_probs.where_from_lengths(jnp.array(2), 3).tolist() == [True, True, False]
-    assert log_probs.where_from_lengths(jnp.array([[0], [3]]), 3).tolist() == [[[False] * 3], [[True] * 3]]
+    assert log_probs.where_from_lengths(jnp.array([[0], [3]]), 3).tolist() == [
+        [[False] * 3],
+        [[True] * 3],
+    ]
 
 
 def test_a_start_without_prediction_is_refused():

@@ -1,4 +1,5 @@
-"""Metrics on sets whose n-grams can be counted by hand, and beside the libraries that other papers use."""
+"""Metrics on sets whose n-grams can be counted by hand, and beside the libraries that other papers
+use."""
 
 import math
 import sys
@@ -33,7 +34,8 @@ def test_refuses_empty_ngrams():
 
 
 def random_set(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of 1 to 12 tokens of 2 to 9 kinds, with gaps: repeated n-grams, missing orders and all lengths."""
+    """Samples of 1 to 12 tokens of 2 to 9 kinds, with gaps: repeated n-grams, missing orders and
+    all lengths."""
     rng = np.random.default_rng(seed)
     rows, kinds = rng.integers(2, 9), rng.integers(2, 10)
     where = rng.random((rows, 12)) < rng.random((rows, 1))
@@ -49,7 +51,10 @@ def test_self_bleu_is_the_mean_of_sacrebleus_sentence_bleu(n):
     for seed in range(60):
         tokens, where = random_set(seed)
         texts = [" ".join(map(str, row[keep])) for row, keep in zip(tokens, where, strict=True)]
-        scores = [judge.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts)]
+        scores = [
+            judge.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100
+            for i, text in enumerate(texts)
+        ]
         assert self_bleu(tokens, n=n, where=where) == pytest.approx(np.mean(scores), abs=1e-6), seed
 
 
@@ -62,10 +67,17 @@ def test_self_bleu_leaves_empty_samples_out_and_needs_two():
 
 @pytest.mark.parametrize("metric", [distinct_n, self_bleu])
 def test_masks_of_integers_are_masks_and_shapes_are_checked(metric, bare):
-    """Regression: integers picked rows by number, so that one 2-gram of [1, 2, 3] was counted twice: ½ in place of 1."""
+    """Regression: integers picked rows by number, so that one 2-gram of [1, 2, 3] was counted
+    twice: ½ in place of 1."""
     tokens, where = random_set(0)
     expected = metric(tokens, n=2, where=where)
-    for mask in (where.astype(int), 3 * where.astype(np.uint8), where.tolist(), jnp.asarray(where), jnp.asarray(where, int)):
+    for mask in (
+        where.astype(int),
+        3 * where.astype(np.uint8),
+        where.tolist(),
+        jnp.asarray(where),
+        jnp.asarray(where, int),
+    ):
         assert metric(tokens, n=2, where=mask) == expected
         assert metric(tokens.tolist(), n=2, where=mask) == expected
     assert distinct_n([[1, 2, 3]], n=2, where=[[1, 1, 1]]) == 1
@@ -119,7 +131,9 @@ def test_texts_and_references_go_in_pairs(metric):
         metric("a", "b")
 
 
-@pytest.mark.parametrize(("metric", "package"), [(bleu, "sacrebleu"), (rouge, "rouge_score.rouge_scorer")])
+@pytest.mark.parametrize(
+    ("metric", "package"), [(bleu, "sacrebleu"), (rouge, "rouge_score.rouge_scorer")]
+)
 def test_what_is_not_installed_is_named(monkeypatch, metric, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs {package}.*pip install 'fjax\[experiments\]'"):

@@ -1,4 +1,5 @@
-"""Every mutant of `make mutants` still applies to the code as it is, and is of code that has to be right."""
+"""Every mutant of `make mutants` still applies to the code as it is, and is of code that has to be
+right."""
 
 import shutil
 

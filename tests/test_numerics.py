@@ -47,11 +47,14 @@ def test_ess_does_not_depend_on_scale():
 
 
 def test_what_differs_by_rounding_only_deviates_by_nothing():
-    """Regression: the mean of sixteen times 100.1 is another number in float32, and 0.13 was left after division by spread."""
+    """Regression: the mean of sixteen times 100.1 is another number in float32, and 0.13 was left
+    after division by spread."""
     equal = jnp.full(16, 100.1)
     for x in (equal, jnp.nextafter(equal, INF).at[::2].set(100.1), -equal, equal * 1e36, equal * 0):
         assert not _numerics.centred(x).any()
-    np.testing.assert_allclose(_numerics.centred(equal + jnp.arange(16) / 1024), (jnp.arange(16) - 7.5) / 1024, atol=8e-6)
+    np.testing.assert_allclose(
+        _numerics.centred(equal + jnp.arange(16) / 1024), (jnp.arange(16) - 7.5) / 1024, atol=8e-6
+    )
 
 
 def test_centring_skips_what_is_not_counted_and_shows_what_is_not_finite():

@@ -18,14 +18,18 @@ def test_f_dpo_takes_exactly_the_f_whose_normaliser_cancels(case):
         "alpha_-0.5", "alpha_0", "alpha_0.3", "alpha_0.75", "alpha_1",
     }  # fmt: skip
     if name(case) in admissible:
-        assert np.isfinite(preferences.f_dpo(two, two, two, two, beta=0.1, divergence=case.divergence)).all()
+        assert np.isfinite(
+            preferences.f_dpo(two, two, two, two, beta=0.1, divergence=case.divergence)
+        ).all()
     else:
         with refused(r"f'\(0\) = -∞, but that of " + name(case)):
             preferences.f_dpo(two, two, two, two, beta=0.1, divergence=case.divergence)
 
 
 @pytest.mark.parametrize(
-    "kind", [case.divergence for case in CASES if np.isneginf(case.divergence.derivative(-jnp.inf))] + ["chi_po"]
+    "kind",
+    [case.divergence for case in CASES if np.isneginf(case.divergence.derivative(-jnp.inf))]
+    + ["chi_po"],
 )
 def test_the_guard_keeps_losses_and_gradients_finite_and_the_order(kind):
     """Log-ratios of whole sequences: hundreds of nats, in float32."""
@@ -47,7 +51,10 @@ def test_the_guard_keeps_losses_and_gradients_finite_and_the_order(kind):
 def test_within_the_guard_nothing_changes(x64):
     pairs = jnp.asarray(np.random.default_rng(0).normal(scale=2, size=(4, 20)))
     for f in (divergences.forward_kl(), divergences.jensen_shannon()):
-        tight, wide = (preferences.f_dpo(*pairs, beta=0.1, divergence=f, max_log_ratio=limit) for limit in (15.0, 50.0))
+        tight, wide = (
+            preferences.f_dpo(*pairs, beta=0.1, divergence=f, max_log_ratio=limit)
+            for limit in (15.0, 50.0)
+        )
         np.testing.assert_array_equal(tight, wide)
 
 

@@ -1,4 +1,5 @@
-"""Batches spread over an Explicit mesh axis give the numbers of one device, and results that are spread alike."""
+"""Batches spread over an Explicit mesh axis give the numbers of one device, and results that are
+spread alike."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def params():
 def sampled(params, tokens, where, n=1):
     cache = gpt2.init_cache(CONFIG, 4, 9)
     options = {"max_new_tokens": 3, "eos_id": 0, "transform": TRANSFORM, "samples_per_prompt": n}
-    return sample(gpt2.decode_fn(CONFIG), params, jax.random.key(1), tokens, cache, where=where, **options)
+    return sample(
+        gpt2.decode_fn(CONFIG), params, jax.random.key(1), tokens, cache, where=where, **options
+    )
 
 
 def gradient(params, tokens, where):
@@ -49,20 +52,48 @@ def scored(params, tokens, where):
 # Name -> function and arguments; those with a batch are spread, the parameters are not.
 FUNCTIONS = {
     "token_log_probs": (lambda _, x, t: log_probs.token_log_probs(x, t), LOGITS, TOKENS),
-    "sequence_log_probs": (lambda _, x, t, w: log_probs.sequence_log_probs(x, t, where=w), LOGITS, TOKENS, COUNTED),
-    "log_prob_fn": (log_probs.make_log_prob_fn(gpt2.logits_fn(CONFIG), start=2, transform=TRANSFORM), TOKENS, COUNTED),
+    "sequence_log_probs": (
+        lambda _, x, t, w: log_probs.sequence_log_probs(x, t, where=w),
+        LOGITS,
+        TOKENS,
+        COUNTED,
+    ),
+    "log_prob_fn": (
+        log_probs.make_log_prob_fn(gpt2.logits_fn(CONFIG), start=2, transform=TRANSFORM),
+        TOKENS,
+        COUNTED,
+    ),
     "its gradient": (gradient, TOKENS, COUNTED),
-    "token_log_prob_fn": (log_probs.make_token_log_prob_fn(gpt2.logits_fn(CONFIG)), TOKENS, COUNTED),
+    "token_log_prob_fn": (
+        log_probs.make_token_log_prob_fn(gpt2.logits_fn(CONFIG)),
+        TOKENS,
+        COUNTED,
+    ),
     "where_from_lengths": (lambda _, n: log_probs.where_from_lengths(n, 5), jnp.arange(4)),
-    "pack": (lambda _, p, c, m, w: log_probs.pack(p, c, prompt_where=m, where=w), TOKENS, TOKENS, LEFT, COUNTED),
-    "pack, whole prompts": (lambda _, p, c, w: log_probs.pack(p, c, where=w), TOKENS, TOKENS, COUNTED),
+    "pack": (
+        lambda _, p, c, m, w: log_probs.pack(p, c, prompt_where=m, where=w),
+        TOKENS,
+        TOKENS,
+        LEFT,
+        COUNTED,
+    ),
+    "pack, whole prompts": (
+        lambda _, p, c, w: log_probs.pack(p, c, where=w),
+        TOKENS,
+        TOKENS,
+        COUNTED,
+    ),
     "logits_fn": (gpt2.logits_fn(CONFIG), TOKENS, LEFT),
     "score_fn": (scored, TOKENS, COUNTED),
     "decode_fn": (decoded_twice, TOKENS, LEFT),
     "sample": (sampled, TOKENS, LEFT),
     "sample, n of each": (lambda p, t, w: sampled(p, t, w, n=2), TOKENS, LEFT),
     "sample, whole prompts": (lambda p, t: sampled(p, t, None), TOKENS),
-    "draw": (lambda _, keys, x: jax.vmap(draw)(keys, x), jax.random.split(jax.random.key(0), 4), LOGITS[:, 0]),
+    "draw": (
+        lambda _, keys, x: jax.vmap(draw)(keys, x),
+        jax.random.split(jax.random.key(0), 4),
+        LOGITS[:, 0],
+    ),
     "transforms": (lambda _, x: (TRANSFORM(x), greedy(x)), LOGITS),
 }
 
@@ -88,6 +119,9 @@ def test_elsewhere_the_function_itself_is_called():
     """Without Explicit axes among its arguments: the very arguments, in the very trace."""
     seen = []
     auto = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    for x in (jnp.zeros(4), jax.device_put(jnp.zeros(4), NamedSharding(auto, PartitionSpec("data")))):
+    for x in (
+        jnp.zeros(4),
+        jax.device_put(jnp.zeros(4), NamedSharding(auto, PartitionSpec("data"))),
+    ):
         assert spread_as(x, lambda *args: seen.append(args), x, "static") is None
         assert seen.pop()[0] is x

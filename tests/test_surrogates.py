@@ -1,4 +1,5 @@
-"""Every surrogate's gradient, summed over a small space, is that of the divergence; the ends of float32."""
+"""Every surrogate's gradient, summed over a small space, is that of the divergence; the ends of
+float32."""
 
 import functools
 import itertools
@@ -49,14 +50,17 @@ def test_samples_of_the_target_suffice_where_the_policy_has_its_support(case, ha
     """Forward KL needs q to cover p only; the others π too, or they get another gradient."""
     small = world()
     log_p = small.target(hard=hard)
-    expected = enumeration.expected_surrogate_gradient(*small[:3], log_p, log_p, divergence=case.divergence)
+    expected = enumeration.expected_surrogate_gradient(
+        *small[:3], log_p, log_p, divergence=case.divergence
+    )
     error = abs(expected - exact(name(case), hard)).max()
     assert (error < 1e-10) == (not hard or name(case) == "forward_kl")
 
 
 @each
 def test_a_baseline_without_its_ratio_is_biased_off_policy(case, x64):
-    """Regression: subtracting B from (π/q) f' instead of from f' adds B·E_q[∇log π] (mathematics.md, 1.5)."""
+    """Regression: subtracting B from (π/q) f' instead of from f' adds B·E_q[∇log π]
+    (mathematics.md, 1.5)."""
     small = world()
 
     def unweighted(log_pi, log_p, log_q):
@@ -78,13 +82,16 @@ def test_the_mean_that_includes_the_sample_shrinks_the_gradient(case, samples, x
     expected = enumeration.expected_surrogate_gradient(
         *small[:3], small.log_p, divergence=case.divergence, baseline=jnp.mean, samples=samples
     )
-    np.testing.assert_allclose(expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10)
+    np.testing.assert_allclose(
+        expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10
+    )
 
 
 @each_target_of_the_paper
 @pytest.mark.parametrize("kind", ["control variate", "weights"])
 def test_self_normalisation_is_consistent(case, hard, kind, x64):
-    """The mean over 300 batches of 1000 is within 5 standard errors and 1/100, for the bias of order 1/n, of exact."""
+    """The mean over 300 batches of 1000 is within 5 standard errors and 1/100, for the bias of
+    order 1/n, of exact."""
     small = world()
     log_p, gradient = small.target(hard=hard), exact(name(case), hard)
     rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(300, 1000))
@@ -98,7 +105,8 @@ def test_self_normalisation_is_consistent(case, hard, kind, x64):
         if kind == "control variate":
             baseline = surrogates.self_normalized(log_pi, log_q)
             weights = surrogates.centred_weights(weights, log_pi, log_q, baseline=baseline)
-        return jnp.zeros(7).at[rows].add(weights / 1000)  # what each of the seven sequences is multiplied with
+        # what each of the seven sequences is multiplied with
+        return jnp.zeros(7).at[rows].add(weights / 1000)
 
     weights = jax.vmap(of_batch)(rows)
     if kind == "control variate":
@@ -128,7 +136,9 @@ def test_monte_carlo_mean_is_within_five_standard_errors(x64):
 
     def total(log_pi):
         log_p, log_q = small.log_p_hard[rows], small.log_q[rows]
-        return surrogates.surrogate_loss(log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out).sum()
+        return surrogates.surrogate_loss(
+            log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out
+        ).sum()
 
     scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
     gradients = jax.grad(total)(small.log_pi[rows])[:, None, None] * scores[rows]
@@ -142,7 +152,10 @@ def test_monte_carlo_mean_is_within_five_standard_errors(x64):
 def test_weights_are_the_formula_where_nothing_overflows(case, x64):
     rng = np.random.default_rng(1)
     log_pi, log_p, log_q = jnp.asarray(rng.normal(scale=3, size=(3, 200)))
-    ratio, derivative = np.exp(log_pi - log_q), np.asarray(case.divergence.derivative(log_pi - log_p))
+    ratio, derivative = (
+        np.exp(log_pi - log_q),
+        np.asarray(case.divergence.derivative(log_pi - log_p)),
+    )
     arguments = (log_pi, log_p, log_q)
     weights = surrogates.score_weights(*arguments, divergence=case.divergence)
     np.testing.assert_allclose(weights, ratio * derivative, rtol=1e-12)
@@ -155,11 +168,14 @@ def test_weights_are_the_formula_where_nothing_overflows(case, x64):
 
 @each
 def test_float32_weights_are_never_nan(case):
-    """Over every combination of extreme π, p and q; -inf included, but for q, from which the sample came."""
+    """Over every combination of extreme π, p and q; -inf included, but for q, from which the sample
+    came."""
     ends = jnp.array([-jnp.inf, -1e4, -1e3, -100.0, -90.0, -1.0, 0.0])
     log_pi, log_p, log_q = (x.ravel() for x in jnp.meshgrid(ends, ends, ends[1:]))
     for clip in (None, (-10.0, 10.0)):
-        weights = surrogates.score_weights(log_pi, log_p, log_q, divergence=case.divergence, clip=clip)
+        weights = surrogates.score_weights(
+            log_pi, log_p, log_q, divergence=case.divergence, clip=clip
+        )
         on_policy = surrogates.score_weights(log_pi, log_p, divergence=case.divergence, clip=clip)
         assert not np.isnan(weights).any()
         assert not np.isnan(on_policy).any()
@@ -183,11 +199,14 @@ def test_float32_gradient_of_the_loss_is_never_nan(case):
 @each
 @pytest.mark.parametrize("log_p", [-jnp.inf, -1.0])
 def test_a_sample_that_the_policy_never_draws_is_worth_nothing_and_not_nan(case, log_p):
-    """Its weight π/q is 0, and 0 · log π would be 0 · -inf: one such sample, and the sum of all losses is NaN."""
+    """Its weight π/q is 0, and 0 · log π would be 0 · -inf: one such sample, and the sum of all
+    losses is NaN."""
     log_pi, log_p, log_q = jnp.array([[-jnp.inf, -2.0], [log_p, -2.0], [-1.0, -1.0]])
 
     def total(log_pi):
-        losses = surrogates.surrogate_loss(log_pi, log_p, log_q, divergence=case.divergence, clip=(-1.0, 1.0))
+        losses = surrogates.surrogate_loss(
+            log_pi, log_p, log_q, divergence=case.divergence, clip=(-1.0, 1.0)
+        )
         return losses.sum()
 
     value, gradient = jax.value_and_grad(total)(log_pi)
@@ -197,12 +216,18 @@ def test_a_sample_that_the_policy_never_draws_is_worth_nothing_and_not_nan(case,
 
 
 def test_float32_weights_where_single_factors_overflow():
-    """Forward KL is -p/q and reverse KL (π/q)(log t + 1), however far from float32 π/q or f' alone may be."""
-    log_pi, log_p, log_q = jnp.array([[-300.0, -1000.0, -1000.0], [-3.0, -2.0, -1003.0], [-2.0, -101.0, -1002.0]])
+    """Forward KL is -p/q and reverse KL (π/q)(log t + 1), however far from float32 π/q or f' alone
+    may be."""
+    log_pi, log_p, log_q = jnp.array(
+        [[-300.0, -1000.0, -1000.0], [-3.0, -2.0, -1003.0], [-2.0, -101.0, -1002.0]]
+    )
     forward = surrogates.score_weights(log_pi, log_p, log_q, divergence=divergences.forward_kl())
     np.testing.assert_allclose(forward, [-np.exp(-1), -np.inf, -np.exp(-1)], rtol=1e-5)
     reverse = surrogates.score_weights(
-        jnp.array([-100.0]), jnp.array([0.0]), jnp.array([-100.0]), divergence=divergences.reverse_kl()
+        jnp.array([-100.0]),
+        jnp.array([0.0]),
+        jnp.array([-100.0]),
+        divergence=divergences.reverse_kl(),
     )
     np.testing.assert_allclose(reverse, [-99.0], rtol=1e-5)
 
@@ -211,7 +236,9 @@ def test_reverse_kl_on_a_hard_constraint_is_infinite_unless_clipped():
     log_pi, log_p = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -jnp.inf])
     divergence = divergences.reverse_kl()
     assert surrogates.score_weights(log_pi, log_p, divergence=divergence).tolist() == [1, np.inf]
-    assert surrogates.score_weights(log_pi, log_p, divergence=divergence, clip=(-5, 5)).tolist() == [1, 5]
+    assert surrogates.score_weights(
+        log_pi, log_p, divergence=divergence, clip=(-5, 5)
+    ).tolist() == [1, 5]
 
 
 def test_a_clip_out_of_reach_changes_nothing_and_one_within_biases(x64):
@@ -219,7 +246,8 @@ def test_a_clip_out_of_reach_changes_nothing_and_one_within_biases(x64):
     arguments = (*small[:3], small.log_p_hard)
     kl = divergences.forward_kl()
     wide, narrow = (
-        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip) for clip in ((-1e9, 1e9), (-1.0, 1e9))
+        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip)
+        for clip in ((-1e9, 1e9), (-1.0, 1e9))
     )
     np.testing.assert_allclose(wide, exact("forward_kl", True), atol=1e-10)
     assert abs(narrow - wide).max() > 0.01
@@ -230,14 +258,22 @@ def test_only_log_pi_is_differentiated(x64):
 
     def total(log_pi, log_p, log_q):
         return surrogates.surrogate_loss(
-            log_pi, log_p, log_q, divergence=divergences.jensen_shannon(), baseline=surrogates.leave_one_out
+            log_pi,
+            log_p,
+            log_q,
+            divergence=divergences.jensen_shannon(),
+            baseline=surrogates.leave_one_out,
         ).sum()
 
     by_pi, by_p, by_q = jax.grad(total, argnums=(0, 1, 2))(small.log_pi, small.log_p, small.log_q)
     assert not by_p.any()
     assert not by_q.any()
-    weights = surrogates.score_weights(small.log_pi, small.log_p, small.log_q, divergence=divergences.jensen_shannon())
-    centred = surrogates.centred_weights(weights, small.log_pi, small.log_q, baseline=surrogates.leave_one_out)
+    weights = surrogates.score_weights(
+        small.log_pi, small.log_p, small.log_q, divergence=divergences.jensen_shannon()
+    )
+    centred = surrogates.centred_weights(
+        weights, small.log_pi, small.log_q, baseline=surrogates.leave_one_out
+    )
     np.testing.assert_allclose(by_pi, centred, rtol=1e-13)
 
 
@@ -251,7 +287,8 @@ def test_on_policy_equals_off_policy_with_q_equal_to_pi(x64):
 
 
 def test_contexts_come_from_vmap(x64):
-    """A leave-one-out baseline of each context's own samples, as calling it once for each context gives."""
+    """A leave-one-out baseline of each context's own samples, as calling it once for each context
+    gives."""
     log_pi, log_p, log_q = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4, 5)))
     loss = functools.partial(
         surrogates.surrogate_loss,
@@ -259,7 +296,9 @@ def test_contexts_come_from_vmap(x64):
         baseline=surrogates.leave_one_out,
     )
     together = jax.jit(jax.vmap(loss))(log_pi, log_p, log_q)
-    np.testing.assert_allclose(together, [loss(*rows) for rows in zip(log_pi, log_p, log_q, strict=True)])
+    np.testing.assert_allclose(
+        together, [loss(*rows) for rows in zip(log_pi, log_p, log_q, strict=True)]
+    )
 
 
 def test_leave_one_out_of_the_samples_that_count():
@@ -272,10 +311,13 @@ def test_leave_one_out_of_the_samples_that_count():
 
 @functools.cache
 def draws(n: int, m: int):
-    """Every draw of n sequences from the policy and m from the base model: rows, and the probability of each draw."""
+    """Every draw of n sequences from the policy and m from the base model: rows, and the
+    probability of each draw."""
     small = world()
     rows = np.indices((7,) * (n + m)).reshape(n + m, -1).T
-    return rows, np.exp(small.log_pi[rows[:, :n]].sum(axis=1) + small.log_q[rows[:, n:]].sum(axis=1))
+    return rows, np.exp(
+        small.log_pi[rows[:, :n]].sum(axis=1) + small.log_q[rows[:, n:]].sum(axis=1)
+    )
 
 
 @functools.cache
@@ -285,15 +327,20 @@ def leave_one_out_of(*strata: int | None):
 
 
 def gradient_on_fixed_numbers(case, n, m, *, strata):
-    """E[∇ mean loss] over all draws of exactly n and m, with log q that of their mixture, as a batch of `draw` is."""
+    """E[∇ mean loss] over all draws of exactly n and m, with log q that of their mixture, as a
+    batch of `draw` is."""
     small = world()
     log_mixture = estimators.log_mixture(small.log_pi, small.log_q, base_fraction=m / (n + m))
     rows, probability = draws(n, m)
-    of_sequence = surrogates.score_weights(small.log_pi, small.log_p, log_mixture, divergence=case.divergence)
+    of_sequence = surrogates.score_weights(
+        small.log_pi, small.log_p, log_mixture, divergence=case.divergence
+    )
     ratio = surrogates.importance_weights(small.log_pi, log_mixture)
     baseline = leave_one_out_of(*([0] * n + [1] * m if strata else [None]))(of_sequence[rows])
     weights = of_sequence[rows] - ratio[rows] * baseline
-    total = np.bincount(rows.ravel(), (probability[:, None] * weights).ravel(), minlength=7) / (n + m)
+    total = np.bincount(rows.ravel(), (probability[:, None] * weights).ravel(), minlength=7) / (
+        n + m
+    )
     scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
     return np.einsum("s,spv->pv", total, scores)
 
@@ -301,7 +348,8 @@ def gradient_on_fixed_numbers(case, n, m, *, strata):
 @each
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_leaving_one_out_of_its_stratum_is_unbiased_on_fixed_numbers(case, n, m, x64):
-    """n samples of the policy and m of the base model, never another split: what a batch with a defensive share is."""
+    """n samples of the policy and m of the base model, never another split: what a batch with a
+    defensive share is."""
     gradient = exact(name(case), False)
     error = abs(gradient_on_fixed_numbers(case, n, m, strata=True) - gradient).max()
     assert error < 1e-10 * max(1, abs(gradient).max())
@@ -310,16 +358,25 @@ def test_leaving_one_out_of_its_stratum_is_unbiased_on_fixed_numbers(case, n, m,
 @pytest.mark.parametrize(("n", "m", "least"), [(1, 1, 0.02), (4, 1, 0.004)])
 @pytest.mark.parametrize("of", ["reverse_kl", "total_variation", "jensen_shannon"])
 def test_leaving_one_out_of_all_is_biased_on_fixed_numbers(of, n, m, least, x64):
-    """Regression: a sample of the policy leaves fewer of its kind behind than one of the base model does."""
+    """Regression: a sample of the policy leaves fewer of its kind behind than one of the base model
+    does."""
     case, gradient = next(case for case in CASES if name(case) == of), exact(of, False)
-    error = abs(gradient_on_fixed_numbers(case, n, m, strata=False) - gradient).max() / abs(gradient).max()
+    error = (
+        abs(gradient_on_fixed_numbers(case, n, m, strata=False) - gradient).max()
+        / abs(gradient).max()
+    )
     assert least < error < 0.5
 
 
 def test_leave_one_out_by_strata_is_its_formula(x64):
-    """Written out: any number of strata, under any names, some of the samples masked; single members add nothing."""
+    """Written out: any number of strata, under any names, some of the samples masked; single
+    members add nothing."""
     rng = np.random.default_rng(3)
-    scores, strata, where = rng.normal(size=12), rng.choice([0, 3, 7, 11], 12), rng.uniform(size=12) < 0.8
+    scores, strata, where = (
+        rng.normal(size=12),
+        rng.choice([0, 3, 7, 11], 12),
+        rng.uniform(size=12) < 0.8,
+    )
     strata[np.argmax(where)], scores[~where], strata[~where] = 5, np.nan, -1
     expected = np.zeros(12)
     for i, s in itertools.product(range(12), set(strata[where])):
@@ -327,7 +384,9 @@ def test_leave_one_out_by_strata_is_its_formula(x64):
         others = members & (np.arange(12) != i)
         if members.sum() > 1:
             expected[i] += members.sum() / where.sum() * scores[others].mean()
-    baseline = surrogates.leave_one_out(jnp.asarray(scores), where=jnp.asarray(where), strata=jnp.asarray(strata))
+    baseline = surrogates.leave_one_out(
+        jnp.asarray(scores), where=jnp.asarray(where), strata=jnp.asarray(strata)
+    )
     np.testing.assert_allclose(baseline, expected, rtol=1e-13)
     spread = jax.shard_map(
         lambda x, w, s: surrogates.leave_one_out(x, where=w, strata=s, axis_name="rows"),
@@ -345,9 +404,12 @@ def test_a_stratum_that_there_is_not_is_seen():
 
 
 @pytest.mark.parametrize("score", [100.1, 1e30])
-@pytest.mark.parametrize("options", [{}, {"where": jnp.arange(16) > 3}, {"strata": jnp.arange(16) % 3}], ids=", ".join)
+@pytest.mark.parametrize(
+    "options", [{}, {"where": jnp.arange(16) > 3}, {"strata": jnp.arange(16) % 3}], ids=", ".join
+)
 def test_equal_scores_leave_exactly_nothing(score, options):
-    """Regression: the mean of sixteen times 100.1 is another number, and what is left was noise of rounding."""
+    """Regression: the mean of sixteen times 100.1 is another number, and what is left was noise of
+    rounding."""
     scores = jnp.full(16, score)
     rounded = jnp.nextafter(scores, jnp.inf).at[::2].set(score)
     counted = options.get("where", jnp.ones(16, bool))
@@ -366,7 +428,9 @@ def test_equal_scores_leave_exactly_nothing(score, options):
 
 def test_a_small_spread_is_no_rounding():
     scores = 100 + jnp.arange(4) / 1024
-    np.testing.assert_allclose(scores - surrogates.leave_one_out(scores), (jnp.arange(4) - 1.5) / 768, atol=8e-6)
+    np.testing.assert_allclose(
+        scores - surrogates.leave_one_out(scores), (jnp.arange(4) - 1.5) / 768, atol=8e-6
+    )
 
 
 def test_misuse_is_refused():

@@ -1,4 +1,5 @@
-"""Targets are what their formulas say; fitted coefficients meet their moments, know their error, and report the impossible."""
+"""Targets are what their formulas say; fitted coefficients meet their moments, know their error,
+and report the impossible."""
 
 import time
 
@@ -32,7 +33,9 @@ def test_smoothed_is_finite_everywhere_and_violates_as_often_as_it_says(x64):
     log_score = targets.smoothed(log_a, satisfied, epsilon=epsilon)
     log_p = log_score - enumeration.exact_log_z(log_score)
     assert np.isfinite(log_p).all()
-    assert float(jnp.exp(log_p)[1:].sum()) == pytest.approx(epsilon * 0.9 / (0.1 + epsilon), rel=1e-12)
+    assert float(jnp.exp(log_p)[1:].sum()) == pytest.approx(
+        epsilon * 0.9 / (0.1 + epsilon), rel=1e-12
+    )
     assert np.isfinite(exact_divergence(log_a, log_p, divergence=reverse_kl()))
     with refused("epsilon must be positive, got 0"):
         targets.smoothed(log_a, satisfied, epsilon=0.0)
@@ -44,7 +47,9 @@ def test_reward_tilted_reaches_beta_log_z(x64):
     log_score = targets.reward_tilted(log_a, rewards, beta=beta)
     log_z = enumeration.exact_log_z(log_score)
     log_p = log_score - log_z
-    value = jnp.exp(log_p) @ rewards - beta * exact_divergence(log_p, log_a, divergence=reverse_kl())
+    value = jnp.exp(log_p) @ rewards - beta * exact_divergence(
+        log_p, log_a, divergence=reverse_kl()
+    )
     assert float(value) == pytest.approx(beta * float(log_z), rel=1e-12)
     with refused("beta must be positive, got -1"):
         targets.reward_tilted(log_a, rewards, beta=-1.0)
@@ -55,7 +60,10 @@ def test_a_product_of_experts(x64):
     assert targets.product_of_experts(experts).tolist() == [-4, -np.inf, -np.inf]
     half_veto = targets.product_of_experts(experts, weights=jnp.array([0.5, 0.0]))
     assert half_veto.tolist() == [-0.5, -1, -np.inf]
-    assert targets.product_of_experts(experts[..., None], weights=jnp.array([1.0, 1.0])).shape == (3, 1)
+    assert targets.product_of_experts(experts[..., None], weights=jnp.array([1.0, 1.0])).shape == (
+        3,
+        1,
+    )
 
 
 def test_a_hybrid_is_one_target_on_another(x64):
@@ -68,7 +76,8 @@ def test_a_hybrid_is_one_target_on_another(x64):
 
 
 def test_coefficients_cover_the_truth_as_their_errors_say(x64):
-    """Over 400 samples of 2000, the truth lies within 1.96 standard errors 95 % of the time, ± 5 of its own errors."""
+    """Over 400 samples of 2000, the truth lies within 1.96 standard errors 95 % of the time, ± 5 of
+    its own errors."""
     log_a, features = space(2, features=2)
     moments = jnp.array([0.6, 0.5])
     truth = targets.fit_coefficients(features, moments, log_weights=log_a)
@@ -145,12 +154,16 @@ def test_a_constraint_may_be_given_as_numbers(dtype, bare):
     smooth = targets.smoothed(log_a, satisfied.astype(dtype), epsilon=0.5)
     np.testing.assert_allclose(smooth, log_a + np.log([1.5, 0.5, 1.5]), rtol=1e-6)
     if dtype == "int32":  # a count of hits is a mask, not a factor
-        np.testing.assert_array_equal(targets.smoothed(log_a, jnp.array([3, 0, 2]), epsilon=0.5), smooth)
+        np.testing.assert_array_equal(
+            targets.smoothed(log_a, jnp.array([3, 0, 2]), epsilon=0.5), smooth
+        )
 
 
 def test_lists_and_numpy_arrays_do(bare):
     assert targets.pointwise(np.array([-1.0, -2.0]), [1, 0]).tolist() == [-1, -np.inf]
-    assert targets.reward_tilted(np.array([-1.0, -2.0]), np.array([True, False]), beta=0.5).tolist() == [1, -2]
+    assert targets.reward_tilted(
+        np.array([-1.0, -2.0]), np.array([True, False]), beta=0.5
+    ).tolist() == [1, -2]
     assert targets.product_of_experts([[-1.0], [-2.0]], weights=[1, 0]).tolist() == [-1]
     fit = targets.fit_coefficients([[1], [0], [0], [0]], [0.5])
     assert float(fit.coefficients[0]) == pytest.approx(np.log(3), rel=1e-4)
@@ -166,7 +179,8 @@ def test_a_hybrid_has_the_normaliser_of_the_whole_space(x64):
     """log E_a[b exp(λ·φ)], hard and soft together, by enumeration."""
     log_a, features = space(4)
     moments = jnp.array([1.0, 0.6, 0.3])
-    fit = targets.fit_coefficients(features, moments, log_weights=log_a + 3.0)  # weights need no scale
+    # weights need no scale
+    fit = targets.fit_coefficients(features, moments, log_weights=log_a + 3.0)
     assert fit.converged
     log_score = targets.exponential_family(log_a, features, fit.coefficients)
     hard = np.asarray(features[:, 0] == 1)
@@ -174,11 +188,13 @@ def test_a_hybrid_has_the_normaliser_of_the_whole_space(x64):
     assert float(fit.log_z) == pytest.approx(np.log(by_hand), abs=1e-9)
     assert float(fit.log_z) == pytest.approx(float(enumeration.exact_log_z(log_score)), abs=1e-9)
     np.testing.assert_allclose(jax.nn.softmax(log_score) @ features, moments, atol=1e-9)
-    assert np.exp(log_a)[hard].sum() < 0.9  # what is normalised within the hard part alone would differ
+    # what is normalised within the hard part alone would differ
+    assert np.exp(log_a)[hard].sum() < 0.9
 
 
 def test_newton_converges_quadratically(x64):
-    """Between features that hardly differ too: 5 steps from 0 to 1e-10, where a ridge of 1e-2 in place of 1e-9 takes 12."""
+    """Between features that hardly differ too: 5 steps from 0 to 1e-10, where a ridge of 1e-2 in
+    place of 1e-9 takes 12."""
     log_a, features = space(2, size=40)
     twin = features[:, 0].at[jnp.argmax(features[:, 0])].set(0.0)
     features = jnp.concatenate([features, twin[:, None]], axis=1)
@@ -191,7 +207,8 @@ def test_newton_converges_quadratically(x64):
 
 
 def test_features_that_cannot_be_told_apart_are_said_to_be(x64):
-    """Regression: two equal ones came back with errors of NaN. The distribution is known; which of them carries it, is not."""
+    """Regression: two equal ones came back with errors of NaN. The distribution is known; which of
+    them carries it, is not."""
     log_a, features = space(2, size=40, features=2)
     single = targets.fit_coefficients(features, jnp.array([0.6, 0.5]), log_weights=log_a)
     for third, moment, apart in (
@@ -205,9 +222,12 @@ def test_features_that_cannot_be_told_apart_are_said_to_be(x64):
         assert np.isfinite(fit.coefficients).all()
         assert np.isfinite(fit.std_error).tolist() == apart
         assert np.isposinf(fit.std_error).tolist() == [not x for x in apart]
-        np.testing.assert_allclose(fit.std_error[np.array(apart)], single.std_error[np.array(apart)[:2]], rtol=1e-6)
+        np.testing.assert_allclose(
+            fit.std_error[np.array(apart)], single.std_error[np.array(apart)[:2]], rtol=1e-6
+        )
         weights = [
-            jax.nn.softmax(targets.exponential_family(log_a, x, f.coefficients)) for x, f in ((features, single), (both, fit))
+            jax.nn.softmax(targets.exponential_family(log_a, x, f.coefficients))
+            for x, f in ((features, single), (both, fit))
         ]
         np.testing.assert_allclose(*weights, atol=1e-9)
 
@@ -230,7 +250,8 @@ def test_what_cannot_fire_under_the_hard_constraint_is_unreachable():
     assert not fit.converged
     assert float(fit.coefficients[1]) == 0
     assert float(fit.residual[1]) == pytest.approx(-0.3)
-    assert float(fit.coefficients[2]) == pytest.approx(np.log(3), rel=1e-4)  # and the others are fitted
+    # and the others are fitted
+    assert float(fit.coefficients[2]) == pytest.approx(np.log(3), rel=1e-4)
     assert np.isnan(fit.std_error).tolist() == [True, True, False]
 
 
@@ -248,24 +269,30 @@ def test_samples_without_weight_may_have_any_features():
     fit = targets.fit_coefficients(features, jnp.array([0.5]), log_weights=log_weights)
     for junk in (np.nan, np.inf, -7.0):
         padded = targets.fit_coefficients(
-            jnp.append(features, jnp.full((1, 1), junk), axis=0), jnp.array([0.5]), log_weights=jnp.append(log_weights, -np.inf)
+            jnp.append(features, jnp.full((1, 1), junk), axis=0),
+            jnp.array([0.5]),
+            log_weights=jnp.append(log_weights, -np.inf),
         )
         jax.tree.map(np.testing.assert_array_equal, padded, fit)
 
 
 def test_float32_arrays_in_64_bit_mode(x64):
-    """Regression: JAX_ENABLE_X64=1 with float32 features was an error of the while loop, float32[1] and float64[1]."""
+    """Regression: JAX_ENABLE_X64=1 with float32 features was an error of the while loop, float32[1]
+    and float64[1]."""
     features = jnp.array([[1, 0], [0, 1], [0, 0], [1, 1], [0, 0]], jnp.float32)
     fit = targets.fit_coefficients(features, jnp.array([0.6, 0.5], jnp.float32))
     with jax.enable_x64(False):
-        expected = targets.fit_coefficients(jnp.asarray(features), jnp.array([0.6, 0.5], jnp.float32))
+        expected = targets.fit_coefficients(
+            jnp.asarray(features), jnp.array([0.6, 0.5], jnp.float32)
+        )
     for got, wanted in zip(fit, expected, strict=True):
         assert got.dtype == wanted.dtype
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_samples_may_be_spread_over_an_explicit_mesh():
-    """Regression: ShardingTypeError, for a sum over rows that are spread does not say where its result belongs."""
+    """Regression: ShardingTypeError, for a sum over rows that are spread does not say where its
+    result belongs."""
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     rng = np.random.default_rng(0)
     features, log_weights = (
@@ -275,21 +302,29 @@ def test_samples_may_be_spread_over_an_explicit_mesh():
     moments = jnp.array([0.5, 0.5])
     expected = targets.fit_coefficients(features, moments, log_weights=log_weights)
     with jax.set_mesh(mesh):
-        spread = [jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows"))) for x in (features, log_weights)]
+        spread = [
+            jax.device_put(x, jax.NamedSharding(mesh, jax.P("rows")))
+            for x in (features, log_weights)
+        ]
         for fit in (targets.fit_coefficients, jax.jit(targets.fit_coefficients)):
             found = fit(spread[0], moments, log_weights=spread[1])
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, expected)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, expected
+            )
 
 
 def test_every_product_says_which_precision_it_needs():
-    """Accelerators would multiply float32 as bfloat16 or TF32, and the moments be met to three digits."""
+    """Accelerators would multiply float32 as bfloat16 or TF32, and the moments be met to three
+    digits."""
     log_a, features = jnp.zeros(4), jnp.zeros((4, 2))
 
     def products(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 yield equation.params["precision"]
-            for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            for parameter in jax.tree.leaves(
+                equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")
+            ):
                 if hasattr(parameter, "jaxpr"):
                     yield from products(parameter.jaxpr)
 

@@ -1,4 +1,5 @@
-"""Every public function of the mathematics under jit, vmap, grad, pmap and shard_map, on eight devices: the same numbers."""
+"""Every public function of the mathematics under jit, vmap, grad, pmap and shard_map, on eight
+devices: the same numbers."""
 
 import inspect
 from functools import partial
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from fjax import divergences, enumeration, estimators, policy_gradients, preferences, surrogates, targets
+from fjax import (
+    divergences,
+    enumeration,
+    estimators,
+    policy_gradients,
+    preferences,
+    surrogates,
+    targets,
+)
 from fjax.sampling import rejection
 
 DEVICES, N, T, K = 8, 6, 4, 2
@@ -23,8 +32,14 @@ def arrays(seed: int = 0) -> dict[str, jax.Array]:
     def normal(*shape):
         return jnp.asarray(rng.normal(size=(DEVICES, *shape)), jnp.float32)
 
-    values = {name: -2 + normal(N) for name in ("log_pi", "log_a", "log_q", "log_p", "log_score", "rewards", "scores")}
-    values |= {name: -2 + normal(N) for name in ("chosen_log_pi", "rejected_log_pi", "chosen_log_a", "rejected_log_a")}
+    values = {
+        name: -2 + normal(N)
+        for name in ("log_pi", "log_a", "log_q", "log_p", "log_score", "rewards", "scores")
+    }
+    values |= {
+        name: -2 + normal(N)
+        for name in ("chosen_log_pi", "rejected_log_pi", "chosen_log_a", "rejected_log_a")
+    }
     values |= {name: -2 + normal(N, T) for name in ("token_log_pi", "token_log_a", "token_log_q")}
     listed = ("listed_pi", "listed_p")
     values |= {name: jax.nn.log_softmax(normal(N)) for name in listed}
@@ -44,12 +59,17 @@ def arrays(seed: int = 0) -> dict[str, jax.Array]:
 
 
 def _fields(divergence):
-    return lambda log_t: [divergence.generator(log_t), divergence.derivative(log_t), divergence.integrand(log_t)]
+    return lambda log_t: [
+        divergence.generator(log_t),
+        divergence.derivative(log_t),
+        divergence.integrand(log_t),
+    ]
 
 
 pref = ("chosen_log_pi", "rejected_log_pi", "chosen_log_a", "rejected_log_a")
 grouped = ("token_log_pi", "token_log_q", "rewards")
-# Function -> (how it is called, names of the arrays). Everything with arrays in a module's __all__ must have a line.
+# Function -> (how it is called, names of the arrays). Everything with arrays in a module's __all__
+# must have a line.
 CALLS = {
     divergences.exact_divergence: (partial(divergences.exact_divergence, divergence=F), ("listed_pi", "listed_p")),
     **{make: (_fields(make()), ("log_t",)) for make in (
@@ -150,17 +170,33 @@ CALLS = {
     rejection.estimate_rejection: (partial(rejection.estimate_rejection, log_beta=0.0), ("log_score", "log_q")),
     rejection.accept: (lambda a, b: rejection.accept(jax.random.key(0), a, b, log_beta=0.0) * 1.0, ("log_score", "log_q")),
 }  # fmt: skip
-HOST = {  # what makes spaces, policies or plain numbers, outside of any transformation; and what takes a function
+# what makes spaces, policies or plain numbers, outside of any transformation; and what takes a
+# function
+HOST = {
     "sequences", "tabular_log_prob_fn", "exact_gradient", "expected_gradient", "expected_surrogate_gradient",
     "alpha_from_amari", "alpha_from_cressie_read", "alpha_from_f_dpo",
 }  # fmt: skip
 
 
 def public_functions():
-    for module in (divergences, targets, estimators, surrogates, policy_gradients, preferences, enumeration, rejection):
+    for module in (
+        divergences,
+        targets,
+        estimators,
+        surrogates,
+        policy_gradients,
+        preferences,
+        enumeration,
+        rejection,
+    ):
         for name, function in vars(module).items():
             defined_here = getattr(function, "__module__", "").startswith(module.__name__)
-            if inspect.isfunction(function) and defined_here and not name.startswith("_") and name not in HOST:
+            if (
+                inspect.isfunction(function)
+                and defined_here
+                and not name.startswith("_")
+                and name not in HOST
+            ):
                 yield function
 
 
@@ -189,10 +225,15 @@ def test_the_same_numbers_under_every_transformation(function):
     close(expected, jax.pmap(call)(*batch))
 
     def total(x, *others):
-        leaves = [leaf for leaf in jax.tree.leaves(call(x, *others)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        leaves = [
+            leaf
+            for leaf in jax.tree.leaves(call(x, *others))
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
         return sum(jnp.where(jnp.isfinite(leaf), leaf, 0.0).sum() for leaf in leaves)
 
-    if function is not targets.fit_coefficients:  # a solution by iteration; its gradient is not offered
+    # a solution by iteration; its gradient is not offered
+    if function is not targets.fit_coefficients:
         compiled = jax.jit(jax.grad(total))
         gradients = jnp.stack([compiled(*(x[i] for x in batch)) for i in range(DEVICES)])
         assert np.isfinite(gradients).all()
@@ -228,7 +269,9 @@ def test_statistics_over_devices_are_those_of_all_samples(kind):
     close(jax.tree.map(lambda x: jnp.stack([x] * DEVICES), together), mapped)
     mesh, rows = Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec("devices")
     flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items()}
-    sharded = jax.shard_map(partial(call, axis_name="devices"), mesh=mesh, in_specs=rows, out_specs=PartitionSpec())
+    sharded = jax.shard_map(
+        partial(call, axis_name="devices"), mesh=mesh, in_specs=rows, out_specs=PartitionSpec()
+    )
     close(together, jax.jit(sharded)(flat))
 
 
@@ -238,13 +281,18 @@ def test_leave_one_out_over_devices_leaves_one_out_of_all():
     leave = partial(surrogates.leave_one_out, axis_name="devices")
     close(expected, jax.pmap(leave, axis_name="devices")(scores))
     mesh, rows = Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec("devices")
-    close(expected.ravel(), jax.shard_map(leave, mesh=mesh, in_specs=rows, out_specs=rows)(scores.ravel()))
-    single = jax.pmap(leave, axis_name="devices")(scores[:, :1])  # one sample a device has others elsewhere
+    close(
+        expected.ravel(),
+        jax.shard_map(leave, mesh=mesh, in_specs=rows, out_specs=rows)(scores.ravel()),
+    )
+    # one sample a device has others elsewhere
+    single = jax.pmap(leave, axis_name="devices")(scores[:, :1])
     close(surrogates.leave_one_out(scores[:, 0]), single[:, 0])
 
 
 def test_baselines_over_devices_are_those_of_all_samples():
-    """Regression: self-normalised by each device's own samples, log q was another on each, and another than the whole's."""
+    """Regression: self-normalised by each device's own samples, log q was another on each, and
+    another than the whole's."""
     batch = arrays(3)
     rows = [batch[name].ravel() for name in ("log_pi", "log_q", "scores")]
 
@@ -258,5 +306,7 @@ def test_baselines_over_devices_are_those_of_all_samples():
         )
 
     mesh, spec = Mesh(np.array(jax.devices()), ("devices",)), PartitionSpec("devices")
-    spread = jax.shard_map(partial(all_three, axis_name="devices"), mesh=mesh, in_specs=spec, out_specs=spec)
+    spread = jax.shard_map(
+        partial(all_three, axis_name="devices"), mesh=mesh, in_specs=spec, out_specs=spec
+    )
     close(all_three(*rows), jax.jit(spread)(*rows))

@@ -10,5 +10,6 @@ from .config import Config
 from .run import main
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # an accelerator is for the runs, each a process of its own
+    # an accelerator is for the runs, each a process of its own
+    jax.config.update("jax_platforms", "cpu")
     sys.exit(run(Config, main, module="experiments.compare"))

@@ -35,7 +35,8 @@ def parse_objectives(texts: Sequence[str]) -> list[Objective]:
         place = objective.file_name.lower()
         if place in labels:
             raise ValueError(
-                f"--objectives {labels[place]!r} and {objective.label!r} would share a folder: give each its own label."
+                f"--objectives {labels[place]!r} and {objective.label!r} would share a folder: "
+                f"give each its own label."
             )
         labels[place] = objective.label
     return objectives
@@ -57,7 +58,9 @@ def parse_objective(text: str) -> Objective:
     if text in ALGORITHMS:
         return Objective(text, ("--algorithm", text, "--divergence", "reverse_kl"))
     known = ", ".join([*DIVERGENCES, "alpha=0.5 (or another number)", *ALGORITHMS])
-    raise ValueError(f'--objectives are {known}, or "label: --flag value" with flags of the task; got {text!r}.')
+    raise ValueError(
+        f'--objectives are {known}, or "label: --flag value" with flags of the task; got {text!r}.'
+    )
 
 
 def _labelled(text: str) -> Objective:
@@ -65,10 +68,14 @@ def _labelled(text: str) -> Objective:
     try:
         flags = tuple(shlex.split(rest))
     except ValueError as error:
-        raise ValueError(f"--objectives {text!r} has flags that cannot be read: {error}.") from error
+        raise ValueError(
+            f"--objectives {text!r} has flags that cannot be read: {error}."
+        ) from error
     objective = Objective(label.strip(), flags)
     if not objective.file_name or not flags or not flags[0].startswith("--"):
-        raise ValueError(f'--objectives with a colon are "label: --flag value --flag value"; got {text!r}.')
+        raise ValueError(
+            f'--objectives with a colon are "label: --flag value --flag value"; got {text!r}.'
+        )
     return objective
 
 
@@ -78,4 +85,6 @@ def _number(text: str, value: str) -> str:
             return value
     except ValueError:
         pass
-    raise ValueError(f"--objectives {text!r} needs a finite number after the sign, as in alpha=0.5.")
+    raise ValueError(
+        f"--objectives {text!r} needs a finite number after the sign, as in alpha=0.5."
+    )

@@ -1,4 +1,5 @@
-"""What is to be run: every objective with every seed, checked against the task and against what is there already."""
+"""What is to be run: every objective with every seed, checked against the task and against what is
+there already."""
 
 import importlib
 import re
@@ -34,7 +35,8 @@ class Place(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run to be made: its command without --resume, and the configuration that the task makes of it."""
+    """A run to be made: its command without --resume, and the configuration that the task makes of
+    it."""
 
     place: Place
     command: list[str]
@@ -48,7 +50,11 @@ class Plan(NamedTuple):
 
 def places(folder: Path, objectives: Sequence[Objective], seeds: Sequence[int]) -> list[Place]:
     """Of a whole comparison: all objectives with the first seed, then with the next."""
-    return [Place(o.label, seed, folder / f"{o.file_name}-seed{seed}") for seed in seeds for o in objectives]
+    return [
+        Place(o.label, seed, folder / f"{o.file_name}-seed{seed}")
+        for seed in seeds
+        for o in objectives
+    ]
 
 
 def make_plans(config: Config, folder: Path) -> list[Plan]:
@@ -58,19 +64,35 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
         RunError: if the task does not take the flags, or a folder has something else in it.
     """
     objectives = {objective.label: objective for objective in parse_objectives(config.objectives)}
-    parsed = {label: parse(config.task, (*config.arguments, *o.flags), label) for label, o in objectives.items()}
+    parsed = {
+        label: parse(config.task, (*config.arguments, *o.flags), label)
+        for label, o in objectives.items()
+    }
     plans = []
     for place in places(folder, list(objectives.values()), config.seeds):
-        command = [sys.executable, "-m", f"experiments.{config.task}", *config.arguments, *objectives[place.label].flags]
+        command = [
+            sys.executable,
+            "-m",
+            f"experiments.{config.task}",
+            *config.arguments,
+            *objectives[place.label].flags,
+        ]
         command += ["--seed", str(place.seed), "--run-folder", str(place.folder)]
-        plans.append(Plan(place, command, parsed[place.label] | {"seed": place.seed, "run_folder": str(place.folder)}))
+        plans.append(
+            Plan(
+                place,
+                command,
+                parsed[place.label] | {"seed": place.seed, "run_folder": str(place.folder)},
+            )
+        )
     for plan in plans:
         _check_folder(plan)
     return plans
 
 
 def parse(task: Task, arguments: Sequence[str], label: str) -> dict:
-    """What the task would make of its command line, found out in this process, before minutes are lost.
+    """What the task would make of its command line, found out in this process, before minutes are
+    lost.
 
     Raises:
         RunError: if it would refuse it.
@@ -92,10 +114,13 @@ def _check_folder(plan: Plan) -> None:
         try:
             check_same(folder, plan.config)
         except RunError as error:
-            raise RunError(f"{error} In a comparison, that is another --folder or another label.") from error
+            raise RunError(
+                f"{error} In a comparison, that is another --folder or another label."
+            ) from error
         if current_step(folder) > plan.steps:
             raise RunError(
-                f"{folder} has taken more than --steps {plan.steps} already. Ask for more, or give another --folder."
+                f"{folder} has taken more than --steps {plan.steps} already. Ask for more, or give "
+                f"another --folder."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} holds something else than a run. Give another --folder.")
@@ -107,12 +132,14 @@ def is_begun(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has come to its end: the aligned model is the last thing that it writes but its pictures."""
+    """Whether a run has come to its end: the aligned model is the last thing that it writes but its
+    pictures."""
     return is_begun(folder) and (folder / "model").is_dir()
 
 
 def is_complete(plan: Plan) -> bool:
-    """Whether nothing is left to do: all steps are taken, or it stopped early by the very rules that are asked for."""
+    """Whether nothing is left to do: all steps are taken, or it stopped early by the very rules
+    that are asked for."""
     folder = plan.place.folder
     if not is_finished(folder):
         return False
@@ -136,7 +163,8 @@ def current_step(folder: Path) -> int:
 
 
 def default_folder(config: Config) -> Path:
-    """The newest comparison of this task with the same arguments, or for --only-report the newest; else a new one.
+    """The newest comparison of this task with the same arguments, or for --only-report the newest;
+    else a new one.
 
     Raises:
         RunError: if there is none to report on.
@@ -146,17 +174,21 @@ def default_folder(config: Config) -> Path:
     taken = sorted(int(number) for number in numbers if number.isdecimal())
     for number in reversed(taken):
         folder = base / f"{config.task}-{number}"
-        # Without objectives it is about runs made elsewhere, and no comparison's table is to be lost for theirs.
+        # Without objectives it is about runs made elsewhere, and no comparison's table is to be
+        # lost for theirs.
         same = config.objectives and read_notes(folder).get("arguments") == list(config.arguments)
         if config.only_report or same:
             return folder
     if config.only_report:
-        raise RunError(f"There is no comparison {base / config.task}-* to report on. Name one with --folder.")
+        raise RunError(
+            f"There is no comparison {base / config.task}-* to report on. Name one with --folder."
+        )
     return base / f"{config.task}-{taken[-1] + 1 if taken else 0}"
 
 
 def read_notes(folder: Path) -> dict:
-    """What a comparison wrote down about itself: task, arguments, command, and the label of each file name."""
+    """What a comparison wrote down about itself: task, arguments, command, and the label of each
+    file name."""
     path = folder / "compare.json"
     notes = read_json(path) if path.is_file() else {}
     if not isinstance(notes.get("labels", {}), dict):

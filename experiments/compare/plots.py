@@ -1,4 +1,5 @@
-"""The pictures of this literature: curves against samples, alignment against diversity, spread of the pseudo-reward."""
+"""The pictures of this literature: curves against samples, alignment against diversity, spread of
+the pseudo-reward."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +30,8 @@ MARKERS = "osD^vPX<>ph"
 
 
 def write(folder: Path, results: Sequence[Result], headlines: Sequence[str]) -> list[str]:
-    """frontier.png, curves.png and, where runs have a pseudo-reward, spread.png; returns their names."""
+    """frontier.png, curves.png and, where runs have a pseudo-reward, spread.png; returns their
+    names."""
     groups, names = by_label(results), ["frontier.png", "curves.png"]
     xlabel = counted([record for result in results for record in result.steps])
     looks = {label: look(i, len(groups)) for i, label in enumerate(groups)}
@@ -53,16 +55,31 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) ->
     names = [name for name in (*headlines, *PANELS) if any(name in record for record in last)]
     columns = 3 if len(names) % 3 == 0 else 4
     rows = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.5 * rows + 0.5), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.3 * columns, 2.5 * rows + 0.5), squeeze=False, sharex=True
+    )
     for ax, name in zip(axes.flat, names, strict=False):
         for label, group in groups.items():
-            _band(ax, curve([result.evaluations for result in group], name), label=label, ms=4, **looks[label])
+            _band(
+                ax,
+                curve([result.evaluations for result in group], name),
+                label=label,
+                ms=4,
+                **looks[label],
+            )
         ax.set_title(titled(name))
         label_counts(ax)
         ax.tick_params(labelbottom=True)  # a shared axis has them on its lowest panel alone
         if not ax.has_data():
             ax.set_yticks([])
-            ax.text(0.5, 0.5, "infinite or unknown throughout", ha="center", transform=ax.transAxes, color="grey")
+            ax.text(
+                0.5,
+                0.5,
+                "infinite or unknown throughout",
+                ha="center",
+                transform=ax.transAxes,
+                color="grey",
+            )
     for i, ax in enumerate(axes.flat):
         if i >= len(names):
             ax.set_axis_off()
@@ -72,7 +89,8 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) ->
 
 
 def _band(ax, values: Curve, **options) -> None:
-    """A line, and around it the standard deviation between seeds; nothing where it is unknown throughout."""
+    """A line, and around it the standard deviation between seeds; nothing where it is unknown
+    throughout."""
     if np.isnan(values.mean).all():
         return
     ax.plot(values.samples, values.mean, lw=1.3, **options)
@@ -81,15 +99,21 @@ def _band(ax, values: Curve, **options) -> None:
 
 
 def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
-    """How much of what is wanted, against what it costs: diversity on the left, distance from the base on the right."""
+    """How much of what is wanted, against what it costs: diversity on the left, distance from the
+    base on the right."""
     rows = len(headlines)
-    figure, axes = plt.subplots(rows, 2, figsize=(9, 3.8 * rows + 0.5), squeeze=False, sharex="col", sharey="row")
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(9, 3.8 * rows + 0.5), squeeze=False, sharex="col", sharey="row"
+    )
     for row, headline in zip(axes, headlines, strict=True):
         for ax, cost in zip(row, ("entropy", "kl_to_base"), strict=True):
             for label, group in groups.items():
                 _paths(ax, group, cost, headline, label, looks[label])
             first = [result.evaluations[0] for group in groups.values() for result in group]
-            base = [spread([record.get(name, math.nan) for record in first]).mean for name in (cost, headline)]
+            base = [
+                spread([record.get(name, math.nan) for record in first]).mean
+                for name in (cost, headline)
+            ]
             ax.plot(*base, marker="*", ms=13, ls="", color="black", label="base model", zorder=3)
             ax.set_xlabel(titled(cost))
         row[0].set_ylabel(titled(headline))
@@ -99,13 +123,28 @@ def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
 def _paths(ax, group: Sequence[Result], x: str, y: str, label: str, style: dict) -> None:
     """A line along each run's training, and its end as a point."""
     for i, result in enumerate(group):
-        points = np.array([[float(record.get(name, math.nan)) for record in result.evaluations] for name in (x, y)])
+        points = np.array(
+            [
+                [float(record.get(name, math.nan)) for record in result.evaluations]
+                for name in (x, y)
+            ]
+        )
         ax.plot(*points, color=style["color"], lw=0.9, alpha=0.4)
-        ax.plot(*points[:, -1], ls="", ms=7, mec="white", mew=0.6, label=label if i == 0 else None, zorder=4, **style)
+        ax.plot(
+            *points[:, -1],
+            ls="",
+            ms=7,
+            mec="white",
+            mew=0.6,
+            label=label if i == 0 else None,
+            zorder=4,
+            **style,
+        )
 
 
 def _spread(path: Path, groups, looks) -> None:
-    """Spikes are what there is to see, so the band is from the lowest seed to the highest, which a log axis can show."""
+    """Spikes are what there is to see, so the band is from the lowest seed to the highest, which a
+    log axis can show."""
     figure, ax = plt.subplots(figsize=(7, 4.4))
     seen = []
     for label, group in groups.items():
@@ -120,7 +159,11 @@ def _spread(path: Path, groups, looks) -> None:
         ax.set_yscale("log")
         ax.set_ylim(bottom=min(seen) / 2)
     label_counts(ax)
-    ax.set(title="spread of the pseudo-reward -f'(π/p)", xlabel="samples drawn", ylabel="standard deviation over a batch")
+    ax.set(
+        title="spread of the pseudo-reward -f'(π/p)",
+        xlabel="samples drawn",
+        ylabel="standard deviation over a batch",
+    )
     _finish(figure, path)
 
 
@@ -129,7 +172,10 @@ def _smooth(records: Sequence[dict], name: str) -> list[dict]:
     width = max(1, len(records) // 20)
     values = np.array([float(record.get(name, math.nan)) for record in records])
     means = [float(values[max(0, i + 1 - width) : i + 1].mean()) for i in range(len(values))]
-    return [{"samples": record["samples"], name: mean} for record, mean in zip(records, means, strict=True)]
+    return [
+        {"samples": record["samples"], name: mean}
+        for record, mean in zip(records, means, strict=True)
+    ]
 
 
 def titled(name: str) -> str:
@@ -141,7 +187,9 @@ def _finish(figure, path: Path) -> None:
     """One legend for all panels, below them, where it hides nothing."""
     handles = {}
     for ax in figure.axes:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        handles |= {
+            label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
     options = {"loc": "outside lower center", "ncols": min(len(handles), 5), "frameon": False}
     figure.legend(handles.values(), handles.keys(), **options)
     figure.savefig(path)

@@ -1,4 +1,5 @@
-"""Runs as processes, several at a time: each on its share of the cores, shown as they go, stopped so that they save."""
+"""Runs as processes, several at a time: each on its share of the cores, shown as they go, stopped
+so that they save."""
 
 import os
 import signal
@@ -39,9 +40,11 @@ class Running(NamedTuple):
 
 
 def run_all(plans: Sequence[Plan], *, jobs: int) -> int | None:
-    """Runs them, so many at a time, whether or not one fails; gives the signal that stopped it all, if one did.
+    """Runs them, so many at a time, whether or not one fails; gives the signal that stopped it all,
+    if one did.
 
-    The first Ctrl-C or SIGTERM passes SIGINT on, upon which each run saves and ends; a second Ctrl-C ends them at once.
+    The first Ctrl-C or SIGTERM passes SIGINT on, upon which each run saves and ends; a second
+    Ctrl-C ends them at once.
     """
     waiting = deque(plans)
     running: dict[int, Running] = {}
@@ -54,7 +57,9 @@ def run_all(plans: Sequence[Plan], *, jobs: int) -> int | None:
                     running[slot] = start(waiting.popleft(), share_of_cores(slot, jobs))
                     board.started(running[slot])
                 if stop.signal and not told:
-                    board.say("Stopping: each run saves first. Ctrl-C once more interrupts at once.")
+                    board.say(
+                        "Stopping: each run saves first. Ctrl-C once more interrupts at once."
+                    )
                     _interrupt(running.values())
                     told = True
                 time.sleep(POLL)
@@ -71,7 +76,8 @@ def run_all(plans: Sequence[Plan], *, jobs: int) -> int | None:
 def start(plan: Plan, cores: set[int] | None) -> Running:
     """Starts or resumes it, with what it prints in its log.
 
-    It has a session of its own: of Ctrl-C at a terminal it learns through us only, once, since twice would not let it save.
+    It has a session of its own: of Ctrl-C at a terminal it learns through us only, once, since
+    twice would not let it save.
     """
     plan.place.log.parent.mkdir(parents=True, exist_ok=True)
     resumed = is_begun(plan.place.folder)
@@ -86,13 +92,15 @@ def start(plan: Plan, cores: set[int] | None) -> Running:
         )
     if cores is not None:
         with suppress(ProcessLookupError):  # it has ended already
-            # From outside, as forking a process with jax in it is unsafe; threads that come later inherit it.
+            # From outside, as forking a process with jax in it is unsafe; threads that come later
+            # inherit it.
             os.sched_setaffinity(process.pid, cores)
     return Running(plan, process, time.monotonic(), resumed)
 
 
 def share_of_cores(slot: int, jobs: int) -> set[int] | None:
-    """Which cores a process may use, of those that this one may; None for all, and where the system cannot be asked."""
+    """Which cores a process may use, of those that this one may; None for all, and where the system
+    cannot be asked."""
     if jobs == 1 or sys.platform != "linux":
         return None
     cores = sorted(os.sched_getaffinity(0))
@@ -121,8 +129,14 @@ class Board:
 
     def __init__(self, plans: Sequence[Plan]):
         self._console = Console(width=None if sys.stdout.isatty() else 110)
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[note]}")
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(
+            *columns, console=self._console, disable=not self._console.is_terminal, transient=True
+        )
         self._total = sum(plan.steps for plan in plans)
         self._at_first = {plan.place: current_step(plan.place.folder) for plan in plans}
         self._steps = dict(self._at_first)
@@ -145,9 +159,12 @@ class Board:
     def started(self, one: Running) -> None:
         """A new row."""
         place = one.plan.place
-        self._bars[place] = self._progress.add_task(f"  {place.title}", total=one.plan.steps, note="starting")
+        self._bars[place] = self._progress.add_task(
+            f"  {place.title}", total=one.plan.steps, note="starting"
+        )
         self.say(
-            f"{escape(place.title)}: {'going on' if one.resumed else 'started'}; what it prints is in {escape(str(place.log))}."
+            f"{escape(place.title)}: {'going on' if one.resumed else 'started'}; what it prints is "
+            f"in {escape(str(place.log))}."
         )
 
     def ended(self, one: Running, *, stopped: bool) -> None:
@@ -159,7 +176,10 @@ class Board:
             self.say(f"{escape(place.title)}: stopped at step {current_step(place.folder)}.")
         elif status:
             self._total -= one.plan.steps - self._steps[place]
-            self.say(f"[bold red]{escape(place.title)}: failed with status {status} after {took}.[/] The end of {place.log}:")
+            self.say(
+                f"[bold red]{escape(place.title)}: failed with status {status} after {took}.[/] "
+                f"The end of {place.log}:"
+            )
             lines = place.log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:]
             self.say(escape("\n".join(f"  {on_one_line(line)}" for line in lines)))
         else:
@@ -171,15 +191,25 @@ class Board:
         """Reads how far each is, and shows it."""
         for plan in running:
             step = self._steps[plan.place] = current_step(plan.place.folder)
-            self._progress.update(self._bars[plan.place], completed=step, note=f"step {step} of {plan.steps}")
-        self._progress.update(self._all, completed=sum(self._steps.values()), total=self._total, note=self._summary())
+            self._progress.update(
+                self._bars[plan.place], completed=step, note=f"step {step} of {plan.steps}"
+            )
+        self._progress.update(
+            self._all, completed=sum(self._steps.values()), total=self._total, note=self._summary()
+        )
         if not self._console.is_terminal and running and time.monotonic() - self._spoke > QUIET:
             self._spoke = time.monotonic()
-            at = "; ".join(f"{plan.place.title}: step {self._steps[plan.place]} of {plan.steps}" for plan in running)
+            at = "; ".join(
+                f"{plan.place.title}: step {self._steps[plan.place]} of {plan.steps}"
+                for plan in running
+            )
             self.say(escape(f"{at}; {self._summary()}."))
 
     def _summary(self) -> str:
-        steps, taken = sum(self._steps.values()), sum(self._steps.values()) - sum(self._at_first.values())
+        steps, taken = (
+            sum(self._steps.values()),
+            sum(self._steps.values()) - sum(self._at_first.values()),
+        )
         runs = f"{self._ended} of {self._runs} runs"
         if not taken or steps == self._total:
             return runs

@@ -42,7 +42,8 @@ class Spread(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A figure against samples: mean over seeds and standard deviation between them (NaN where there is one)."""
+    """A figure against samples: mean over seeds and standard deviation between them (NaN where
+    there is one)."""
 
     samples: np.ndarray
     mean: np.ndarray
@@ -59,9 +60,14 @@ def read_result(place: Place) -> Result:
         config = read_json(place.folder / "config.json")
         records = read_metrics(place.folder / "metrics.jsonl")
     except OSError as error:
-        raise RunError(f"{place.folder} is no run folder: {error.strerror}: {error.filename}.") from error
+        raise RunError(
+            f"{place.folder} is no run folder: {error.strerror}: {error.filename}."
+        ) from error
     # A resumed run may have repeated a step; the later record is the one that went on.
-    kinds = {kind: {r["step"]: r for r in records if r["kind"] == kind} for kind in ("evaluation", "step")}
+    kinds = {
+        kind: {r["step"]: r for r in records if r["kind"] == kind}
+        for kind in ("evaluation", "step")
+    }
     if not kinds["evaluation"]:
         raise RunError(f"{place.folder} has no evaluation yet.")
     evaluations, steps = ([of_kind[step] for step in sorted(of_kind)] for of_kind in kinds.values())
@@ -69,7 +75,8 @@ def read_result(place: Place) -> Result:
 
 
 def place_of(folder: Path, labels: dict[str, str]) -> Place:
-    """What a run is called: by its folder's name if that is like LABEL-seed0, else by what it minimised.
+    """What a run is called: by its folder's name if that is like LABEL-seed0, else by what it
+    minimised.
 
     Args:
         folder: of the run.
@@ -91,7 +98,9 @@ def label_of(config: dict) -> str:
     """An objective in a word, from a run's configuration."""
     if config.get("algorithm", "fdpg") != "fdpg":
         return config["algorithm"]
-    label = f"alpha={config['alpha']:g}" if config["divergence"] == "alpha" else config["divergence"]
+    label = (
+        f"alpha={config['alpha']:g}" if config["divergence"] == "alpha" else config["divergence"]
+    )
     clip = f", f' clipped to {config['clip']}" if config.get("clip") else ""
     return label + clip + (", adaptive proposal" if config.get("proposal") == "adaptive" else "")
 
@@ -107,7 +116,8 @@ def check_distinct(places: Sequence[Place]) -> None:
         other = seen.setdefault((place.label, place.seed), place.folder)
         if other != place.folder:
             raise RunError(
-                f"{other} and {place.folder} are both {place.title}. Rename one folder to LABEL-seed{place.seed}, "
+                f"{other} and {place.folder} are both {place.title}. Rename one folder to "
+                f"LABEL-seed{place.seed}, "
                 "with a label of its own."
             )
 
@@ -121,15 +131,19 @@ def by_label(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one figure over seeds. One that is infinite makes the mean so, one that is unknown makes it unknown."""
+    """Of one figure over seeds. One that is infinite makes the mean so, one that is unknown makes
+    it unknown."""
     values = [float(value) for value in values]
     if not np.isfinite(values).all():
         return Spread(math.nan if np.isnan(values).any() else float(np.sum(values)), math.nan)
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
+    return Spread(
+        float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    )
 
 
 def curve(runs: Sequence[Sequence[dict]], name: str) -> Curve:
-    """Of one figure, from the records of each seed; where it is infinite or unknown for one of them, NaN."""
+    """Of one figure, from the records of each seed; where it is infinite or unknown for one of
+    them, NaN."""
     at = by_samples(runs, name)
     spreads = [spread(values) for values in at.values()]
     mean = np.array([s.mean if math.isfinite(s.mean) else math.nan for s in spreads])
@@ -146,8 +160,14 @@ def by_samples(runs: Sequence[Sequence[dict]], name: str) -> dict[int, list[floa
 
 
 def differing_settings(results: Sequence[Result]) -> dict[str, dict[str, list[str]]]:
-    """Setting -> value -> labels with it, of those that the runs do not share although they are not what is compared."""
-    shared = set.intersection(*(set(result.config) for result in results)) - COMPARED - NOTES - MAY_CHANGE
+    """Setting -> value -> labels with it, of those that the runs do not share although they are not
+    what is compared."""
+    shared = (
+        set.intersection(*(set(result.config) for result in results))
+        - COMPARED
+        - NOTES
+        - MAY_CHANGE
+    )
     differing = {}
     for name in sorted(shared):
         values = defaultdict(list)

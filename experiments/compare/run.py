@@ -11,13 +11,24 @@ from experiments._run_folder import RunError, locked, write_text
 from . import plots, table
 from .config import HEADLINES, Config
 from .objectives import parse_objectives
-from .plan import Place, Plan, default_folder, is_begun, is_complete, is_finished, make_plans, places, read_notes
+from .plan import (
+    Place,
+    Plan,
+    default_folder,
+    is_begun,
+    is_complete,
+    is_finished,
+    make_plans,
+    places,
+    read_notes,
+)
 from .processes import run_all
 from .results import check_distinct, place_of, read_result
 
 
 def main(config: Config) -> int:
-    """Runs and reports; the exit status is 0 for a whole comparison, 1 with runs missing, 128 + signal if stopped."""
+    """Runs and reports; the exit status is 0 for a whole comparison, 1 with runs missing, 128 +
+    signal if stopped."""
     elsewhere = [place_of(path, {}) for path in config.runs]
     folder = config.folder or default_folder(config)
     if config.only_report:
@@ -29,7 +40,10 @@ def main(config: Config) -> int:
         check_distinct(wanted)
         stopped = _make(config, folder, plans)
         if stopped:
-            print(f"Stopped. The same command goes on; what is there so far: --only-report --folder {folder}")
+            print(
+                f"Stopped. The same command goes on; what is there so far: --only-report --folder "
+                f"{folder}"
+            )
             return 128 + stopped
         done = [plan.place for plan in plans if is_complete(plan)]
         done += [place for place in elsewhere if is_finished(place.folder)]
@@ -45,16 +59,26 @@ def _make(config: Config, folder: Path, plans: Sequence[Plan]) -> int | None:
         left = [plan for plan in plans if not is_complete(plan)]
         if not left:
             return None
-        print(f"{len(left)} of {len(plans)} runs are to be made, {config.jobs} at a time. Everything is written to {folder}.")
+        print(
+            f"{len(left)} of {len(plans)} runs are to be made, {config.jobs} at a time. Everything "
+            f"is written to {folder}."
+        )
         return run_all(left, jobs=config.jobs)
 
 
 def _take_notes(config: Config, folder: Path) -> None:
     """compare.json: what --only-report and the next command want to know."""
     labels = read_notes(folder).get("labels", {})
-    labels |= {objective.file_name: objective.label for objective in parse_objectives(config.objectives)}
+    labels |= {
+        objective.file_name: objective.label for objective in parse_objectives(config.objectives)
+    }
     command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    notes = {"task": config.task, "arguments": config.arguments, "command": command, "labels": labels}
+    notes = {
+        "task": config.task,
+        "arguments": config.arguments,
+        "command": command,
+        "labels": labels,
+    }
     write_text(folder / "compare.json", json.dumps(notes, indent=2))
 
 
@@ -65,11 +89,14 @@ def _existing(config: Config, folder: Path) -> list[Place]:
     labels = read_notes(folder).get("labels", {})
     found = [place_of(path, labels) for path in sorted(folder.glob("*-seed*")) if is_begun(path)]
     order = {label: i for i, label in enumerate(labels.values())}
-    return sorted(found, key=lambda place: (order.get(place.label, len(order)), place.label, place.seed))
+    return sorted(
+        found, key=lambda place: (order.get(place.label, len(order)), place.label, place.seed)
+    )
 
 
 def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequence[Place]) -> int:
-    """Writes table.md and the pictures, and prints the table; the exit status says whether a run is missing.
+    """Writes table.md and the pictures, and prints the table; the exit status says whether a run is
+    missing.
 
     Raises:
         RunError: if there is nothing to report on.
@@ -79,16 +106,25 @@ def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequenc
     results = [read_result(place) for place in done]
     headlines = HEADLINES[config.task]
     figures = config.figures or (*headlines, *table.REPORTED)
-    unknown = [name for name in config.figures if not any(name in result.last for result in results)]
+    unknown = [
+        name for name in config.figures if not any(name in result.last for result in results)
+    ]
     if unknown:
         print(
-            f"No run has the figures {', '.join(unknown)}; they are left out. There are {', '.join(_names(results[0].last))}."
+            f"No run has the figures {', '.join(unknown)}; they are left out. There are "
+            f"{', '.join(_names(results[0].last))}."
         )
-    command = read_notes(folder).get("command", shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]))
+    command = read_notes(folder).get(
+        "command", shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    )
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.write(folder, results, headlines)
-    write_text(folder / "table.md", table.page(config.task, command, results, missing, figures, pictures))
-    print("\n".join([*table.rows(results, missing, figures), "", *table.notes(results, missing), ""]))
+    write_text(
+        folder / "table.md", table.page(config.task, command, results, missing, figures, pictures)
+    )
+    print(
+        "\n".join([*table.rows(results, missing, figures), "", *table.notes(results, missing), ""])
+    )
     print(f"Written to {folder}: table.md, {', '.join(pictures)}.")
     return 1 if missing else 0
 

@@ -32,7 +32,8 @@ def page(
     figures: Sequence[str],
     pictures: Sequence[str],
 ) -> str:
-    """The whole table.md: command, table, what its numbers are, what is missing, and the pictures."""
+    """The whole table.md: command, table, what its numbers are, what is missing, and the
+    pictures."""
     lines = [f"# {title}", "", f"    {command}", "", *rows(results, missing, figures), ""]
     lines += [*notes(results, missing), ""]
     lines += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
@@ -48,7 +49,11 @@ def rows(results: Sequence[Result], missing: Sequence[Place], figures: Sequence[
     wanted = {label: len(group) for label, group in groups.items()}
     for place in missing:
         wanted[place.label] = wanted.get(place.label, 0) + 1
-    first = {result.place.seed: result for result in reversed(results) if result.evaluations[0]["step"] == 0}
+    first = {
+        result.place.seed: result
+        for result in reversed(results)
+        if result.evaluations[0]["step"] == 0
+    }
     base = [*_figures([result.evaluations[0] for result in first.values()], known), "0", "–"]
     table = [header, ["---"] * len(header), ["base model", *base]]
     for label, count in wanted.items():
@@ -63,15 +68,24 @@ def notes(results: Sequence[Result], missing: Sequence[Place]) -> list[str]:
     seeds = sorted({result.place.seed for result in results})
     if len(seeds) > 1:
         listed = ", ".join(map(str, seeds))
-        lines = [f"Mean ± standard deviation over {len(seeds)} seeds ({listed}) of the last evaluation of each run."]
+        lines = [
+            f"Mean ± standard deviation over {len(seeds)} seeds ({listed}) of the last evaluation "
+            f"of each run."
+        ]
     else:
-        lines = [f"Last evaluation of each run, of seed {seeds[0]} alone; ± is the standard error of the evaluation."]
+        lines = [
+            f"Last evaluation of each run, of seed {seeds[0]} alone; ± is the standard error of "
+            f"the evaluation."
+        ]
     differing = differing_settings(results)
     if differing:
         parts = [f"{name} {_values(values)}" for name, values in differing.items()]
         lines.append(f"Settings that the runs do not share: {'; '.join(parts)}.")
     if missing:
-        listed = "; ".join(f"{place.title} ({place.log if place.log.is_file() else 'not begun'})" for place in missing)
+        listed = "; ".join(
+            f"{place.title} ({place.log if place.log.is_file() else 'not begun'})"
+            for place in missing
+        )
         lines.append(f"**Missing**, since they are not finished: {listed}.")
     return "\n\n".join(lines).split("\n")
 
@@ -87,7 +101,9 @@ def _row(records: list[dict], names: list[str]) -> list[str]:
         return ["–"] * (len(names) + 2)
     samples = spread([record["samples"] for record in records])
     seconds = spread([record["seconds"] for record in records])
-    drawn = f"{samples.mean:,.0f}" + (f" ± {samples.deviation:,.0f}" if samples.deviation > 0 else "")
+    drawn = f"{samples.mean:,.0f}" + (
+        f" ± {samples.deviation:,.0f}" if samples.deviation > 0 else ""
+    )
     took = f"{seconds.mean:.0f}" + (f" ± {seconds.deviation:.0f}" if seconds.deviation >= 0 else "")
     return [*_figures(records, names), drawn, took]
 
@@ -108,5 +124,9 @@ def cell(figure: Spread) -> str:
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    digits = next((digits for limit, digits in ((0.1, 4), (1, 3), (10, 2)) if abs(value) < limit), 1)
-    return f"{value:z.{digits}f}" + (f" ± {deviation:.{digits}f}" if math.isfinite(deviation) else "")
+    digits = next(
+        (digits for limit, digits in ((0.1, 4), (1, 3), (10, 2)) if abs(value) < limit), 1
+    )
+    return f"{value:z.{digits}f}" + (
+        f" ± {deviation:.{digits}f}" if math.isfinite(deviation) else ""
+    )

@@ -1,4 +1,5 @@
-"""Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot --help."""
+"""Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot
+--help."""
 
 import math
 import sys
@@ -19,7 +20,8 @@ PARTS = ("hardest third", "middle third", "easiest third")
 
 @dataclass(frozen=True)
 class Config:
-    """Draw the satisfaction of each unseen prompt, of the base model against the aligned one, for runs of this experiment.
+    """Draw the satisfaction of each unseen prompt, of the base model against the aligned one, for
+    runs of this experiment.
 
     Examples:
 
@@ -54,13 +56,18 @@ def read(folder: Path) -> tuple[str, list[dict]]:
 
 
 def _with_rate(record: dict) -> dict:
-    """Before the first step satisfaction is Z_c, of many more samples than an evaluation has of one prompt."""
+    """Before the first step satisfaction is Z_c, of many more samples than an evaluation has of one
+    prompt."""
     return record | {"satisfaction": math.exp(record["log_z"])} if record["step"] == 0 else record
 
 
 def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean satisfaction before and after of the prompts where it was lowest, middling and highest before."""
-    first, last = ({r["prompt"]: r["satisfaction"] for r in records if r["step"] == end} for end in (0, records[-1]["step"]))
+    """Mean satisfaction before and after of the prompts where it was lowest, middling and highest
+    before."""
+    first, last = (
+        {r["prompt"]: r["satisfaction"] for r in records if r["step"] == end}
+        for end in (0, records[-1]["step"])
+    )
     order = np.array_split(sorted(first, key=lambda prompt: first[prompt]), 3)
 
     def means(part):
@@ -78,18 +85,36 @@ def main(config: Config) -> int:
         for i, (name, records) in enumerate(found):
             per_context(axes[i], records, "satisfaction", label="an unseen prompt", color=f"C{i}")
             axes[i].set(
-                title=f"{name} Z", xlabel="satisfaction of the base model", ylabel="of the aligned model", ylim=(-0.03, 1.05)
+                title=f"{name} Z",
+                xlabel="satisfaction of the base model",
+                ylabel="of the aligned model",
+                ylim=(-0.03, 1.05),
             )
         width = 0.8 / (len(found) + 1)
         before, _ = by_thirds(found[0][1])
-        axes[-1].bar(np.arange(3) - 0.4 + width / 2, before, width, color="grey", label="base model")
+        axes[-1].bar(
+            np.arange(3) - 0.4 + width / 2, before, width, color="grey", label="base model"
+        )
         for i, (name, records) in enumerate(found):
             _, after = by_thirds(records)
-            axes[-1].bar(np.arange(3) - 0.4 + width * (i + 1.5), after, width, color=f"C{i}", label=f"{name} Z")
-            print(f"{name} Z: {', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}")
+            axes[-1].bar(
+                np.arange(3) - 0.4 + width * (i + 1.5),
+                after,
+                width,
+                color=f"C{i}",
+                label=f"{name} Z",
+            )
+            print(
+                f"{name} Z: "
+                f"{', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}"
+            )
         axes[-1].set_xticks(range(3), PARTS)
-        axes[-1].set(title="by how easy it is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12))
-        axes[-1].legend(frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1)
+        axes[-1].set(
+            title="by how easy it is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12)
+        )
+        axes[-1].legend(
+            frameon=False, ncols=3, loc="upper center", columnspacing=0.8, handlelength=1
+        )
         figure.savefig(config.output)
         plt.close(figure)
     print(f"The picture is {config.output}.")

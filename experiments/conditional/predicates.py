@@ -6,7 +6,8 @@ TURNS = {"but", "yet", "though", "although", "however", "despite"}
 
 
 def turns(prompt: str, continuation: str) -> bool:
-    """Whether the continuation turns against its opening: one of `TURNS`, and none that the prompt has already."""
+    """Whether the continuation turns against its opening: one of `TURNS`, and none that the prompt
+    has already."""
     return bool(_words(continuation) & TURNS - _words(prompt))
 
 

@@ -24,29 +24,40 @@ def make_contexts(config: Config, model: PretrainedModel) -> Contexts:
     longest = max(prompts.tokens.shape[1] for prompts in (training, unseen))
     check_positions(config.settings, model, longest)
     global_z = config.normalizer == "global"
-    return Contexts(training, unseen, config.prompts_per_step, global_z=global_z, z_samples=config.z_samples)
+    return Contexts(
+        training, unseen, config.prompts_per_step, global_z=global_z, z_samples=config.z_samples
+    )
 
 
 def _prompts(config: Config, model: PretrainedModel) -> tuple[Prompts, Prompts]:
     if config.prompts is None:
         return openings(model.tokenizer)
-    training, reports = read_prompts(config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
+    training, reports = read_prompts(
+        config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens
+    )
     if config.unseen_prompts is None:
         kept = np.arange(len(training.texts)) % 4 == 3
         training, unseen = _some(training, ~kept), _some(training, kept)
     else:
-        unseen, more = read_prompts(config.unseen_prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
+        unseen, more = read_prompts(
+            config.unseen_prompts, model.tokenizer, max_tokens=config.max_prompt_tokens
+        )
         reports += more
     for report in reports:
         print(report)
     known = sorted(set(training.texts) & set(unseen.texts))
     if known:
-        raise RunError(f"{len(known)} prompts are in both files, {known[0]!r} first. Unseen prompts must not be aligned on.")
+        raise RunError(
+            f"{len(known)} prompts are in both files, {known[0]!r} first. Unseen prompts must not "
+            f"be aligned on."
+        )
     return training, unseen
 
 
 def _some(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    texts, references = ([part[i] for i in np.flatnonzero(rows)] for part in (prompts.texts, prompts.references))
+    texts, references = (
+        [part[i] for i in np.flatnonzero(rows)] for part in (prompts.texts, prompts.references)
+    )
     return Prompts(texts, prompts.tokens[rows], prompts.where[rows], references)
 
 
@@ -59,7 +70,8 @@ def load_predicate(config: Config) -> Predicate:
 
 
 def checked(function: Callable, title: str) -> Predicate:
-    """The user's function, whose answer is True or False, or an error that says what it was instead."""
+    """The user's function, whose answer is True or False, or an error that says what it was
+    instead."""
 
     def predicate(prompt: str, continuation: str) -> bool:
         on = f"the prompt {prompt!r:.100} and the continuation {continuation!r:.200}"
@@ -83,10 +95,15 @@ def _is_one_truth(answer: object) -> bool:
 def make_target(config: Config) -> Target:
     """P_c(x) = a(x|c)·b(x, c)."""
     predicate = load_predicate(config)
-    predicate("a prompt", " and a continuation")  # whatever is wrong with it is said before minutes are spent
+    # whatever is wrong with it is said before minutes are spent
+    predicate("a prompt", " and a continuation")
 
     def features(prompts: Sequence[str], texts: Sequence[str]) -> Features:
-        return {"satisfaction": np.array([predicate(c, x) for c, x in zip(prompts, texts, strict=True)], np.float32)}
+        return {
+            "satisfaction": np.array(
+                [predicate(c, x) for c, x in zip(prompts, texts, strict=True)], np.float32
+            )
+        }
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
         return np.where(features["satisfaction"] > 0, log_a, np.float32(-np.inf))
@@ -98,7 +115,9 @@ def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
     target = make_target(config)
     name = config.predicate.replace(":", "-").replace(".", "-")
-    title = "-".join([name, config.settings.objective, *(["global-z"] if config.normalizer == "global" else [])])
+    title = "-".join(
+        [name, config.settings.objective, *(["global-z"] if config.normalizer == "global" else [])]
+    )
     return align(
         config.settings,
         lambda _: target,

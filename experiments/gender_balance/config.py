@@ -13,10 +13,12 @@ MAN = "he him his himself man men boy boys guy guys gentleman actor actors fathe
 
 @dataclass(frozen=True)
 class Config:
-    """Generation with distributional control: as many women as men, and any other moments, changing nothing else.
+    """Generation with distributional control: as many women as men, and any other moments, changing
+    nothing else.
 
-    The target is the distribution closest to the base model with the wanted moments, p(x) ∝ a(x)·exp(λ·φ(x)); λ is fitted
-    to samples of the base model before the first step, and shown with its error.
+    The target is the distribution closest to the base model with the wanted moments, p(x) ∝
+    a(x)·exp(λ·φ(x)); λ is fitted to samples of the base model before the first step, and shown with
+    its error.
 
     Examples:
 
@@ -29,15 +31,17 @@ class Config:
     share: float = 0.5
     """Of the sentences that mention a gendered person, how many shall mention a woman."""
     moments: tuple[str, ...] = ()
-    """More moments, as "word=rate" or "word|another=rate": the rate of sentences with one of the words. A rate of exactly 1
-    or 0 is a hard constraint, and makes the target a hybrid."""
+    """More moments, as "word=rate" or "word|another=rate": the rate of sentences with one of the
+    words. A rate of exactly 1 or 0 is a hard constraint, and makes the target a hybrid."""
     woman: str = WOMAN
     """Words for women, separated by spaces; whole words count, in upper or lower case."""
     man: str = MAN
     """Words for men."""
     fit_samples: int = 8192
     """Samples of the base model that λ is fitted to."""
-    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=lambda: Settings(divergence="forward_kl"))
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(
+        default_factory=lambda: Settings(divergence="forward_kl")
+    )
     """Shared by all experiments."""
 
     def __post_init__(self):
@@ -46,7 +50,10 @@ class Config:
             raise ValueError("--woman and --man must each name at least one word.")
         words = [words for words, _ in parse_moments(self.moments)]
         if len(set(words)) < len(words):
-            raise ValueError(f"--moments has the same words twice: {', '.join(self.moments)}. Give each moment once.")
+            raise ValueError(
+                f"--moments has the same words twice: {', '.join(self.moments)}. Give each moment "
+                f"once."
+            )
 
 
 def parse_moments(moments: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -64,6 +71,8 @@ def parse_moments(moments: tuple[str, ...]) -> list[tuple[str, float]]:
             value = -1.0
         named = [word.strip() for word in words.split("|")]
         if not all(named) or not 0 <= value <= 1:
-            raise ValueError(f'--moments are "word=rate" or "word|another=rate" with a rate from 0 to 1; got {moment!r}.')
+            raise ValueError(
+                f'--moments are "word=rate" or "word|another=rate" with a rate from 0 to 1; got {moment!r}.'
+            )
         parsed.append(("|".join(named), value))
     return parsed

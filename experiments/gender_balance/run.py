@@ -17,16 +17,27 @@ from .config import Config, parse_moments
 
 
 def make_features(config: Config, texts: Sequence[str]) -> Features:
-    """Woman, gendered, their balance, and one more a moment: [word], lest a user's words take the name of a figure."""
-    woman, man = (contains_any(words.split(), texts).astype(np.float32) for words in (config.woman, config.man))
+    """Woman, gendered, their balance, and one more a moment: [word], lest a user's words take the
+    name of a figure."""
+    woman, man = (
+        contains_any(words.split(), texts).astype(np.float32)
+        for words in (config.woman, config.man)
+    )
     gendered = np.maximum(woman, man)
-    features = {"woman": woman, "gendered": gendered, "balance": woman - np.float32(config.share) * gendered}
+    features = {
+        "woman": woman,
+        "gendered": gendered,
+        "balance": woman - np.float32(config.share) * gendered,
+    }
     words = [words for words, _ in parse_moments(config.moments)]
-    return features | {f"[{some}]": contains_any(some.split("|"), texts).astype(np.float32) for some in words}
+    return features | {
+        f"[{some}]": contains_any(some.split("|"), texts).astype(np.float32) for some in words
+    }
 
 
 def constrained(config: Config) -> dict[str, float]:
-    """Feature -> moment. E[woman] = share·E[gendered] is a moment of 0 of their balance: how many are gendered stays free."""
+    """Feature -> moment. E[woman] = share·E[gendered] is a moment of 0 of their balance: how many
+    are gendered stays free."""
     return {"balance": 0.0} | {f"[{words}]": rate for words, rate in parse_moments(config.moments)}
 
 
@@ -52,7 +63,9 @@ def fit(config: Config, prepared: Prepared) -> MomentFit:
     return result
 
 
-def _show(prepared: Prepared, result: MomentFit, features: jnp.ndarray, wanted: dict[str, float]) -> None:
+def _show(
+    prepared: Prepared, result: MomentFit, features: jnp.ndarray, wanted: dict[str, float]
+) -> None:
     rows = [
         (name, f"{float(features[:, i].mean()):.4f}", f"{moment:.4f}", f"{float(result.coefficients[i]):.3f} ± "
          f"{float(result.std_error[i]):.3f}", f"{float(result.residual[i]):.1e}")
@@ -73,13 +86,17 @@ def _check(result: MomentFit, features: jnp.ndarray, wanted: dict[str, float]) -
         if result.unreachable[i]:
             low, high = float(features[:, i].min()), float(features[:, i].max())
             raise RunError(
-                f"No distribution over these samples has a mean of {moment:g} of {name!r}, which is between {low:g} and "
-                f"{high:g} in all of them. Use words that the model writes, another rate, or more --fit-samples."
+                f"No distribution over these samples has a mean of {moment:g} of {name!r}, which "
+                f"is between {low:g} and {high:g} in all of them. Use words that the model writes, "
+                f"another rate, or more --fit-samples."
             )
     if not result.converged:
-        left = ", ".join(f"{name} by {float(r):+.3g}" for name, r in zip(wanted, result.residual, strict=True))
+        left = ", ".join(
+            f"{name} by {float(r):+.3g}" for name, r in zip(wanted, result.residual, strict=True)
+        )
         raise RunError(
-            f"The moments contradict each other in the samples of the base model: the closest fit misses {left}. "
+            f"The moments contradict each other in the samples of the base model: the closest fit "
+            f"misses {left}. "
             "Leave one out, change the rates, or raise --fit-samples."
         )
 
@@ -89,7 +106,9 @@ def make_target(config: Config, prepared: Prepared) -> Target:
     names, result = list(constrained(config)), fit(config, prepared)
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
-        return np.asarray(exponential_family(jnp.asarray(log_a), stack(features, names), result.coefficients))
+        return np.asarray(
+            exponential_family(jnp.asarray(log_a), stack(features, names), result.coefficients)
+        )
 
     return Target(
         lambda _, texts: make_features(config, texts),

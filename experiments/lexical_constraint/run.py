@@ -33,5 +33,13 @@ def make_target(config: Config) -> Target:
 
 def main(config: Config) -> int:
     """Runs it; the exit status is 0 for a whole run, 128 + signal for one that was stopped."""
-    title = f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.objective}"
-    return align(config.settings, lambda _: make_target(config), config=config, experiment="lexical_constraint", title=title)
+    title = (
+        f"{re.sub(r'[^a-z0-9]+', '-', config.word.lower()).strip('-')}-{config.settings.objective}"
+    )
+    return align(
+        config.settings,
+        lambda _: make_target(config),
+        config=config,
+        experiment="lexical_constraint",
+        title=title,
+    )

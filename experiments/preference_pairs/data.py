@@ -1,4 +1,5 @@
-"""Pairs of a chosen and a rejected continuation: lines of a file, then arrays, then the batch of each step."""
+"""Pairs of a chosen and a rejected continuation: lines of a file, then arrays, then the batch of
+each step."""
 
 import codecs
 import json
@@ -26,7 +27,8 @@ Score = Callable[[jax.Array, jax.Array], jax.Array]
 class Pair(NamedTuple):
     """A prompt and two continuations, which bring the space between with them.
 
-    ended: whether the text ended there, rather than being cut off; its end-of-sequence token counts only then.
+    ended: whether the text ended there, rather than being cut off; its end-of-sequence token counts
+    only then.
     """
 
     prompt: str
@@ -45,18 +47,21 @@ def as_line(pair: Pair) -> str:
 def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
     """The pairs of a file of JSON lines, and a report of the lines that were left out.
 
-    Each line is an object with the texts "prompt", "chosen" and "rejected", and perhaps "chosen_ended" and "rejected_ended",
-    true or false. Other keys are not looked at.
+    Each line is an object with the texts "prompt", "chosen" and "rejected", and perhaps
+    "chosen_ended" and "rejected_ended", true or false. Other keys are not looked at.
 
     Raises:
-        RunError: if the file cannot be read, is empty, has a bad line (unless those are skipped), or no good one.
+        RunError: if the file cannot be read, is empty, has a bad line (unless those are skipped),
+            or no good one.
     """
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise RunError(f"Cannot read the pairs {path}: {error.strerror}.") from error
     if not lines:
-        raise RunError(f'{path} is empty. Give a file of JSON lines with "prompt", "chosen" and "rejected".')
+        raise RunError(
+            f'{path} is empty. Give a file of JSON lines with "prompt", "chosen" and "rejected".'
+        )
     pairs, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -65,7 +70,11 @@ def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
             bad.append(f"line {number} {error}")
     count = f"{len(bad)} of {len(lines)} lines"
     if bad and not (skip_bad and pairs):
-        advice = "Mend them, or use the rest with --skip-bad-lines." if pairs else "No line is left to be used."
+        advice = (
+            "Mend them, or use the rest with --skip-bad-lines."
+            if pairs
+            else "No line is left to be used."
+        )
         raise RunError(f"{count} of {path} are bad, first {bad[0]}. {advice}")
     more = "; …" if len(bad) > SHOWN else ""
     return pairs, [f"{path}: {count} left out: {'; '.join(bad[:SHOWN])}{more}."] if bad else []
@@ -82,17 +91,22 @@ def _parse(line: bytes) -> Pair:
         if not found[name].strip():
             raise ValueError(f'has an empty "{name}"')
         if any("\ud800" <= character <= "\udfff" for character in found[name]):
-            raise ValueError(f'has half a character in "{name}", which is no text (a lone surrogate)')
+            raise ValueError(
+                f'has half a character in "{name}", which is no text (a lone surrogate)'
+            )
     for name in ("chosen_ended", "rejected_ended"):
         if not isinstance(found.get(name, True), bool):
-            raise ValueError(f'has a "{name}" that is neither true nor false but {found[name]!r:.40}')
+            raise ValueError(
+                f'has a "{name}" that is neither true nor false but {found[name]!r:.40}'
+            )
     if found["chosen"] == found["rejected"]:
         raise ValueError('has the same text as "chosen" and "rejected"')
     return Pair(**{name: found[name] for name in Pair._fields if name in found})
 
 
 def _object(line: bytes) -> dict:
-    """The JSON object of a line, in which no key of a pair stands twice: which of the two were meant?"""
+    """The JSON object of a line, in which no key of a pair stands twice: which of the two were
+    meant?"""
     try:
         found = json.loads(line.decode(), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -115,7 +129,9 @@ def _once(items: list[tuple[str, object]]) -> dict:
     return found
 
 
-def to_batch(pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int) -> tuple[PairBatch, list[str]]:
+def to_batch(
+    pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int
+) -> tuple[PairBatch, list[str]]:
     """All pairs as arrays of one width, a multiple of 8, and a report of those that are too long.
 
     The log-probabilities under the base model are computed here, once, in batches of one size.
@@ -124,7 +140,8 @@ def to_batch(pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int)
         pairs: at least one.
         tokenizer: of the model.
         score: of the base model, compiled.
-        max_tokens: longest row: start token, prompt, continuation and end; at most the model's positions.
+        max_tokens: longest row: start token, prompt, continuation and end; at most the model's
+            positions.
 
     Raises:
         RunError: if all are too long.
@@ -139,13 +156,16 @@ def to_batch(pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int)
     width = -(-int(lengths[kept].max()) // 8) * 8
     arrays = [_padded([rows[i] for i in kept], width) for rows in both]
     log_a = [_in_batches(score, *part) for part in arrays]
-    (chosen, chosen_where), (rejected, rejected_where) = ([jnp.asarray(x) for x in part] for part in arrays)
+    (chosen, chosen_where), (rejected, rejected_where) = (
+        [jnp.asarray(x) for x in part] for part in arrays
+    )
     batch = PairBatch(chosen, chosen_where, rejected, rejected_where, *log_a)
     return batch, [f"{report} and were left out."] if long else []
 
 
 def _rows(pairs: Sequence[Pair], tokenizer, side: str) -> list[tuple[list[int], int]]:
-    """(start token, prompt, continuation and end; how many of these come before the continuation) of each pair."""
+    """(start token, prompt, continuation and end; how many of these come before the continuation)
+    of each pair."""
     end = tokenizer.eos_token_id
     prompts = token_ids(tokenizer, [pair.prompt for pair in pairs])
     continuations = token_ids(tokenizer, [getattr(pair, side) for pair in pairs])
@@ -174,16 +194,23 @@ def _in_batches(score: Score, tokens: np.ndarray, where: np.ndarray) -> jax.Arra
 
 
 def batch_at(pairs: PairBatch, step: int, *, batch_size: int, seed: int) -> PairBatch:
-    """The batch of a step: a function of seed and step alone, so that a resumed run goes on as if never interrupted.
+    """The batch of a step: a function of seed and step alone, so that a resumed run goes on as if
+    never interrupted.
 
-    Each epoch goes through the pairs in an order of its own, and leaves out those that do not fill a batch.
+    Each epoch goes through the pairs in an order of its own, and leaves out those that do not fill
+    a batch.
 
     Raises:
         RunError: if there are fewer pairs than a batch has.
     """
     count = len(pairs.chosen_tokens)
     if count < batch_size:
-        raise RunError(f"There are {count} pairs to be used, fewer than the {batch_size} of a step. Take smaller steps.")
+        raise RunError(
+            f"There are {count} pairs to be used, fewer than the {batch_size} of a step. Take "
+            f"smaller steps."
+        )
     epoch, place = divmod(step, count // batch_size)
-    rows = np.random.default_rng((seed, epoch)).permutation(count)[place * batch_size : (place + 1) * batch_size]
+    rows = np.random.default_rng((seed, epoch)).permutation(count)[
+        place * batch_size : (place + 1) * batch_size
+    ]
     return jax.tree.map(lambda x: x[rows], pairs)

@@ -1,4 +1,5 @@
-"""Preference pairs of the base model's own continuations: python -m experiments.preference_pairs.make_pairs --help."""
+"""Preference pairs of the base model's own continuations: python -m
+experiments.preference_pairs.make_pairs --help."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,24 +32,28 @@ ROWS = 256
 
 @dataclass(frozen=True)
 class Config:
-    """Pairs of continuations of each prompt, drawn from the base model and labelled by a reward, as JSON lines.
+    """Pairs of continuations of each prompt, drawn from the base model and labelled by a reward, as
+    JSON lines.
 
     Examples:
 
         python -m experiments.preference_pairs.make_pairs
-        python -m experiments.preference_pairs.make_pairs --labels bradley-terry --output my_pairs.jsonl
-        python -m experiments.preference_pairs.make_pairs --reward my_module:my_rewards --prompts my_prompts.txt
+        python -m experiments.preference_pairs.make_pairs --labels bradley-terry --output
+        my_pairs.jsonl python -m experiments.preference_pairs.make_pairs --reward
+        my_module:my_rewards --prompts my_prompts.txt
     """
 
     output: Path = Path("pairs.jsonl")
     """The file to write; must not be there yet."""
     labels: Literal["best-worst", "bradley-terry"] = "best-worst"
-    """best-worst: of each --candidates continuations the one with the highest reward against the one with the lowest.
-    bradley-terry: any two, the first being chosen with probability σ(r - r'), as people who are not always sure would."""
+    """best-worst: of each --candidates continuations the one with the highest reward against the
+    one with the lowest. bradley-terry: any two, the first being chosen with probability σ(r - r'),
+    as people who are not always sure would."""
     model: FolderOrName = "built-in"
     """The base model: built-in, a local folder, or a name on the Hugging Face hub."""
     prompts: Path | None = None
-    """A text file of prompts, one a line. Built in: openings of held-out film-review sentences, those that are trained on."""
+    """A text file of prompts, one a line. Built in: openings of held-out film-review sentences,
+    those that are trained on."""
     max_prompt_tokens: int = 32
     """Longer prompts of a file are left out, and counted."""
     pairs_per_prompt: int = 8
@@ -58,8 +63,8 @@ class Config:
     max_new_tokens: int = 32
     """Longest continuation, in tokens; one that has not ended by then is marked as cut off."""
     reward: FolderOrName = "sentiment"
-    """sentiment, the folder of a reward model, or module:function, a Python function from a list of texts (prompt and
-    continuation) to as many numbers."""
+    """sentiment, the folder of a reward model, or module:function, a Python function from a list of
+    texts (prompt and continuation) to as many numbers."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = Path("experiments/assets")
@@ -84,33 +89,52 @@ class Answer(NamedTuple):
     reward: float
 
 
-def draw_answers(config: Config, model: PretrainedModel, prompts: Prompts, reward: Rewards) -> Iterator[list[Answer]]:
+def draw_answers(
+    config: Config, model: PretrainedModel, prompts: Prompts, reward: Rewards
+) -> Iterator[list[Answer]]:
     """The continuations of each prompt in turn, as many as its pairs need."""
     each, count = config.group * config.pairs_per_prompt, len(prompts.texts)
     draw, at_once = make_sampler(model, max_new_tokens=config.max_new_tokens), max(1, ROWS // each)
     rng_key = jax.random.key(config.seed)
     for first in range(0, count, at_once):
-        ids = np.arange(first, first + at_once) % count  # the last batch is filled up, so that all have one shape
-        tokens, where, row_ids = (jnp.asarray(x) for x in (prompts.tokens[ids], prompts.where[ids], ids))
+        # the last batch is filled up, so that all have one shape
+        ids = np.arange(first, first + at_once) % count
+        tokens, where, row_ids = (
+            jnp.asarray(x) for x in (prompts.tokens[ids], prompts.where[ids], ids)
+        )
         drawn = draw(model.params, rng_key, tokens, where, row_ids, each=each)
         samples = fjax.Samples(*(x[: each * (count - first)] for x in jax.device_get(drawn)))
         texts = decode(model, samples.tokens, samples.where)
         rewards = reward([prompts.texts[ids[i // each]] + text for i, text in enumerate(texts)])
-        answers = [Answer(*row) for row in zip(texts, samples.finished.tolist(), rewards.tolist(), strict=True)]
+        answers = [
+            Answer(*row)
+            for row in zip(texts, samples.finished.tolist(), rewards.tolist(), strict=True)
+        ]
         yield from (answers[i : i + each] for i in range(0, len(answers), each))
 
 
-def label(config: Config, answers: Sequence[Answer], rng: np.random.Generator) -> tuple[Answer, Answer] | None:
-    """(chosen, rejected) of the answers that compete; None if there is nothing to choose between them."""
+def label(
+    config: Config, answers: Sequence[Answer], rng: np.random.Generator
+) -> tuple[Answer, Answer] | None:
+    """(chosen, rejected) of the answers that compete; None if there is nothing to choose between
+    them."""
     if config.labels == "best-worst":
-        chosen, rejected = max(answers, key=lambda answer: answer.reward), min(answers, key=lambda answer: answer.reward)
+        chosen, rejected = (
+            max(answers, key=lambda answer: answer.reward),
+            min(answers, key=lambda answer: answer.reward),
+        )
         undecided = chosen.reward == rejected.reward
     else:
         chosen, rejected = answers
-        if rng.random() >= np.exp(-np.logaddexp(0.0, rejected.reward - chosen.reward)):  # σ, without overflow
+        # σ, without overflow
+        if rng.random() >= np.exp(-np.logaddexp(0.0, rejected.reward - chosen.reward)):
             chosen, rejected = rejected, chosen
         undecided = False
-    no_pair = undecided or chosen.text == rejected.text or not (chosen.text.strip() and rejected.text.strip())
+    no_pair = (
+        undecided
+        or chosen.text == rejected.text
+        or not (chosen.text.strip() and rejected.text.strip())
+    )
     return None if no_pair else (chosen, rejected)
 
 
@@ -123,13 +147,19 @@ def main(config: Config) -> int:
     model = load_model(settings)
     prompts, reports = _prompts(config, model)
     check_positions(settings, model, prompts.tokens.shape[1])
-    reward = make_reward(RewardConfig(reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora))
+    reward = make_reward(
+        RewardConfig(
+            reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora
+        )
+    )
     console = Console(width=None if sys.stdout.isatty() else 110)
     for report in reports:
         console.print(report, style="yellow", highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     answers = []
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
         task = bar.add_task("prompts", total=len(prompts.texts))
         for some in draw_answers(config, model, prompts, reward):
             answers.append(some)
@@ -152,18 +182,23 @@ def _write(config: Config, prompts: Prompts, answers: Sequence[Sequence[Answer]]
             labelled = label(config, some[i : i + config.group], rng)
             if labelled is not None:
                 chosen, rejected = labelled
-                lines.append(as_line(Pair(prompt, chosen.text, rejected.text, chosen.ended, rejected.ended)))
+                lines.append(
+                    as_line(Pair(prompt, chosen.text, rejected.text, chosen.ended, rejected.ended))
+                )
                 rewards.append((chosen.reward, rejected.reward))
     if not lines:
-        raise RunError("No two continuations of a prompt differ in text and reward, so there are no pairs.")
+        raise RunError(
+            "No two continuations of a prompt differ in text and reward, so there are no pairs."
+        )
     text = "".join(f"{line}\n" for line in lines)
     write_text(config.output, text)
     (chosen, rejected), right = np.mean(rewards, axis=0), np.mean([a > b for a, b in rewards])
     left_out = len(answers) * config.pairs_per_prompt - len(lines)
     return (
-        f"{len(lines)} pairs of {len(prompts.texts)} prompts are in {config.output} ({len(text.encode()) / 1000:.0f} kB); "
-        f"{left_out} were left out for want of a difference. Mean reward {chosen:.3f} of the chosen, {rejected:.3f} of the "
-        f"rejected; the chosen one has the higher reward in {right:.1%}."
+        f"{len(lines)} pairs of {len(prompts.texts)} prompts are in {config.output} "
+        f"({len(text.encode()) / 1000:.0f} kB); {left_out} were left out for want of a difference. "
+        f"Mean reward {chosen:.3f} of the chosen, {rejected:.3f} of the rejected; the chosen one "
+        f"has the higher reward in {right:.1%}."
     )
 
 

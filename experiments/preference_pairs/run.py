@@ -1,4 +1,5 @@
-"""The task: steps on the pairs of a file, and how the model fares against the base on other prompts."""
+"""The task: steps on the pairs of a file, and how the model fares against the base on other
+prompts."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -47,7 +48,8 @@ def make_stepper(config: Config, prepared: Prepared) -> Stepper:
     unseen = set(to_evaluate) & {pair.prompt.strip() for pair in pairs}
     if unseen:
         raise RunError(
-            f"{len(unseen)} prompts to evaluate on are in {config.pairs} too, {min(unseen)!r} first. Give others with "
+            f"{len(unseen)} prompts to evaluate on are in {config.pairs} too, {min(unseen)!r} "
+            f"first. Give others with "
             "--unseen-prompts."
         )
     score = partial(jax.jit(fjax.make_log_prob_fn(model.logits_fn)), model.params)
@@ -55,16 +57,25 @@ def make_stepper(config: Config, prepared: Prepared) -> Stepper:
     for report in [*reports, *more]:
         prepared.display.warn(report)
     epoch = len(batch.chosen_tokens) // config.pairs_per_step
-    prepared.display.say(escape(f"{len(batch.chosen_tokens)} pairs of {config.pairs}: an epoch has {epoch} steps."))
-    batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)  # too few pairs are said at once
+    prepared.display.say(
+        escape(f"{len(batch.chosen_tokens)} pairs of {config.pairs}: an epoch has {epoch} steps.")
+    )
+    # too few pairs are said at once
+    batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)
     log_prob_fn = fjax.make_log_prob_fn(model.logits_fn)
     tuner = preference_tuner(
-        log_prob_fn, make_optimizer(settings, model.params), loss=make_loss(config), microbatch_size=settings.microbatch_size
+        log_prob_fn,
+        make_optimizer(settings, model.params),
+        loss=make_loss(config),
+        microbatch_size=settings.microbatch_size,
     )
     update = jax.jit(tuner.update, donate_argnums=0)
 
     def step(progress: Progress, number: int) -> tuple[Progress, dict]:
-        state, info = update(progress.state, batch_at(batch, number, batch_size=config.pairs_per_step, seed=settings.seed))
+        state, info = update(
+            progress.state,
+            batch_at(batch, number, batch_size=config.pairs_per_step, seed=settings.seed),
+        )
         return Progress(state), as_record(info) | {"epoch": (number + 1) / epoch}
 
     return Stepper(Progress, lambda progress: None, step, config.pairs_per_step)
@@ -75,7 +86,9 @@ def make_contexts(config: Config, model: PretrainedModel) -> Contexts:
     if config.unseen_prompts is None:
         _, unseen = openings(model.tokenizer)
     else:
-        unseen, reports = read_prompts(config.unseen_prompts, model.tokenizer, max_tokens=model.config.n_positions)
+        unseen, reports = read_prompts(
+            config.unseen_prompts, model.tokenizer, max_tokens=model.config.n_positions
+        )
         for report in reports:
             print(report)
     check_positions(config.settings, model, unseen.tokens.shape[1])
@@ -84,14 +97,22 @@ def make_contexts(config: Config, model: PretrainedModel) -> Contexts:
 
 def make_target(config: Config) -> Target:
     """P_c(x) = a(x|c)·exp(r(c, x)/β), and the win rate by that reward."""
-    reward = make_reward(RewardConfig(reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora))
+    reward = make_reward(
+        RewardConfig(
+            reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora
+        )
+    )
 
     def features(prompts: Sequence[str], texts: Sequence[str]) -> Features:
         values = reward([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
         return {"reward": values, "positive": (values > 0).astype(np.float32)}
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
-        return np.asarray(reward_tilted(jnp.asarray(log_a), jnp.asarray(features["reward"]), beta=config.reward_beta))
+        return np.asarray(
+            reward_tilted(
+                jnp.asarray(log_a), jnp.asarray(features["reward"]), beta=config.reward_beta
+            )
+        )
 
     return Target(features, log_score, headline="reward", wins="reward")
 

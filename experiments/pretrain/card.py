@@ -1,4 +1,5 @@
-"""The shipped folder: the model in half precision, its tokenizer, and a model card with figures of that very file."""
+"""The shipped folder: the model in half precision, its tokenizer, and a model card with figures of
+that very file."""
 
 import math
 from pathlib import Path
@@ -30,13 +31,18 @@ def write(
     seconds: float,
 ) -> None:
     """Saves the model to ``config.output``, reads it back, and describes what was read back."""
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=data.END, eos_token=data.END, unk_token=data.END)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=data.END, eos_token=data.END, unk_token=data.END
+    )
     huggingface.save_pretrained(config.output, params, model, wrapped, dtype=jnp.float16)
     shipped = huggingface.from_pretrained(config.output)
     held_out = data.encode(tokenizer, split.held_out)
     samples = _draw(shipped, rows=512, seed=config.seed)
     texts = wrapped.batch_decode(
-        [row[keep] for row, keep in zip(np.asarray(samples.tokens), np.asarray(samples.where), strict=True)],
+        [
+            row[keep]
+            for row, keep in zip(np.asarray(samples.tokens), np.asarray(samples.where), strict=True)
+        ],
         skip_special_tokens=True,
     )
     nats = nats_per_row(model, shipped.params, held_out)
@@ -52,7 +58,10 @@ def write(
         ended=float(np.mean(samples.finished)),
         new_tokens=_new_tokens(shipped),
         samples="\n".join(f"- {t}" for t in texts[:10]),
-        **{name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")},
+        **{
+            name: getattr(model, name)
+            for name in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+        },
     )
     (Path(config.output) / "README.md").write_text(text, encoding="utf-8")
 
@@ -61,13 +70,17 @@ def nats_per_row(model: gpt2.GPT2Config, params: gpt2.Params, rows: list[np.ndar
     """Summed nats of ``rows`` under the GPT-2, divided by their number."""
     evaluate, total = train.make_evaluate(model), 0.0
     for first in range(0, len(rows), 128):
-        total += float(evaluate(params, *data.pad(rows[first : first + 128], multiple=model.n_positions)))
+        total += float(
+            evaluate(params, *data.pad(rows[first : first + 128], multiple=model.n_positions))
+        )
     return total / len(rows)
 
 
 def bits_per_byte(nats_per_sentence: float, sentences: list[str]) -> float:
     """Bits a byte of text, one byte counted for the end of each sentence."""
-    return nats_per_sentence / math.log(2) / float(np.mean([len(s.encode()) + 1 for s in sentences]))
+    return (
+        nats_per_sentence / math.log(2) / float(np.mean([len(s.encode()) + 1 for s in sentences]))
+    )
 
 
 def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samples:
@@ -77,7 +90,15 @@ def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samp
 
     def draw(params, rng_key, prompt, cache):
         eos_id = shipped.tokenizer.eos_token_id
-        return sample(shipped.decode_fn, params, rng_key, prompt, cache, max_new_tokens=new_tokens, eos_id=eos_id)
+        return sample(
+            shipped.decode_fn,
+            params,
+            rng_key,
+            prompt,
+            cache,
+            max_new_tokens=new_tokens,
+            eos_id=eos_id,
+        )
 
     return jax.jit(draw)(shipped.params, jax.random.key(seed), prompt, cache)
 

@@ -8,12 +8,15 @@ from experiments._arguments import check_numbers
 
 @dataclass(frozen=True)
 class Config:
-    """Pre-train the built-in GPT-2 on sentences of the movie-review corpora, and write it as a Hugging Face folder."""
+    """Pre-train the built-in GPT-2 on sentences of the movie-review corpora, and write it as a
+    Hugging Face folder."""
 
     corpora: Path = Path("corpora")
-    """Folder with movie_reviews.zip, sentence_polarity.zip and subjectivity.zip (Pang & Lee, CC BY 4.0)."""
+    """Folder with movie_reviews.zip, sentence_polarity.zip and subjectivity.zip (Pang & Lee, CC BY
+    4.0)."""
     output: Path = Path("experiments/assets/reviews-gpt2")
-    """The model is written here; an existing folder is replaced only when the training is complete."""
+    """The model is written here; an existing folder is replaced only when the training is
+    complete."""
     run_folder: Path = Path("runs/pretrain")
     """Checkpoints and metrics. A run that was interrupted goes on from here by itself."""
     vocab_size: int = 2560
@@ -27,7 +30,8 @@ class Config:
     n_positions: int = 128
     """Longest sequence, in tokens; a multiple of 8."""
     dropout: float = 0.0
-    """Dropout while training. In three epochs it costs more time than it gains; use 0.1 from five epochs on."""
+    """Dropout while training. In three epochs it costs more time than it gains; use 0.1 from five
+    epochs on."""
     epochs: int = 3
     """Passes over the training sentences."""
     batch_size: int = 96
@@ -52,4 +56,7 @@ class Config:
         if self.vocab_size <= 256:
             raise ValueError(f"--vocab-size must be above the 256 bytes, got {self.vocab_size}.")
         if self.n_positions % 8:
-            raise ValueError(f"--n-positions must be a multiple of 8, as the widths of batches are; got {self.n_positions}.")
+            raise ValueError(
+                f"--n-positions must be a multiple of 8, as the widths of batches are; got "
+                f"{self.n_positions}."
+            )

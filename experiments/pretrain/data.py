@@ -1,4 +1,5 @@
-"""Sentences of the review corpora: read, filter, split, tokenise, and put into batches of like length."""
+"""Sentences of the review corpora: read, filter, split, tokenise, and put into batches of like
+length."""
 
 import contextlib
 import hashlib
@@ -29,8 +30,8 @@ class Split(NamedTuple):
 def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> Split:
     """All distinct sentences of the three archives, one in twenty held out by a hash of its text.
 
-    A hash rather than a shuffle: the split is the same whatever else is read, and a sentence that stands in two
-    corpora cannot be on both sides.
+    A hash rather than a shuffle: the split is the same whatever else is read, and a sentence that
+    stands in two corpora cannot be on both sides.
     """
     train, apart = set(), set()
     for archive, prefixes in CORPORA.items():
@@ -39,7 +40,10 @@ def read_sentences(folder: Path, *, min_words: int = 3, max_words: int = 30) -> 
             if min_words <= len(sentence.split()) <= max_words:
                 (apart if held_out(sentence) else train).add(sentence)
     if not train or not apart:
-        raise RunError(f"The archives in {folder} have {len(train)} sentences to train on and {len(apart)} held out: too few.")
+        raise RunError(
+            f"The archives in {folder} have {len(train)} sentences to train on and {len(apart)} "
+            f"held out: too few."
+        )
     return Split(sorted(train), sorted(apart))
 
 
@@ -47,7 +51,10 @@ def read_labels(folder: Path) -> dict[str, int]:
     """The distinct sentences of the archive, in one spelling of spaces -> 1 if positive, else 0."""
     path = folder / "sentence_polarity.zip"
     if not path.is_file():
-        raise RunError(f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder with --corpora.")
+        raise RunError(
+            f"No labelled snippets at {path}. Put sentence_polarity.zip there, or name its folder "
+            f"with --corpora."
+        )
     texts = {}
     with _opened(path) as archive:
         for label, name in enumerate(("rt-polarity.neg", "rt-polarity.pos")):
@@ -65,8 +72,10 @@ def held_out(sentence: str) -> bool:
 def _lines(path: Path, prefixes: tuple[str, ...]) -> Iterator[str]:
     if not path.is_file():
         raise RunError(
-            f"No corpus at {path}. Put the archives {', '.join(CORPORA)} into one folder and name it with --corpora; "
-            "they are what NLTK's downloader calls movie_reviews, sentence_polarity and subjectivity."
+            f"No corpus at {path}. Put the archives {', '.join(CORPORA)} into one folder and name "
+            f"it with --corpora; "
+            "they are what NLTK's downloader calls movie_reviews, sentence_polarity and "
+            "subjectivity."
         )
     with _opened(path) as archive:
         for name in sorted(archive.namelist()):
@@ -81,11 +90,14 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.args[0]
-        raise RunError(f"{path} is not the whole archive that it should be: {reason}. Get it again.") from error
+        raise RunError(
+            f"{path} is not the whole archive that it should be: {reason}. Get it again."
+        ) from error
 
 
 def train_tokenizer(sentences: list[str], *, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE like GPT-2's: any text round-trips, and the only special token ends a sentence."""
+    """A byte-level BPE like GPT-2's: any text round-trips, and the only special token ends a
+    sentence."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,16 +114,21 @@ def train_tokenizer(sentences: list[str], *, vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, sentences: list[str]) -> list[np.ndarray]:
-    """Token ids of each sentence between two end tokens: the first is the prompt, the second ends it."""
+    """Token ids of each sentence between two end tokens: the first is the prompt, the second ends
+    it."""
     end = tokenizer.token_to_id(END)
     return [np.asarray([end, *row.ids, end], np.int32) for row in tokenizer.encode_batch(sentences)]
 
 
-def batches(rows: list[np.ndarray], *, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, lengths) in an order that depends on the seed and the epoch only, so that a resumed run repeats it.
+def batches(
+    rows: list[np.ndarray], *, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, lengths) in an order that depends on the seed and the epoch only, so that a resumed
+    run repeats it.
 
-    Rows are shuffled, sorted by length within windows of 16 batches, and the batches shuffled again: little padding,
-    still random. Widths are multiples of 8, so the training step compiles for a handful of shapes.
+    Rows are shuffled, sorted by length within windows of 16 batches, and the batches shuffled
+    again: little padding, still random. Widths are multiples of 8, so the training step compiles
+    for a handful of shapes.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(rows))

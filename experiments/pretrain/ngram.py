@@ -1,9 +1,11 @@
-"""An interpolated 5-gram with modified Kneser–Ney smoothing: the yardstick the built-in GPT-2 has to beat.
+"""An interpolated 5-gram with modified Kneser–Ney smoothing: the yardstick the built-in GPT-2 has
+to beat.
 
     p(w | h) = max(c(h w) - D, 0) / c(h) + γ(h) p(w | h')        h' = h without its first token
 
-with true counts at the highest order, continuation counts (in how many different contexts was it seen) below, three
-discounts an order, and the uniform distribution at the bottom. Source: Chen & Goodman 1999, section 3; James 2000.
+with true counts at the highest order, continuation counts (in how many different contexts was it
+seen) below, three discounts an order, and the uniform distribution at the bottom. Source: Chen &
+Goodman 1999, section 3; James 2000.
 """
 
 import math
@@ -26,7 +28,8 @@ class NGram(NamedTuple):
 
 
 def fit(rows: list[np.ndarray], *, order: int, vocab_size: int) -> NGram:
-    """Counts every n-gram of ``rows``; each row begins with its start token, which is context but never predicted."""
+    """Counts every n-gram of ``rows``; each row begins with its start token, which is context but
+    never predicted."""
     highest = Counter()
     for row in rows:
         tokens = (int(row[0]),) * (order - 2) + tuple(row.tolist())
@@ -45,7 +48,8 @@ def _summarise(counts: Counter) -> _Order:
         kinds[gram[:-1]][min(count, 3) - 1] += 1
     n1, n2, n3, n4 = (max(sum(c == k for c in counts.values()), 1) for k in (1, 2, 3, 4))
     y = n1 / (n1 + 2 * n2)
-    # Tiny corpora can push the closed forms out of range; a discount must stay between 0 and the count it is taken from.
+    # Tiny corpora can push the closed forms out of range; a discount must stay between 0 and the
+    # count it is taken from.
     raw = 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3
     d1, d2, d3 = (min(max(d, 0.0), k) for k, d in enumerate(raw, start=1))
     return _Order(dict(counts), dict(totals), dict(kinds), (d1, d2, d3))

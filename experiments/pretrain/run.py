@@ -1,4 +1,5 @@
-"""Trains the tokenizer, the 5-gram and the GPT-2, and goes on from the last checkpoint when called again."""
+"""Trains the tokenizer, the 5-gram and the GPT-2, and goes on from the last checkpoint when called
+again."""
 
 import math
 import time
@@ -46,17 +47,28 @@ def fit(config: Config, rows: list[np.ndarray]) -> tuple[gpt2.Params, float]:
             restored = checkpoints.restore({"state": state, "seconds": np.zeros(())})
             state, seconds = restored["state"], float(restored["seconds"])
             console.print(f"Going on from step {checkpoints.latest} in {config.run_folder}.")
-        step, begun, done = train.make_step(model, tx, dropout_key), time.monotonic() - seconds, int(state.step)
-        with _progress() as bar, JsonlLogger(config.run_folder / "metrics.jsonl", after_step=done or -1) as logger:
+        step, begun, done = (
+            train.make_step(model, tx, dropout_key),
+            time.monotonic() - seconds,
+            int(state.step),
+        )
+        with (
+            _progress() as bar,
+            JsonlLogger(config.run_folder / "metrics.jsonl", after_step=done or -1) as logger,
+        ):
             task = bar.add_task("pretrain", total=total, completed=done, nats=math.nan)
             for tokens, lengths in _from_step(config, rows, done, total, steps_per_epoch):
                 state, loss = step(state, tokens, lengths)
                 done += 1
                 if done % 10 == 0:
                     bar.update(task, completed=done, nats=float(loss))
-                    logger.log({"step": done, "nats": float(loss), "seconds": time.monotonic() - begun})
+                    logger.log(
+                        {"step": done, "nats": float(loss), "seconds": time.monotonic() - begun}
+                    )
                 if done % config.checkpoint_every == 0 or done == total:
-                    checkpoints.save(done, {"state": state, "seconds": np.asarray(time.monotonic() - begun)})
+                    checkpoints.save(
+                        done, {"state": state, "seconds": np.asarray(time.monotonic() - begun)}
+                    )
     return state.params, time.monotonic() - begun
 
 
@@ -71,7 +83,12 @@ def _from_step(
 
 
 def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, TextColumn("{task.fields[nats]:.3f} nats a token"), console=console)
 
 
@@ -82,15 +99,22 @@ def check_rows(config: Config, rows: list[np.ndarray], held_out: list[np.ndarray
         RunError: if not.
     """
     if len(rows) < config.batch_size:
-        raise RunError(f"There are {len(rows)} sentences to train on, fewer than --batch-size {config.batch_size}.")
+        raise RunError(
+            f"There are {len(rows)} sentences to train on, fewer than --batch-size "
+            f"{config.batch_size}."
+        )
     steps = config.epochs * (len(rows) // config.batch_size)
     if steps <= config.warmup_steps:
         raise RunError(
-            f"The training has {steps} steps, no more than --warmup-steps {config.warmup_steps}. Take fewer of these."
+            f"The training has {steps} steps, no more than --warmup-steps {config.warmup_steps}. "
+            f"Take fewer of these."
         )
     longest = max(map(len, rows + held_out))
     if longest > config.n_positions:
-        raise RunError(f"The longest sentence has {longest} tokens, more than --n-positions {config.n_positions}. Take more.")
+        raise RunError(
+            f"The longest sentence has {longest} tokens, more than --n-positions "
+            f"{config.n_positions}. Take more."
+        )
 
 
 def main(config: Config) -> int:

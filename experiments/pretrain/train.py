@@ -1,4 +1,5 @@
-"""The training step: mean cross-entropy of the next token, Muon for the matrices and AdamW for the rest."""
+"""The training step: mean cross-entropy of the next token, Muon for the matrices and AdamW for the
+rest."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,8 @@ class State(NamedTuple):
 
 
 def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-    """Muon on the blocks' kernels, AdamW on embeddings, biases and norms; warm-up and cosine to zero; clipped."""
+    """Muon on the blocks' kernels, AdamW on embeddings, biases and norms; warm-up and cosine to
+    zero; clipped."""
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, total_steps)
@@ -44,14 +46,19 @@ def optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     )
 
 
-def token_losses(logits: jax.Array, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Nats of every predicted token and the mask of those that count, both ``[B, T-1]``; the last end counts."""
+def token_losses(
+    logits: jax.Array, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Nats of every predicted token and the mask of those that count, both ``[B, T-1]``; the last
+    end counts."""
     targets = tokens[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
     return losses, jnp.arange(targets.shape[1])[None] < lengths[:, None] - 1
 
 
-def make_step(model: gpt2.GPT2Config, tx: optax.GradientTransformation, rng_key: jax.Array) -> Callable:
+def make_step(
+    model: gpt2.GPT2Config, tx: optax.GradientTransformation, rng_key: jax.Array
+) -> Callable:
     """``(state, tokens, lengths) -> (state, nats a token)``; the state is donated."""
     forward = gpt2.logits_fn(model)
     drops = model.embd_pdrop or model.attn_pdrop or model.resid_pdrop

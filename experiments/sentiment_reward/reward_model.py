@@ -1,4 +1,5 @@
-"""The built-in reward: a classifier's log-odds that a snippet of a film review is positive, trained from human labels."""
+"""The built-in reward: a classifier's log-odds that a snippet of a film review is positive, trained
+from human labels."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ class Snippets(NamedTuple):
 
 
 def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
-    """(training, held out), split as the language model's pre-training was, so that neither has seen the latter."""
+    """(training, held out), split as the language model's pre-training was, so that neither has
+    seen the latter."""
     texts = read_labels(folder)
     parts = []
     for apart in (False, True):
@@ -42,19 +44,24 @@ def read_snippets(folder: Path, tokenizer) -> tuple[Snippets, Snippets]:
 
 
 def text_rows(tokenizer, texts: Sequence[str], text_format: str) -> list[np.ndarray]:
-    """Token ids of each text with the end tokens of `fjax.models.RewardModel.text_format`; never none, for "" has one."""
+    """Token ids of each text with the end tokens of `fjax.models.RewardModel.text_format`; never
+    none, for "" has one."""
     words, end = text_format.split(), [tokenizer.eos_token_id]
     before, behind = (end if word == "end" else [] for word in (words[0], words[-1]))
-    return [np.asarray([*before, *ids, *behind] or end, np.int32) for ids in token_ids(tokenizer, texts)]
+    return [
+        np.asarray([*before, *ids, *behind] or end, np.int32) for ids in token_ids(tokenizer, texts)
+    ]
 
 
 def train(corpora: Path, folder: Path) -> None:
-    """Fine-tunes the built-in model with a scalar head by logistic regression, and reports the held-out accuracy."""
+    """Fine-tunes the built-in model with a scalar head by logistic regression, and reports the
+    held-out accuracy."""
     base = fjax.from_pretrained(BUILT_IN)
     training, apart = read_snippets(corpora, base.tokenizer)
     if len(training.rows) < BATCH_SIZE or not apart.rows:
         raise RunError(
-            f"The archive in {corpora} has {len(training.rows)} labelled snippets to train on and {len(apart.rows)} held out: "
+            f"The archive in {corpora} has {len(training.rows)} labelled snippets to train on and "
+            f"{len(apart.rows)} held out: "
             "too few for a reward model."
         )
     limit = base.config.n_positions
@@ -85,13 +92,19 @@ def train(corpora: Path, folder: Path) -> None:
     model = RewardModel(base.config, params, base.tokenizer, score_fn)
     right, count = accuracy(model, apart), len(apart.rows)
     error = np.sqrt(right * (1 - right) / count)
-    print(f"Reward model: {right:.1%} ± {error:.1%} of {count} held-out snippets are classified as people did.")
+    print(
+        f"Reward model: {right:.1%} ± {error:.1%} of {count} held-out snippets are classified as "
+        f"people did."
+    )
     save_reward_model(folder, params, base.config, base.tokenizer, text_format=TEXT_FORMAT)
 
 
 def _epochs(snippets: Snippets, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(tokens, lengths, labels): the label travels as a last token, which is taken off again."""
-    carried = [np.append(row[:limit], int(label)) for row, label in zip(snippets.rows, snippets.labels, strict=True)]
+    carried = [
+        np.append(row[:limit], int(label))
+        for row, label in zip(snippets.rows, snippets.labels, strict=True)
+    ]
     for epoch in range(EPOCHS):
         for tokens, lengths in batches(carried, batch_size=BATCH_SIZE, seed=0, epoch=epoch):
             rows = np.arange(len(tokens))
@@ -112,13 +125,16 @@ def score_texts(model: RewardModel, texts: Sequence[str]) -> np.ndarray:
 
 
 def score_rows(model: RewardModel, rows: list[np.ndarray], *, batch_size: int = 128) -> np.ndarray:
-    """Scores of token rows, in batches of one size and one width, so that the program is compiled once."""
+    """Scores of token rows, in batches of one size and one width, so that the program is compiled
+    once."""
     score = _compiled(model.score_fn)
     width = model.config.n_positions
     found = []
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]
-        tokens, lengths = pad([*some, *[some[0]] * (batch_size - len(some))], multiple=min(width, 16))
+        tokens, lengths = pad(
+            [*some, *[some[0]] * (batch_size - len(some))], multiple=min(width, 16)
+        )
         where = np.arange(tokens.shape[1])[None] < lengths[:, None]
         found.append(np.asarray(score(model.params, tokens, where))[: len(some)])
     return np.concatenate(found)

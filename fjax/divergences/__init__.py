@@ -1,13 +1,16 @@
-"""f-divergences ``D_f(π‖p) = E_p[f(π/p)]``, each written as stable functions of ``log_t = log π - log p``.
+"""f-divergences ``D_f(π‖p) = E_p[f(π/p)]``, each written as stable functions of ``log_t = log π -
+log p``.
 
-f is convex with f(1) = 0. Where p = 0 and π > 0, log_t = +inf, and the functions return their limits there: f'(∞) from
-``derivative`` and ``integrand``. So a hard constraint is an ordinary input: forward KL, total variation and
-Jensen–Shannon are finite on it, reverse KL is not, and says so with inf.
+f is convex with f(1) = 0. Where p = 0 and π > 0, log_t = +inf, and the functions return their
+limits there: f'(∞) from ``derivative`` and ``integrand``. So a hard constraint is an ordinary
+input: forward KL, total variation and Jensen–Shannon are finite on it, reverse KL is not, and says
+so with inf.
 
-A divergence of your own is one more `FDivergence`, by hand or by `from_generator`; nothing has to be registered, and
-`fjax.testing.check_divergence` runs on it what fjax runs on its own.
+A divergence of your own is one more `FDivergence`, by hand or by `from_generator`; nothing has to
+be registered, and `fjax.testing.check_divergence` runs on it what fjax runs on its own.
 
-Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), section 3 and table 1; Csiszár 1967 for the family.
+Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), section 3 and table 1; Csiszár 1967 for the
+family.
 """
 
 from .algebra import dual, from_generator, mixture

@@ -19,11 +19,13 @@ _FAR = 40.0  # where squares of t still are float32
 def dual(divergence: FDivergence) -> FDivergence:
     """The divergence with its arguments exchanged: D_{f°}(π‖p) = D_f(p‖π), f°(t) = t f(1/t).
 
-    f°'(t) = f(1/t) - f'(1/t)/t. Total variation, Jensen–Shannon, Jeffreys, Hellinger and triangular discrimination are
-    their own duals; forward and reverse KL, Pearson's and Neyman's χ², and α and 1-α are each other's.
+    f°'(t) = f(1/t) - f'(1/t)/t. Total variation, Jensen–Shannon, Jeffreys, Hellinger and triangular
+    discrimination are their own duals; forward and reverse KL, Pearson's and Neyman's χ², and α and
+    1-α are each other's.
 
     Args:
-        divergence: which f. Without an ``intercept`` the dual is exact, but loses digits far above t = 1.
+        divergence: which f. Without an ``intercept`` the dual is exact, but loses digits far above
+            t = 1.
 
     >>> from fjax.divergences import forward_kl
     >>> dual(forward_kl()).derivative(jnp.array([0.0, 1.0])).tolist()                           # reverse KL's
@@ -44,14 +46,17 @@ def dual(divergence: FDivergence) -> FDivergence:
 
 @made_once
 def mixture(
-    divergences: Sequence[FDivergence], weights: Sequence[float | Float[Array, ""]], *, name: str = "mixture"
+    divergences: Sequence[FDivergence],
+    weights: Sequence[float | Float[Array, ""]],
+    *,
+    name: str = "mixture",
 ) -> FDivergence:
     """Σ w_i f_i, whose divergence and gradient are Σ w_i D_{f_i} and its.
 
     Args:
         divergences: the f_i.
-        weights: w_i ≥ 0, at least one of them positive; they need not sum to one, so a single one scales. May be traced, to
-            be annealed; no gradient.
+        weights: w_i ≥ 0, at least one of them positive; they need not sum to one, so a single one
+            scales. May be traced, to be annealed; no gradient.
         name: what tables and plots call it.
 
     Raises:
@@ -64,15 +69,22 @@ def mixture(
     Source: linearity of D_f in f.
     """
     if len(divergences) != len(weights):
-        raise ValueError(f"One weight a divergence, got {len(divergences)} divergences and {len(weights)} weights.")
+        raise ValueError(
+            f"One weight a divergence, got {len(divergences)} divergences and {len(weights)} "
+            f"weights."
+        )
     one_number(**{f"weights[{i}]": w for i, w in enumerate(weights)})
     for divergence in divergences:
         made(divergence)
     known = [w for w in weights if is_concrete(w)]
     if not all(w >= 0 for w in known) or (len(known) == len(weights) and not any(known)):
-        raise ValueError(f"The weights of a mixture are at least 0, and not all 0; got {list(weights)}.")
+        raise ValueError(
+            f"The weights of a mixture are at least 0, and not all 0; got {list(weights)}."
+        )
     # What has weight 0 is left out: 0 · inf would be NaN.
-    parts = [(w, f) for w, f in zip(weights, divergences, strict=True) if not is_concrete(w) or w > 0]
+    parts = [
+        (w, f) for w, f in zip(weights, divergences, strict=True) if not is_concrete(w) or w > 0
+    ]
 
     def combine(part):
         return _sum([(w, part(divergence)) for w, divergence in parts])
@@ -99,7 +111,8 @@ def _sum(parts):
     @jax.custom_jvp
     def total(log_t):
         value = plain(log_t)
-        # At ±inf one part may be inf and another, of a lower order, -inf: the largest number decides which wins.
+        # At ±inf one part may be inf and another, of a lower order, -inf: the largest number
+        # decides which wins.
         last = jnp.clip(log_t, jnp.finfo(log_t.dtype).min, jnp.finfo(log_t.dtype).max)
         return jnp.where(jnp.isnan(value), plain(last), value)
 
@@ -113,7 +126,9 @@ def _sum(parts):
 def _intercept(divergence):
     if divergence.intercept is not None:
         return divergence.intercept
-    return lambda log_t: divergence.generator(log_t) - times_exp(divergence.derivative(log_t), log_t)
+    return lambda log_t: (
+        divergence.generator(log_t) - times_exp(divergence.derivative(log_t), log_t)
+    )
 
 
 @made_once
@@ -125,15 +140,17 @@ def from_generator(
 ) -> FDivergence:
     """A divergence from a plain convex function of t, its derivative by autodiff.
 
-    f is checked here, once, at numbers t from e^-20 to e^20: that it is finite, that f(1) = 0, and that it is convex. It
-    is as stable as it is written: near t = 1 a difference of squares loses digits, and beyond log t = 40 f' stays at f'(∞), or
-    where that is infinite at f'(e^40). For everyday use in float32 write an `FDivergence` in terms of log_t.
+    f is checked here, once, at numbers t from e^-20 to e^20: that it is finite, that f(1) = 0, and
+    that it is convex. It is as stable as it is written: near t = 1 a difference of squares loses
+    digits, and beyond log t = 40 f' stays at f'(∞), or where that is infinite at f'(e^40). For
+    everyday use in float32 write an `FDivergence` in terms of log_t.
 
     Args:
         f: t -> f(t), a scalar function that JAX can differentiate.
         name: what tables and plots call it.
-        slope_at_infinity: f'(∞). By default it is read off f' at t = 10^150 and 10^300, where it has either come to rest
-            or is taken to be infinite; a slope that comes to rest more slowly has to be given.
+        slope_at_infinity: f'(∞). By default it is read off f' at t = 10^150 and 10^300, where it
+            has either come to rest or is taken to be infinite; a slope that comes to rest more
+            slowly has to be given.
 
     Raises:
         ValueError: if f fails a check, with the t at which it does.
@@ -180,7 +197,9 @@ def _stretched(function):
 
     def stretched(log_t):
         def elementwise(log_t):
-            return jax.vmap(function)(jnp.exp(log_t).ravel()).reshape(log_t.shape).astype(log_t.dtype)
+            return (
+                jax.vmap(function)(jnp.exp(log_t).ravel()).reshape(log_t.shape).astype(log_t.dtype)
+            )
 
         inside = jnp.clip(log_t, -_FAR, _FAR)
         there = elementwise(jnp.minimum(log_t, _FAR))
@@ -197,7 +216,8 @@ def _with_slope(function, slope):
     @sloped.defjvp
     def _(primals, tangents):
         change = slope(*primals)
-        return sloped(*primals), jnp.where(jnp.isnan(change), 0.0, change) * tangents[0]  # inf - inf, at ±inf only
+        # inf - inf, at ±inf only
+        return sloped(*primals), jnp.where(jnp.isnan(change), 0.0, change) * tangents[0]
 
     return sloped
 
@@ -208,19 +228,25 @@ def _check(f):
         t = jnp.exp(log_t)
         value = np.asarray(jax.vmap(f)(t))
         if value.shape != t.shape:
-            raise ValueError(f"f maps one number to one number, but gave shape {value.shape[1:]} for a scalar.")
+            raise ValueError(
+                f"f maps one number to one number, but gave shape {value.shape[1:]} for a scalar."
+            )
         slope = np.asarray(jax.vmap(jax.grad(f))(t))
         at_one = float(f(jnp.asarray(1.0)))
     bad = ~(np.isfinite(value) & np.isfinite(slope))
     if bad.any():
-        raise ValueError(f"f or its derivative is not finite at t = {t[bad.argmax()]:.3g}: f = {value[bad.argmax()]}.")
+        raise ValueError(
+            f"f or its derivative is not finite at t = {t[bad.argmax()]:.3g}: f = "
+            f"{value[bad.argmax()]}."
+        )
     if abs(at_one) > 1e-9:
         raise ValueError(f"f(1) must be 0, or D_f(p‖p) is not; it is {at_one:.6g}. Subtract that.")
     fall = np.diff(slope) < -1e-9 * (1 + abs(slope[1:]))
     if fall.any():
         i = int(fall.argmax())
         raise ValueError(
-            f"f is not convex: f' falls from {slope[i]:.6g} at t = {t[i]:.3g} to {slope[i + 1]:.6g} at t = {t[i + 1]:.3g}."
+            f"f is not convex: f' falls from {slope[i]:.6g} at t = {t[i]:.3g} to "
+            f"{slope[i + 1]:.6g} at t = {t[i + 1]:.3g}."
         )
 
 

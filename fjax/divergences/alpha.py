@@ -1,4 +1,5 @@
-"""The α-divergences in one convention, continuous through its limits, and what other papers call theirs.
+"""The α-divergences in one convention, continuous through its limits, and what other papers call
+theirs.
 
 Source: Amari 2009; Cichocki and Amari 2010; Kruszewski et al. 2026 (α-DPG) for the convention.
 """
@@ -22,7 +23,8 @@ _TERMS = 18
 def alpha_divergence(alpha: float | Float[Array, ""]) -> FDivergence:
     """D_α(π‖p) = (E_p[(π/p)^α] - 1)/(α(α-1)): from mass covering (α ≤ 0) to mode seeking (α ≥ 1).
 
-    f(t) = (t^α - 1 - α(t-1))/(α(α-1)), f'(t) = (t^(α-1) - 1)/(α-1), f'(∞) = 1/(1-α) if α < 1, else ∞; f''(1) = 1 for all.
+    f(t) = (t^α - 1 - α(t-1))/(α(α-1)), f'(t) = (t^(α-1) - 1)/(α-1), f'(∞) = 1/(1-α) if α < 1, else
+    ∞; f''(1) = 1 for all.
 
     =====  ========================  =====  ===================
     α      is                        α      is
@@ -33,8 +35,9 @@ def alpha_divergence(alpha: float | Float[Array, ""]) -> FDivergence:
     =====  ========================  =====  ===================
 
     Args:
-        alpha: any real number, 0 and 1 included. For other papers' α see `alpha_from_amari`, `alpha_from_f_dpo` and
-            `alpha_from_cressie_read`. May be traced, to be annealed; no gradient.
+        alpha: any real number, 0 and 1 included. For other papers' α see `alpha_from_amari`,
+            `alpha_from_f_dpo` and `alpha_from_cressie_read`. May be traced, to be annealed; no
+            gradient.
 
     Raises:
         ValueError: if it is not finite.
@@ -96,7 +99,10 @@ def alpha_from_cressie_read(power: float) -> float:
 def _power(s, c):
     """(e^{cs} - 1)/c, s at c = 0."""
     # Double `where` of a traced c: what is not taken must not send an infinite slope back.
-    safe, at = _choose(c == 0, lambda: 1.0, lambda: c), _choose(c == 0, lambda: jnp.zeros_like(s), lambda: s)
+    safe, at = (
+        _choose(c == 0, lambda: 1.0, lambda: c),
+        _choose(c == 0, lambda: jnp.zeros_like(s), lambda: s),
+    )
     return _choose(c == 0, lambda: s, lambda: jnp.expm1(safe * at) / safe)
 
 
@@ -133,11 +139,15 @@ def _generator(alpha):
 
 
 def _slope(s, alpha):
-    """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded difference."""
+    """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded
+    difference.
+    """
     negative, positive = _split(s)
     below = _power(negative, abs(1 - alpha))
     # 0 · inf at α = 0
-    below = _choose(alpha == 0, lambda: below, lambda: times_exp(below, _least(alpha, 1.0) * negative))
+    below = _choose(
+        alpha == 0, lambda: below, lambda: times_exp(below, _least(alpha, 1.0) * negative)
+    )
     above = _power(positive, -abs(1 - alpha)) * jnp.exp(_most(alpha, 1.0) * positive)
     return jnp.where(s < 0, below, above)
 
@@ -149,13 +159,16 @@ def _split(s):
 
 def _below_one(s, alpha):
     """f(e^s) for s ≤ 0, to full relative precision for every α."""
-    # By then f has reached f(0) = 1/α in any precision; a constant, lest its slope of 0 meet an infinity.
+    # By then f has reached f(0) = 1/α in any precision; a constant, lest its slope of 0 meet an
+    # infinity.
     lowest = _choose(alpha > 0, lambda: -80 / _least(alpha, 1.0), lambda: -jnp.inf)
     s = jnp.where(s < lowest, lowest, s)
     # (e^{αs} - 1)/α - (e^s - 1) would lose all digits at α = 1
     far = _choose(
         (alpha > 0.5) & (alpha < 1.5),
-        lambda: (jnp.exp(_least(alpha, 1.0) * s) * _power(s, abs(1 - alpha)) - jnp.expm1(s)) / alpha,
+        lambda: (
+            (jnp.exp(_least(alpha, 1.0) * s) * _power(s, abs(1 - alpha)) - jnp.expm1(s)) / alpha
+        ),
         lambda: (_power(s, alpha) - jnp.expm1(s)) / (alpha - 1),
     )
     is_near = s > -1 / _most(_most(1.0, abs(alpha)), abs(1 - alpha))
@@ -165,7 +178,9 @@ def _below_one(s, alpha):
 def _series(s, alpha):
     """Σ_k s^(k+2) (1 + α + … + α^k)/(k+2)!, which is f(e^s)."""
     total = jnp.zeros_like(s)
-    powers = list(itertools.accumulate(range(1, _TERMS), lambda sum_of, _: 1 + alpha * sum_of, initial=1.0))
+    powers = list(
+        itertools.accumulate(range(1, _TERMS), lambda sum_of, _: 1 + alpha * sum_of, initial=1.0)
+    )
     for k in reversed(range(_TERMS)):
         total = total * s + powers[k] / float(math.factorial(k + 2))
     return s**2 * total
@@ -180,7 +195,9 @@ def _conjugate(alpha):
 
 
 def _within(alpha, function, lowest):
-    """The function where v is a slope of f: below f'(∞) if α < 1, inf from there on; above f'(0) if α > 1, else the value."""
+    """The function where v is a slope of f: below f'(∞) if α < 1, inf from there on; above f'(0) if
+    α > 1, else the value.
+    """
 
     def bounded(v):
         bound = _choose(alpha == 1, lambda: jnp.inf, lambda: 1 / (1 - alpha))
@@ -193,5 +210,8 @@ def _within(alpha, function, lowest):
 
 
 def _log_inverse(v, alpha):
-    safe, at = _choose(alpha == 1, lambda: 1.0, lambda: alpha - 1), _choose(alpha == 1, lambda: jnp.zeros_like(v), lambda: v)
+    safe, at = (
+        _choose(alpha == 1, lambda: 1.0, lambda: alpha - 1),
+        _choose(alpha == 1, lambda: jnp.zeros_like(v), lambda: v),
+    )
     return _choose(alpha == 1, lambda: v, lambda: jnp.log1p(safe * at) / safe)

@@ -1,4 +1,6 @@
-"""The named divergences. Every function is one line of the table in Go et al. 2023, or of its neighbours'."""
+"""The named divergences. Every function is one line of the table in Go et al. 2023, or of its
+neighbours'.
+"""
 
 import math
 
@@ -16,8 +18,8 @@ from .core import Elementwise, FDivergence, made_once
 def forward_kl() -> FDivergence:
     """KL(p‖π) = E_p[log p - log π], the divergence of DPG and GDC: mass covering.
 
-    f(t) = -log t, f'(t) = -1/t, f'(∞) = 0: samples outside the support of p are not pushed down, those inside are
-    pulled up by p/π, which has no bound. Use a baseline.
+    f(t) = -log t, f'(t) = -1/t, f'(∞) = 0: samples outside the support of p are not pushed down,
+    those inside are pulled up by p/π, which has no bound. Use a baseline.
 
     >>> forward_kl().derivative(jnp.array([0.0, -1.0])).tolist()
     [-1.0, -2.718282]
@@ -39,8 +41,8 @@ def forward_kl() -> FDivergence:
 def reverse_kl() -> FDivergence:
     """KL(π‖p) = E_π[log π - log p], the divergence of RLHF with a KL penalty: mode seeking.
 
-    f(t) = t log t, f'(t) = log t + 1, f'(∞) = ∞: infinite for every full-support policy on a hard constraint, which
-    therefore has to be smoothed, or f' clipped.
+    f(t) = t log t, f'(t) = log t + 1, f'(∞) = ∞: infinite for every full-support policy on a hard
+    constraint, which therefore has to be smoothed, or f' clipped.
 
     >>> reverse_kl().derivative(jnp.array([0.0, jnp.inf])).tolist()
     [1.0, inf]
@@ -62,7 +64,8 @@ def reverse_kl() -> FDivergence:
 def total_variation() -> FDivergence:
     """TV(π, p) = ½ Σ|π - p|, between 0 and 1.
 
-    f(t) = ½|t - 1|, f'(t) = ½ sign(t - 1), f'(∞) = ½. The kink at t = 1 has every subgradient in [-½, ½]; 0 is taken.
+    f(t) = ½|t - 1|, f'(t) = ½ sign(t - 1), f'(∞) = ½. The kink at t = 1 has every subgradient in
+    [-½, ½]; 0 is taken.
 
     >>> total_variation().derivative(jnp.array([-1.0, 0.0, jnp.inf])).tolist()
     [-0.5, 0.0, 0.5]
@@ -71,7 +74,8 @@ def total_variation() -> FDivergence:
     """
     return FDivergence(
         "total_variation",
-        # x · sign(x) and not |x|, whose gradient at the kink is 1 in JAX: all three agree on 0 there.
+        # x · sign(x) and not |x|, whose gradient at the kink is 1 in JAX: all three agree on 0
+        # there.
         generator=lambda log_t: 0.5 * jnp.expm1(log_t) * jnp.sign(log_t),
         derivative=lambda log_t: 0.5 * jnp.sign(log_t),
         integrand=lambda log_t: -0.5 * jnp.expm1(-log_t) * jnp.sign(log_t),
@@ -84,8 +88,9 @@ def total_variation() -> FDivergence:
 def jensen_shannon() -> FDivergence:
     """JS(π, p) = ½ KL(π‖m) + ½ KL(p‖m) with m = ½(π + p), between 0 and log 2.
 
-    f(t) = ½[t log t - (t + 1) log ((t + 1)/2)], f'(t) = ½ log (2t/(t + 1)), f'(∞) = ½ log 2. This is the halved form;
-    f-DPG trains with twice of it, so a learning rate for plain SGD doubles when it is taken over from there.
+    f(t) = ½[t log t - (t + 1) log ((t + 1)/2)], f'(t) = ½ log (2t/(t + 1)), f'(∞) = ½ log 2. This
+    is the halved form; f-DPG trains with twice of it, so a learning rate for plain SGD doubles when
+    it is taken over from there.
 
     >>> round(float(jensen_shannon().slope_at_infinity), 6)
     0.346574
@@ -99,11 +104,13 @@ def jensen_shannon() -> FDivergence:
 def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
     """λ KL(π‖m) + (1-λ) KL(p‖m) with m = λπ + (1-λ)p: the skewed Jensen–Shannon divergence.
 
-    f(t) = λ t log t - (λt + 1-λ) log(λt + 1-λ), f'(t) = λ log(t/(λt + 1-λ)), f'(∞) = -λ log λ. Between 0 and the entropy
-    of a coin of bias λ. Divided by λ it tends to KL(π‖p) as λ → 0, divided by 1-λ to KL(p‖π) as λ → 1.
+    f(t) = λ t log t - (λt + 1-λ) log(λt + 1-λ), f'(t) = λ log(t/(λt + 1-λ)), f'(∞) = -λ log λ.
+    Between 0 and the entropy of a coin of bias λ. Divided by λ it tends to KL(π‖p) as λ → 0,
+    divided by 1-λ to KL(p‖π) as λ → 1.
 
     Args:
-        weight: λ, between 0 and 1, both excluded; ½ is `jensen_shannon`. May be traced, to be annealed; no gradient.
+        weight: λ, between 0 and 1, both excluded; ½ is `jensen_shannon`. May be traced, to be
+            annealed; no gradient.
 
     Raises:
         ValueError: for another weight.
@@ -116,17 +123,24 @@ def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
     one_number(weight=weight)
     known = is_concrete(weight)
     if known and not 0 < weight < 1:
-        raise ValueError(f"The weight of a Jensen–Shannon divergence is between 0 and 1, both excluded; got {weight}.")
+        raise ValueError(
+            f"The weight of a Jensen–Shannon divergence is between 0 and 1, both excluded; got "
+            f"{weight}."
+        )
     log_weight, log_rest = _logs(weight)
     slope_at_infinity = -weight * log_weight
     return FDivergence(
         f"generalized_jensen_shannon_{weight:g}" if known else "generalized_jensen_shannon",
-        # f(t) = m KL(Bernoulli(λt/m) ‖ Bernoulli(λ)): what one sample of m tells about which of the two it came from.
+        # f(t) = m KL(Bernoulli(λt/m) ‖ Bernoulli(λ)): what one sample of m tells about which of the
+        # two it came from.
         generator=lambda log_t: _times(1 - weight, weight, log_t, _coin_information(log_t, weight)),
         derivative=lambda log_t: -weight * jnp.logaddexp(log_weight, log_rest - log_t),
-        integrand=lambda log_t: _times(weight, 1 - weight, -log_t, _coin_information(log_t, weight)),
+        integrand=lambda log_t: _times(
+            weight, 1 - weight, -log_t, _coin_information(log_t, weight)
+        ),
         inverse_derivative=inf_from(
-            slope_at_infinity, lambda v: (1 - weight) * jnp.exp(v / weight) / (1 - weight * jnp.exp(v / weight))
+            slope_at_infinity,
+            lambda v: (1 - weight) * jnp.exp(v / weight) / (1 - weight * jnp.exp(v / weight)),
         ),
         conjugate=inf_from(
             slope_at_infinity,
@@ -263,8 +277,8 @@ def triangular_discrimination() -> FDivergence:
 def chi2_mix() -> FDivergence:
     """½ χ²(π‖p) + KL(π‖p), the regulariser of χPO.
 
-    f(t) = ½(t - 1)² + t log t, f'(t) = t + log t, f'(∞) = ∞. f' goes to -∞ at 0, as that of reverse KL, and grows like
-    t, which keeps a policy from running away.
+    f(t) = ½(t - 1)² + t log t, f'(t) = t + log t, f'(∞) = ∞. f' goes to -∞ at 0, as that of reverse
+    KL, and grows like t, which keeps a policy from running away.
 
     >>> float(chi2_mix().derivative(jnp.array(0.0)))
     1.0
@@ -276,7 +290,9 @@ def chi2_mix() -> FDivergence:
         generator=lambda log_t: 0.5 * jnp.expm1(log_t) ** 2 + times_exp(log_t, log_t),
         derivative=lambda log_t: jnp.exp(log_t) + log_t,
         # The maximum keeps the -inf of log t from meeting the +inf of χ², which is the greater.
-        integrand=lambda log_t: 2 * jnp.sinh(log_t / 2) ** 2 + jnp.maximum(log_t, jnp.finfo(log_t.dtype).min),
+        integrand=lambda log_t: (
+            2 * jnp.sinh(log_t / 2) ** 2 + jnp.maximum(log_t, jnp.finfo(log_t.dtype).min)
+        ),
         inverse_derivative=wright_omega,
         conjugate=lambda v: 0.5 * wright_omega(v) ** 2 + wright_omega(v) - 0.5,
         intercept=lambda log_t: 0.5 - jnp.exp(log_t) - 0.5 * jnp.exp(2 * log_t),
@@ -298,19 +314,27 @@ def _up_to(bound: float, function: Elementwise) -> Elementwise:
 
     def bounded(v):
         # At the bound itself √(1 - v) has no slope; the value is a constant there, to the gradient.
-        inside = jnp.where(v < bound, function(jnp.where(v < bound, v, bound - 1)), function(jnp.full_like(v, bound)))
+        inside = jnp.where(
+            v < bound,
+            function(jnp.where(v < bound, v, bound - 1)),
+            function(jnp.full_like(v, bound)),
+        )
         return jnp.where(v > bound, jnp.inf, inside)
 
     return bounded
 
 
 def _up_to_50(log_t):
-    """For factors that have reached their limit by then in any precision: their gradient at ±inf is 0, not inf · 0."""
+    """For factors that have reached their limit by then in any precision: their gradient at ±inf is
+    0, not inf · 0.
+    """
     return jnp.where(jnp.abs(log_t) > 50, jnp.sign(log_t) * 50.0, log_t)
 
 
 def _times(constant, factor, s, x):
-    """(constant + factor e^s) x, overflowing only where that does: e^s may while the product with x does not."""
+    """(constant + factor e^s) x, overflowing only where that does: e^s may while the product with x
+    does not.
+    """
     half = jnp.exp(s / 2)
     return constant * x + factor * x * half * half
 
@@ -326,16 +350,20 @@ def _coin_information(log_t, weight):
     """KL(Bernoulli(σ) ‖ Bernoulli(λ)) with σ = λt/(λt + 1-λ), in nats."""
     log_weight, log_rest = _logs(weight)
     log_odds = log_weight - log_rest
-    # Beyond, it is -log λ or -log(1-λ) in any precision, and a selected constant keeps inf · 0 out of gradients.
+    # Beyond, it is -log λ or -log(1-λ) in any precision, and a selected constant keeps inf · 0 out
+    # of gradients.
     last = 50.0 + abs(log_odds)
     log_t = jnp.where(jnp.abs(log_t) > last, jnp.sign(log_t) * last, log_t)
     small = jnp.where(jnp.abs(log_t) < 0.5, log_t, 0.0)
-    # Near t = 1 the value is of second order, and the two logarithms below of first order with opposite signs.
+    # Near t = 1 the value is of second order, and the two logarithms below of first order with
+    # opposite signs.
     change = jnp.expm1(small) / (1 + weight * jnp.expm1(small))
     near = weight * _excess((1 - weight) * change) + (1 - weight) * _excess(-weight * change)
     log_sigma, log_not = jax.nn.log_sigmoid(log_t + log_odds), jax.nn.log_sigmoid(-log_t - log_odds)
     sigma = jax.nn.sigmoid(log_t + log_odds)
-    far = sigma * (log_sigma - log_weight) + jax.nn.sigmoid(-log_t - log_odds) * (log_not - log_rest)
+    far = sigma * (log_sigma - log_weight) + jax.nn.sigmoid(-log_t - log_odds) * (
+        log_not - log_rest
+    )
     return jnp.where(jnp.abs(log_t) < 0.5, near, far)
 
 

@@ -27,9 +27,10 @@ class FDivergence(NamedTuple):
         derivative: log_t -> f'(t), and f'(∞) at +inf. The policy gradient is E_π[f'(t) ∇log π].
         integrand: log_t -> f(t)/t in closed form, and f'(∞) at +inf: D_f(π‖p) = E_π[f(t)/t].
         inverse_derivative: v -> (f')^{-1}(v), inf from f'(∞) on; None where f' is not invertible.
-        conjugate: v -> f*(v) = sup_t (t v - f(t)), inf above f'(∞); None where there is no closed form.
-        intercept: log_t -> f(t) - t f'(t) = -f*(f'(t)), where the tangent at t meets t = 0; `dual` needs it to be
-            stable, and does without where it is None.
+        conjugate: v -> f*(v) = sup_t (t v - f(t)), inf above f'(∞); None where there is no closed
+            form.
+        intercept: log_t -> f(t) - t f'(t) = -f*(f'(t)), where the tangent at t meets t = 0; `dual`
+            needs it to be stable, and does without where it is None.
     """
 
     name: str
@@ -47,27 +48,34 @@ class FDivergence(NamedTuple):
 
     @property
     def slope_at_infinity(self) -> Float[Array, ""]:
-        """f'(∞): what a unit of mass costs that π has and p has not. Hard constraints need it finite."""
+        """f'(∞): what a unit of mass costs that π has and p has not. Hard constraints need it
+        finite.
+        """
         return self.derivative(jnp.asarray(jnp.inf))
 
     @property
     def curvature(self) -> Float[Array, ""]:
-        """f''(1). Near the target D_f ≈ ½ f''(1) χ²: what a learning rate has to be compared by. 0 for total variation."""
+        """f''(1). Near the target D_f ≈ ½ f''(1) χ²: what a learning rate has to be compared by. 0
+        for total variation.
+        """
         return jax.grad(self.derivative)(jnp.asarray(0.0))
 
 
 def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDivergence]:
-    """Equal options make one and the same divergence, so that what is compiled for it is found again by `jax.jit`.
+    """Equal options make one and the same divergence, so that what is compiled for it is found
+    again by `jax.jit`.
 
-    Its functions compute in float32 at least, whatever they are given. Traced options (an α that is annealed) make a new
-    one at each call, within the function that is traced.
+    Its functions compute in float32 at least, whatever they are given. Traced options (an α that is
+    annealed) make a new one at each call, within the function that is traced.
     """
     signature = inspect.signature(make)
     by_name: Callable[..., FDivergence] = make
 
     def build(*options: Any) -> FDivergence:
         divergence = by_name(**dict(zip(signature.parameters, options, strict=True)))
-        return divergence._replace(**{name: _in_float32(f) for name, f in divergence._asdict().items()})
+        return divergence._replace(
+            **{name: _in_float32(f) for name, f in divergence._asdict().items()}
+        )
 
     remembered = functools.lru_cache(maxsize=1024)(build)
 
@@ -109,8 +117,8 @@ def exact_divergence(
 ) -> Float[Array, ""]:
     """D_f(π‖p) as a sum over a whole space.
 
-    D_f(π‖p) = Σ_x p(x) f(π(x)/p(x)), the term being π(x) f'(∞) where p(x) = 0. `jax.grad` of it is the exact
-    gradient that the surrogates estimate.
+    D_f(π‖p) = Σ_x p(x) f(π(x)/p(x)), the term being π(x) f'(∞) where p(x) = 0. `jax.grad` of it is
+    the exact gradient that the surrogates estimate.
 
     Args:
         log_pi: normalised log-probabilities of every member of the space, in nats.
@@ -139,8 +147,8 @@ def exact_divergence(
     log_pi, log_p = jnp.where(counted, log_pi, 0.0), jnp.where(counted, log_p, 0.0)
     log_t = log_pi - log_p
     less = log_t < 0
-    # Below t = 1 as p f(t), above as π f(t)/t: neither product is ever ∞ · 0. (Not `minimum` and `maximum`:
-    # at t = 1 they would pass on half of the gradient.)
+    # Below t = 1 as p f(t), above as π f(t)/t: neither product is ever ∞ · 0. (Not `minimum` and
+    # `maximum`: at t = 1 they would pass on half of the gradient.)
     f, f_exponent = continued(divergence.generator, jnp.where(less, log_t, 0.0))
     ratio, ratio_exponent = continued(divergence.integrand, jnp.where(less, 0.0, log_t))
     near, far = times_exp(f, f_exponent + log_p), times_exp(ratio, ratio_exponent + log_pi)

@@ -1,11 +1,12 @@
 """GPT-2 (Radford et al. 2019) in Flax Linen, as pure functions over a plain tree of parameters.
 
-The rest of fjax never sees the module: it is given a ``LogitsFn`` (teacher-forced, for scoring and training) and a
-``DecodeFn`` (appends tokens to a key-value cache, for sampling), both closed over a `GPT2Config` only. Names in the
-parameter tree are those of the Hugging Face checkpoint and kernels keep its ``[in, out]`` layout, so that loading is
-by name and without a transpose.
+The rest of fjax never sees the module: it is given a ``LogitsFn`` (teacher-forced, for scoring and
+training) and a ``DecodeFn`` (appends tokens to a key-value cache, for sampling), both closed over a
+`GPT2Config` only. Names in the parameter tree are those of the Hugging Face checkpoint and kernels
+keep its ``[in, out]`` layout, so that loading is by name and without a transpose.
 
-Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K head width, V vocabulary.
+Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K head width, V
+vocabulary.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2. Field names are those of transformers' ``GPT2Config``; the defaults are GPT-2 small (124M)."""
+    """Shape of a GPT-2. Field names are those of transformers' ``GPT2Config``; the defaults are
+    GPT-2 small (124M).
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -50,27 +53,58 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", *(() if self.n_inner is None else ("n_inner",)))
+        sizes = (
+            "vocab_size",
+            "n_positions",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            *(() if self.n_inner is None else ("n_inner",)),
+        )
         for name in sizes:
             size = getattr(self, name)
-            # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none that anybody means.
-            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or not 0 < size < 2**31:
-                raise ValueError(f"{name} must be a whole number from 1 to {2**31 - 1}, got {size!r}.")
+            # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none
+            # that anybody means.
+            if (
+                isinstance(size, bool)
+                or not isinstance(size, (int, np.integer))
+                or not 0 < size < 2**31
+            ):
+                raise ValueError(
+                    f"{name} must be a whole number from 1 to {2**31 - 1}, got {size!r}."
+                )
         dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 1.0)
-        for name, end in {**dropouts, "layer_norm_epsilon": math.inf, "initializer_range": math.inf}.items():
+        for name, end in {
+            **dropouts,
+            "layer_norm_epsilon": math.inf,
+            "initializer_range": math.inf,
+        }.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < end:
-                raise ValueError(f"{name} must be a number from 0 to less than {end}, got {value!r}.")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float, np.number))
+                or not 0 <= value < end
+            ):
+                raise ValueError(
+                    f"{name} must be a number from 0 to less than {end}, got {value!r}."
+                )
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and n_head={self.n_head}.")
-        if self.activation_function not in list(ACTIVATIONS):  # a list, for what a file says may not be hashable
-            raise ValueError(f"activation_function must be one of {sorted(ACTIVATIONS)}, got {self.activation_function!r}.")
+            raise ValueError(
+                f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and "
+                f"n_head={self.n_head}."
+            )
+        # a list, for what a file says may not be hashable
+        if self.activation_function not in list(ACTIVATIONS):
+            raise ValueError(
+                f"activation_function must be one of {sorted(ACTIVATIONS)}, got "
+                f"{self.activation_function!r}."
+            )
 
     def computes_as(self, other: "GPT2Config") -> bool:
         """Whether both compute the same function of the same parameters.
 
-        Dropout and the initial scale, which only training sees, may differ, and so may the spelling: ``n_inner`` written
-        out, or one of the two names of one activation.
+        Dropout and the initial scale, which only training sees, may differ, and so may the
+        spelling: ``n_inner`` written out, or one of the two names of one activation.
 
         >>> small = GPT2Config()
         >>> small.computes_as(GPT2Config(n_inner=4 * 768, attn_pdrop=0.0)), small.computes_as(GPT2Config(n_layer=6))
@@ -96,7 +130,8 @@ class KVCache(NamedTuple):
     Attributes:
         keys: one ``[B, H, S, K]`` array a layer; S is the capacity, prompt and new tokens together.
         values: the same for the values.
-        where: ``[B, S]``, True where a column holds a real token (False: left padding, or not yet filled).
+        where: ``[B, S]``, True where a column holds a real token (False: left padding, or not yet
+            filled).
         length: columns filled so far, the same for every row.
     """
 
@@ -114,21 +149,29 @@ class _Attention(nn.Module):
     def __call__(self, x_BxTxD, mask_BxTxS, cached, length, deterministic):
         batch, time, width = x_BxTxD.shape
         heads = self.config.n_head
-        qkv = _dense(self, "c_attn", 3 * width)(x_BxTxD).reshape(batch, time, 3, heads, width // heads)
+        qkv = _dense(self, "c_attn", 3 * width)(x_BxTxD).reshape(
+            batch, time, 3, heads, width // heads
+        )
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = jnp.moveaxis(qkv, (2, 3), (0, 2))
         if cached is not None:
-            # Heads before columns: the one-token attention then reads the cache without a transposed copy of it.
+            # Heads before columns: the one-token attention then reads the cache without a
+            # transposed copy of it.
             append = partial(jax.lax.dynamic_update_slice_in_dim, start_index=length, axis=2)
             k_BxHxTxK = append(cached[0], k_BxHxTxK.astype(cached[0].dtype))
             v_BxHxTxK = append(cached[1], v_BxHxTxK.astype(cached[1].dtype))
-        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=_wide(self.dtype))
+        scores = jnp.einsum(
+            "bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=_wide(self.dtype)
+        )
         scores = scores / jnp.sqrt(jnp.asarray(width // heads, scores.dtype))
-        # The finite minimum, not -inf: a padded query sees no key at all and must not turn into NaN.
+        # The finite minimum, not -inf: a padded query sees no key at all and must not turn into
+        # NaN.
         scores = jnp.where(mask_BxTxS[:, None], scores, jnp.finfo(scores.dtype).min)
         att_BxHxTxS = jax.nn.softmax(scores, axis=-1).astype(v_BxHxTxK.dtype)
         att_BxHxTxS = nn.Dropout(self.config.attn_pdrop)(att_BxHxTxS, deterministic=deterministic)
         out_BxTxHxK = jnp.einsum("bhts,bhsk->bthk", att_BxHxTxS, v_BxHxTxK)
-        out_BxTxD = _dense(self, "c_proj", width, residual=True)(out_BxTxHxK.reshape(batch, time, width))
+        out_BxTxD = _dense(self, "c_proj", width, residual=True)(
+            out_BxTxHxK.reshape(batch, time, width)
+        )
         return out_BxTxD, (k_BxHxTxK, v_BxHxTxK)
 
 
@@ -140,7 +183,9 @@ class _MLP(nn.Module):
     def __call__(self, x_BxTxD):
         width = x_BxTxD.shape[-1]
         hidden = _dense(self, "c_fc", self.config.n_inner or 4 * width)(x_BxTxD)
-        return _dense(self, "c_proj", width, residual=True)(ACTIVATIONS[self.config.activation_function](hidden))
+        return _dense(self, "c_proj", width, residual=True)(
+            ACTIVATIONS[self.config.activation_function](hidden)
+        )
 
 
 class _Block(nn.Module):
@@ -151,7 +196,9 @@ class _Block(nn.Module):
     def __call__(self, x_BxTxD, mask_BxTxS, cached, length, deterministic):
         dropout = partial(nn.Dropout(self.config.resid_pdrop), deterministic=deterministic)
         attention = _Attention(self.config, self.dtype, name="attn")
-        att_BxTxD, kept = attention(_layer_norm(self, "ln_1")(x_BxTxD), mask_BxTxS, cached, length, deterministic)
+        att_BxTxD, kept = attention(
+            _layer_norm(self, "ln_1")(x_BxTxD), mask_BxTxS, cached, length, deterministic
+        )
         x_BxTxD = x_BxTxD + dropout(att_BxTxD)
         mlp_BxTxD = _MLP(self.config, self.dtype, name="mlp")(_layer_norm(self, "ln_2")(x_BxTxD))
         return x_BxTxD + dropout(mlp_BxTxD), kept
@@ -165,10 +212,14 @@ class _GPT2(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.config.initializer_range)
-        embed = partial(nn.Embed, features=self.config.n_embd, dtype=self.dtype, embedding_init=init)
+        embed = partial(
+            nn.Embed, features=self.config.n_embd, dtype=self.dtype, embedding_init=init
+        )
         self.wte = embed(self.config.vocab_size)
         self.wpe = embed(self.config.n_positions)
-        self.h = [_Block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)]
+        self.h = [
+            _Block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)
+        ]
         self.ln_f = _layer_norm(self, "ln_f")
         self.embd_dropout = nn.Dropout(self.config.embd_pdrop)
 
@@ -188,16 +239,21 @@ class _GPT2(nn.Module):
 
 
 def _columns(tokens_BxT, where_BxT, cache):
-    """Positions of the new tokens, who may see whom, and the mask of real columns, in or out of a cache."""
+    """Positions of the new tokens, who may see whom, and the mask of real columns, in or out of a
+    cache.
+    """
     if where_BxT is None:
         where_BxT = jnp.ones_like(tokens_BxT, bool)
     if cache is None:
         where_BxS, length, seen_B = where_BxT, jnp.int32(0), 0
     else:
         seen_B = cache.where.sum(-1, dtype=jnp.int32)[:, None]
-        where_BxS = jax.lax.dynamic_update_slice_in_dim(cache.where, where_BxT, cache.length, axis=1)
+        where_BxS = jax.lax.dynamic_update_slice_in_dim(
+            cache.where, where_BxT, cache.length, axis=1
+        )
         length = cache.length
-    # Counting real tokens, not columns, makes left padding exact; padding itself reads position 0, unseen by all.
+    # Counting real tokens, not columns, makes left padding exact; padding itself reads position 0,
+    # unseen by all.
     positions_BxT = jnp.maximum(seen_B + jnp.cumsum(where_BxT, -1, dtype=jnp.int32) - 1, 0)
     query_Tx1 = length + jnp.arange(tokens_BxT.shape[1])[:, None]
     causal_1xTxS = (jnp.arange(where_BxS.shape[1])[None, :] <= query_Tx1)[None]
@@ -205,7 +261,8 @@ def _columns(tokens_BxT, where_BxT, cache):
 
 
 def _dense(module, name, features, *, residual=False):
-    # GPT-2 scales the projections that write into the residual stream by 1/sqrt(2L) at initialisation.
+    # GPT-2 scales the projections that write into the residual stream by 1/sqrt(2L) at
+    # initialisation.
     depth = 2 * module.config.n_layer if residual else 1
     init = nn.initializers.normal(module.config.initializer_range / depth**0.5)
     return nn.Dense(features, dtype=module.dtype, kernel_init=init, name=name)
@@ -218,7 +275,9 @@ def _layer_norm(module, name):
 def _head(params, hidden_BxTxD):
     """Logits in float32 through the tied embedding, whatever the compute dtype."""
     embedding_VxD = params["wte"]["embedding"].astype(hidden_BxTxD.dtype)
-    return jnp.einsum("btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=_wide(hidden_BxTxD.dtype))
+    return jnp.einsum(
+        "btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=_wide(hidden_BxTxD.dtype)
+    )
 
 
 def _wide(dtype):
@@ -227,12 +286,15 @@ def _wide(dtype):
 
 
 def _real(config, tokens, where):
-    """The tokens as int32, which of them are real, and which of these the vocabulary has not: their predictions are NaN.
+    """The tokens as int32, which of them are real, and which of these the vocabulary has not: their
+    predictions are NaN.
 
     What is not real may hold any id, and is read as token 0, which nobody sees.
     """
     if jnp.ndim(tokens) != 2:
-        raise ValueError(f"tokens must be [B, T], got {list(jnp.shape(tokens))}; one sequence is tokens[None].")
+        raise ValueError(
+            f"tokens must be [B, T], got {list(jnp.shape(tokens))}; one sequence is tokens[None]."
+        )
     tokens = jnp.asarray(tokens)
     where = jnp.ones_like(tokens, bool) if where is None else as_mask(where, tokens)
     tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
@@ -246,21 +308,26 @@ def _check_room(tokens, cache):
     filled = int(cache.length) if is_concrete(cache.length) else 0
     if tokens.shape[1] == 0 or tokens.shape[0] != rows or filled + tokens.shape[1] > columns:
         raise ValueError(
-            f"The cache has {rows} rows and {columns} columns, {filled} of them known to be filled, and cannot take tokens of "
-            f"shape {list(tokens.shape)}; make it with init_cache for all rows, and for prompt and new tokens together."
+            f"The cache has {rows} rows and {columns} columns, {filled} of them known to be "
+            f"filled, and cannot take tokens of shape {list(tokens.shape)}; make it with "
+            f"init_cache for all rows, and for prompt and new tokens together."
         )
 
 
 def _check_positions(config, time):
     if time > config.n_positions:
         raise ValueError(
-            f"This GPT-2 has n_positions={config.n_positions} but was given {time} columns (prompt and new tokens "
+            f"This GPT-2 has n_positions={config.n_positions} but was given {time} columns (prompt "
+            f"and new tokens "
             "together); shorten the prompt or ask for fewer new tokens."
         )
 
 
-def init_params(config: GPT2Config, rng_key: PRNGKeyArray, *, param_dtype: DTypeLike = jnp.float32) -> Params:
-    """Draws GPT-2's initial parameters: normal of scale 0.02, residual projections divided by √(2L).
+def init_params(
+    config: GPT2Config, rng_key: PRNGKeyArray, *, param_dtype: DTypeLike = jnp.float32
+) -> Params:
+    """Draws GPT-2's initial parameters: normal of scale 0.02, residual projections divided by
+    √(2L).
 
     Args:
         config: the shape of the model.
@@ -281,8 +348,11 @@ def init_params(config: GPT2Config, rng_key: PRNGKeyArray, *, param_dtype: DType
     return jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
 
 
-def init_cache(config: GPT2Config, batch_size: int, length: int, *, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """An empty cache for ``batch_size`` rows of up to ``length`` columns (prompt and new tokens together).
+def init_cache(
+    config: GPT2Config, batch_size: int, length: int, *, dtype: DTypeLike = jnp.float32
+) -> KVCache:
+    """An empty cache for ``batch_size`` rows of up to ``length`` columns (prompt and new tokens
+    together).
 
     Raises:
         ValueError: if ``length`` exceeds the model's positions.
@@ -300,16 +370,19 @@ def init_cache(config: GPT2Config, batch_size: int, length: int, *, dtype: DType
 
 
 def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn:
-    """The teacher-forced model: ``(params, tokens, where, *, start) -> logits`` of the next token, float32.
+    """The teacher-forced model: ``(params, tokens, where, *, start) -> logits`` of the next token,
+    float32.
 
-    ``logits[:, i]`` predicts the token of column ``start + i + 1``. Only columns from ``start`` on go through the head.
-    ``where`` marks real tokens and is needed for left padding only: a causal model never sees padding on the right. What is
-    not real may have any id; a real one that the vocabulary has not makes the logits NaN from its column on. With
-    ``dropout_key`` the configuration's dropout is on (pre-training); without it there is none.
+    ``logits[:, i]`` predicts the token of column ``start + i + 1``. Only columns from ``start`` on
+    go through the head. ``where`` marks real tokens and is needed for left padding only: a causal
+    model never sees padding on the right. What is not real may have any id; a real one that the
+    vocabulary has not makes the logits NaN from its column on. With ``dropout_key`` the
+    configuration's dropout is on (pre-training); without it there is none.
 
     Args:
         config: the shape of the model.
-        dtype: of the computation (bfloat16 on accelerators); softmax and logits are float32 all the same.
+        dtype: of the computation (bfloat16 on accelerators); softmax and logits are float32 all the
+            same.
 
     Raises:
         ValueError: at trace time, if there are more columns than positions.
@@ -335,18 +408,23 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
 
     def run(params, tokens, where, unknown, start, dropout_key):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        hidden, _ = model.apply({"params": params}, tokens, where, None, dropout_key is None, rngs=rngs)
+        hidden, _ = model.apply(
+            {"params": params}, tokens, where, None, dropout_key is None, rngs=rngs
+        )
         logits = _head(params, hidden[:, start:])
-        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0, not 0 · NaN. In a branch:
-        # a select over the vocabulary would be paid by every scoring.
-        nan_from_there = partial(jnp.where, jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan)
+        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0,
+        # not 0 · NaN. In a branch: a select over the vocabulary would be paid by every scoring.
+        nan_from_there = partial(
+            jnp.where, jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan
+        )
         return jax.lax.cond(unknown.any(), nan_from_there, lambda logits: logits, logits)
 
     return apply
 
 
 def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
-    """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of the last real token.
+    """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of
+    the last real token.
 
     NaN for a row without a real token, or with one that the vocabulary has not.
 
@@ -362,17 +440,23 @@ def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
     >>> score_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), jnp.ones((3, 5), bool)).shape
     (3,)
 
-    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2; transformers' GPT2ForSequenceClassification.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2; transformers'
+    GPT2ForSequenceClassification.
     """
     model = _GPT2(config, dtype)
 
-    def apply(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"] | Int[Array, "B T"]) -> Float[Array, "B"]:
+    def apply(
+        params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"] | Int[Array, "B T"]
+    ) -> Float[Array, "B"]:
         tokens, where, unknown = _real(config, tokens, where)
         _check_positions(config, tokens.shape[1])
         return spread_as(tokens, run, params, tokens, where, unknown)
 
     def run(params, tokens, where, unknown):
-        hidden, _ = cast(tuple[Array, None], model.apply({"params": params["transformer"]}, tokens, where, None, True))
+        hidden, _ = cast(
+            tuple[Array, None],
+            model.apply({"params": params["transformer"]}, tokens, where, None, True),
+        )
         last = tokens.shape[1] - 1 - jnp.argmax(where[:, ::-1], axis=1)
         pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         kernel = params["score"]["kernel"].astype(pooled.dtype)
@@ -385,19 +469,20 @@ def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
 def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn:
     """The cached model: ``(params, tokens, cache, where) -> (logits of the last column, cache)``.
 
-    Call it with a whole prompt to prefill and with one column a step to decode; both are the same function. Prompts of
-    different lengths are left-padded, ``where`` marks their real tokens, and what is not real may have any id.
+    Call it with a whole prompt to prefill and with one column a step to decode; both are the same
+    function. Prompts of different lengths are left-padded, ``where`` marks their real tokens, and
+    what is not real may have any id.
 
-    The logits of a row are NaN if its last column is not real, if it has read an id that the vocabulary has not, and past
-    the end of the cache or of the model's positions.
+    The logits of a row are NaN if its last column is not real, if it has read an id that the
+    vocabulary has not, and past the end of the cache or of the model's positions.
 
     Args:
         config: the shape of the model.
         dtype: of the computation; the logits are float32.
 
     Raises:
-        ValueError: at trace time, for no token, other rows than the cache's, or more tokens than it has room for; how full it
-            is can be told there only if its length is not traced.
+        ValueError: at trace time, for no token, other rows than the cache's, or more tokens than it
+            has room for; how full it is can be told there only if its length is not traced.
 
     >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
     >>> params, cache = init_params(tiny, jax.random.key(0)), init_cache(tiny, 3, 8)
@@ -415,12 +500,15 @@ def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn
     ) -> tuple[Float[Array, "B V"], KVCache]:
         tokens, where, unknown = _real(config, tokens, where)
         _check_room(tokens, cache)
-        # One past the vocabulary is looked up as NaN, and stays in the cache for the tokens that follow.
+        # One past the vocabulary is looked up as NaN, and stays in the cache for the tokens that
+        # follow.
         tokens = jnp.where(unknown, config.vocab_size, tokens)
         return spread_as(tokens, run, params, tokens, where, cache)
 
     def run(params, tokens, where, cache):
-        hidden, longer = cast(tuple[Array, KVCache], model.apply({"params": params}, tokens, where, cache, True))
+        hidden, longer = cast(
+            tuple[Array, KVCache], model.apply({"params": params}, tokens, where, cache, True)
+        )
         valid = where[:, -1:] & (longer.length <= cache.where.shape[1])
         return jnp.where(valid, _head(params, hidden[:, -1:])[:, 0], jnp.nan), longer
 

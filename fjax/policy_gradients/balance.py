@@ -22,21 +22,22 @@ def trajectory_balance(
 ) -> Float[Array, "N"]:
     """½(log Z + log π - log P)²: zero where π = P/Z, whatever the samples are from.
 
-    On samples of π its gradient is that of KL(π‖p); on those of any other q, that of another loss with the same optimum.
-    For RLHF, ``log_score`` is log a + r/β (`fjax.targets.reward_tilted`).
+    On samples of π its gradient is that of KL(π‖p); on those of any other q, that of another loss
+    with the same optimum. For RLHF, ``log_score`` is log a + r/β (`fjax.targets.reward_tilted`).
 
     Args:
         log_pi: log-probabilities under the policy, in nats; differentiated.
         log_score: unnormalised log P(x), finite.
-        log_z: log Z, an estimate and no parameter: it has no gradient, like all but log π. None means the mean of log P -
-            log π over these samples (VarGrad). That mean contains the sample itself, which shrinks the on-policy gradient
-            by (N - 1)/N.
+        log_z: log Z, an estimate and no parameter: it has no gradient, like all but log π. None
+            means the mean of log P - log π over these samples (VarGrad). That mean contains the
+            sample itself, which shrinks the on-policy gradient by (N - 1)/N.
         axis_name: mapped axis over which the samples of that mean are spread.
 
     >>> trajectory_balance(jnp.array([-1.0, -3.0]), jnp.array([1.0, 1.0])).tolist()
     [0.5, 0.5]
 
-    Source: Malkin et al. 2022 (arXiv 2201.13259); Richter et al. 2020 (VarGrad); Bartoldson et al. 2025 (TBA).
+    Source: Malkin et al. 2022 (arXiv 2201.13259); Richter et al. 2020 (VarGrad); Bartoldson et al.
+    2025 (TBA).
     """
     log_pi, log_score = one_axis(log_pi=log_pi, log_score=log_score)
     if log_z is None:
@@ -46,12 +47,14 @@ def trajectory_balance(
     return 0.5 * (log_z + log_pi - log_score) ** 2
 
 
-def f_trajectory_balance(log_pi: Float[Array, "N"], log_p: Float[Array, "N"], *, divergence: FDivergence) -> Float[Array, "N"]:
+def f_trajectory_balance(
+    log_pi: Float[Array, "N"], log_p: Float[Array, "N"], *, divergence: FDivergence
+) -> Float[Array, "N"]:
     """ψ(log π - log p) with ψ'(d) = f'(e^d) - f'(1): trajectory balance for any f, in its gradient.
 
-    On samples of π its gradient is that of D_f(π‖p). On those of any other q it has no importance weights, hence bounded
-    variance, and the same optimum: each term is smallest where π = p. Its value is not ψ's and means nothing; for reverse
-    KL `trajectory_balance` has both.
+    On samples of π its gradient is that of D_f(π‖p). On those of any other q it has no importance
+    weights, hence bounded variance, and the same optimum: each term is smallest where π = p. Its
+    value is not ψ's and means nothing; for reverse KL `trajectory_balance` has both.
 
     Args:
         log_pi: log-probabilities under the policy, in nats; differentiated.
@@ -79,10 +82,11 @@ def f_regularized_optimum(
     divergence: FDivergence,
     steps: int = 200,
 ) -> Float[Array, "S"]:
-    """argmax_π E_π[r] - β D_f(π‖a) over a listed space: π*(x) = a(x) (f')^{-1}((r(x) - λ)/β). Stopped.
+    """argmax_π E_π[r] - β D_f(π‖a) over a listed space: π*(x) = a(x) (f')^{-1}((r(x) - λ)/β).
+    Stopped.
 
-    λ is such that π* sums to 1, found by bisection. Where f'(0) is finite, as for Pearson's χ², π* is 0 where the reward is
-    too low.
+    λ is such that π* sums to 1, found by bisection. Where f'(0) is finite, as for Pearson's χ², π*
+    is 0 where the reward is too low.
 
     Args:
         log_a: normalised log-probabilities under the base model, in nats; -inf is allowed.
@@ -92,12 +96,12 @@ def f_regularized_optimum(
         steps: of the bisection.
 
     Returns:
-        log π*, -inf where it is 0, and only there: the ratio is found in log space where it is too large or too small for a
-        float.
+        log π*, -inf where it is 0, and only there: the ratio is found in log space where it is too
+        large or too small for a float.
 
     Raises:
-        ValueError: if f has no inverse derivative (total variation: its optimum is not unique), β is not positive, or the
-            shapes differ.
+        ValueError: if f has no inverse derivative (total variation: its optimum is not unique), β
+            is not positive, or the shapes differ.
 
     >>> from fjax import reverse_kl
     >>> log_a, rewards = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 3.0]))
@@ -110,14 +114,18 @@ def f_regularized_optimum(
     positive(beta=beta)
     log_a, rewards = jax.lax.stop_gradient(one_axis(log_a=log_a, rewards=rewards))
     if divergence.inverse_derivative is None:
-        raise ValueError(f"{divergence.name} has no inverse derivative, and so no optimum in closed form.")
+        raise ValueError(
+            f"{divergence.name} has no inverse derivative, and so no optimum in closed form."
+        )
     beta = jax.lax.stop_gradient(jnp.asarray(beta, log_a.dtype))
     possible = ~jnp.isneginf(log_a) & ~jnp.isneginf(rewards)
     best = jnp.max(jnp.where(possible, rewards, -jnp.inf))
     behind = jnp.where(possible, rewards - best, 0.0)
 
     def unnormalised(top):
-        """Log a·ratio, given the log-ratio of the best: λ itself would lose it, for r - λ may be e^-120."""
+        """Log a·ratio, given the log-ratio of the best: λ itself would lose it, for r - λ may be
+        e^-120.
+        """
         slope = behind / beta + divergence.derivative(top)
         log_ratio = jnp.where(behind == 0, top, _log_ratio(slope, divergence))
         return jnp.where(possible, jnp.where(possible, log_a, 0.0) + log_ratio, -jnp.inf)
@@ -128,14 +136,17 @@ def f_regularized_optimum(
         over = jax.nn.logsumexp(unnormalised(middle)) > 0
         return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
-    # No ratio is above that of the best, and so it is at least 1; and it cannot have more than all of the mass.
+    # No ratio is above that of the best, and so it is at least 1; and it cannot have more than all
+    # of the mass.
     highest = -jnp.max(jnp.where(possible & (behind == 0), log_a, -jnp.inf))
     top, _ = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))
     return jax.nn.log_softmax(unnormalised(top))
 
 
 def _log_ratio(slope, divergence):
-    """Log of (f')^{-1}: of its closed form where that is a number, by bisection for log t where it has left the floats."""
+    """Log of (f')^{-1}: of its closed form where that is a number, by bisection for log t where it
+    has left the floats.
+    """
     ratio = divergence.inverse_derivative(slope)
     limit = 0.9 * jnp.log(jnp.finfo(ratio.dtype).max)
     ordinary = (ratio > jnp.exp(-limit)) & (ratio < jnp.exp(limit))
@@ -147,6 +158,10 @@ def _log_ratio(slope, divergence):
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
     # Over arsinh(log t): so few steps reach every exponent, with digits everywhere.
-    low, _ = jax.lax.fori_loop(0, 64, halve, (jnp.full_like(slope, -_FARTHEST), jnp.full_like(slope, _FARTHEST)))
-    far = jnp.where(slope <= divergence.derivative(jnp.full_like(slope, -jnp.inf)), -jnp.inf, jnp.sinh(low))
+    low, _ = jax.lax.fori_loop(
+        0, 64, halve, (jnp.full_like(slope, -_FARTHEST), jnp.full_like(slope, _FARTHEST))
+    )
+    far = jnp.where(
+        slope <= divergence.derivative(jnp.full_like(slope, -jnp.inf)), -jnp.inf, jnp.sinh(low)
+    )
     return jnp.where(ordinary, jnp.log(jnp.where(ordinary, ratio, 1.0)), far)

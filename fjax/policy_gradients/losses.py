@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fjax._checks import as_mask, as_token_arrays, float_dtype, is_concrete, one_axis, one_number, positive, same_shape
+from fjax._checks import (
+    as_mask,
+    as_token_arrays,
+    float_dtype,
+    is_concrete,
+    one_axis,
+    one_number,
+    positive,
+    same_shape,
+)
 from fjax._numerics import centred, count, gather
 from fjax._typing import Array, Bool, Float, Int
 from fjax.policy_gradients.kl import MAX_EXPONENT
@@ -13,7 +22,10 @@ _Clip = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 
 
 def reinforce(
-    log_pi: Float[Array, "*n"], rewards: Float[Array, "*n"], *, baseline: float | Float[Array, "*m"] = 0.0
+    log_pi: Float[Array, "*n"],
+    rewards: Float[Array, "*n"],
+    *,
+    baseline: float | Float[Array, "*m"] = 0.0,
 ) -> Float[Array, "*n"]:
     """-(R - B) log π, whose gradient on samples of π is that of -E_π[R].
 
@@ -36,8 +48,11 @@ def reinforce(
     return -jax.lax.stop_gradient(rewards - baseline) * log_pi
 
 
-def rloo(log_pi: Float[Array, "N"], rewards: Float[Array, "N"], *, axis_name: str | None = None) -> Float[Array, "N"]:
-    """REINFORCE whose baseline is the mean reward of the other samples: unbiased. `jax.vmap` gives groups.
+def rloo(
+    log_pi: Float[Array, "N"], rewards: Float[Array, "N"], *, axis_name: str | None = None
+) -> Float[Array, "N"]:
+    """REINFORCE whose baseline is the mean reward of the other samples: unbiased. `jax.vmap` gives
+    groups.
 
     Rewards that differ by rounding only teach nothing: all losses are 0.
 
@@ -58,8 +73,12 @@ def rloo(log_pi: Float[Array, "N"], rewards: Float[Array, "N"], *, axis_name: st
     everyone = gather(jax.lax.stop_gradient(rewards), axis_name)
     n = everyone.shape[0]
     if n < 2:
-        raise ValueError(f"rloo needs at least 2 samples, got {n}: the baseline of each is the mean of the others.")
-    return reinforce(log_pi, _own(centred(everyone), axis_name) * (n / (n - 1)))  # R_i minus the mean of the others
+        raise ValueError(
+            f"rloo needs at least 2 samples, got {n}: the baseline of each is the mean of the "
+            f"others."
+        )
+    # R_i minus the mean of the others
+    return reinforce(log_pi, _own(centred(everyone), axis_name) * (n / (n - 1)))
 
 
 def group_advantages(
@@ -70,11 +89,13 @@ def group_advantages(
     axis_name: str | None = None,
     where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
-    """Rewards of one prompt's samples, centred on their mean and divided by their standard deviation (GRPO). Stopped.
+    """Rewards of one prompt's samples, centred on their mean and divided by their standard
+    deviation (GRPO). Stopped.
 
-    Neither is free: the mean contains the sample itself, which shrinks the gradient by (N - 1)/N, and the division weighs
-    prompts by how sure the policy is of them. ``scale=False`` leaves it out (Dr. GRPO). Rewards that are all equal, or differ
-    by rounding only, have advantages of exactly 0; so has a group of one.
+    Neither is free: the mean contains the sample itself, which shrinks the gradient by (N - 1)/N,
+    and the division weighs prompts by how sure the policy is of them. ``scale=False`` leaves it out
+    (Dr. GRPO). Rewards that are all equal, or differ by rounding only, have advantages of exactly
+    0; so has a group of one.
 
     Args:
         rewards: R of each sample of one prompt.
@@ -89,7 +110,8 @@ def group_advantages(
     >>> group_advantages(jnp.array([1.0, 3.0]), scale=False).tolist()
     [-1.0, 1.0]
 
-    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1; Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783).
+    Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), section 4.1; Liu et al. 2025 (Dr. GRPO, arXiv
+    2503.20783).
     """
     one_number(epsilon=epsilon)
     if is_concrete(epsilon) and not epsilon >= 0:
@@ -100,7 +122,9 @@ def group_advantages(
     if scale:
         n = count(advantages, where)
         spread = jnp.sqrt((advantages**2).sum() / jnp.maximum(n - 1, 1))
-        advantages = jnp.where(spread == 0, 0.0, advantages / jnp.where(spread == 0, 1.0, spread + epsilon))
+        advantages = jnp.where(
+            spread == 0, 0.0, advantages / jnp.where(spread == 0, 1.0, spread + epsilon)
+        )
     return _own(advantages, axis_name)
 
 
@@ -114,8 +138,8 @@ def ppo_clip(
 ) -> Float[Array, "*n"]:
     """-min(ρA, clip(ρ, 1-ε, 1+ε') A) with ρ = π/q: no gradient once the ratio has gone far enough.
 
-    A trust region by hand: off the first step its gradient is that of no fixed objective. The exponent of ρ is limited to
-    80.
+    A trust region by hand: off the first step its gradient is that of no fixed objective. The
+    exponent of ρ is limited to 80.
 
     Args:
         log_pi: log-probabilities under the policy, in nats; differentiated.
@@ -130,7 +154,8 @@ def ppo_clip(
     >>> ppo_clip(jnp.log(jnp.array([1.5, 0.5])), jnp.zeros(2), jnp.array([1.0, 1.0])).tolist()
     [-1.2, -0.5]
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729) for the dual clip.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729)
+    for the dual clip.
     """
     _check_clip(clip, dual_clip)
     log_pi, log_q, advantages = same_shape(log_pi=log_pi, log_q=log_q, advantages=advantages)
@@ -152,9 +177,11 @@ def grpo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`ppo_clip` of each token with the group's advantage, averaged over the tokens of each sequence.
+    """`ppo_clip` of each token with the group's advantage, averaged over the tokens of each
+    sequence.
 
-    Without a KL term: add β times `divergence_penalty`, whose gradient is right, where the paper adds k3, whose is not.
+    Without a KL term: add β times `divergence_penalty`, whose gradient is right, where the paper
+    adds k3, whose is not.
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
@@ -175,7 +202,9 @@ def grpo(
     Source: Shao et al. 2024 (GRPO, arXiv 2402.03300), equation 3.
     """
     token_log_pi, token_log_q, rewards, where = _group(token_log_pi, token_log_q, rewards, where)
-    advantages = group_advantages(rewards, epsilon=epsilon, axis_name=axis_name, where=where.any(axis=1))
+    advantages = group_advantages(
+        rewards, epsilon=epsilon, axis_name=axis_name, where=where.any(axis=1)
+    )
     losses = _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip)
     return losses.sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)
 
@@ -190,7 +219,8 @@ def dr_grpo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`grpo` without its two biases: advantages are not scaled, and sums over tokens are divided by a constant.
+    """`grpo` without its two biases: advantages are not scaled, and sums over tokens are divided by
+    a constant.
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
@@ -212,8 +242,12 @@ def dr_grpo(
     """
     positive(max_tokens=max_tokens)
     token_log_pi, token_log_q, rewards, where = _group(token_log_pi, token_log_q, rewards, where)
-    advantages = group_advantages(rewards, scale=False, axis_name=axis_name, where=where.any(axis=1))
-    return _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip).sum(axis=1) / max_tokens
+    advantages = group_advantages(
+        rewards, scale=False, axis_name=axis_name, where=where.any(axis=1)
+    )
+    return (
+        _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip).sum(axis=1) / max_tokens
+    )
 
 
 def gspo(
@@ -226,7 +260,8 @@ def gspo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`ppo_clip` with one ratio a sequence, the geometric mean of its tokens': ρ = exp(mean log π/q).
+    """`ppo_clip` with one ratio a sequence, the geometric mean of its tokens': ρ = exp(mean log
+    π/q).
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
@@ -252,18 +287,23 @@ def gspo(
 
 def _group(token_log_pi, token_log_q, rewards, where):
     """The arrays of a group at the door."""
-    token_log_pi, token_log_q, where = as_token_arrays(where, token_log_pi=token_log_pi, token_log_q=token_log_q)
+    token_log_pi, token_log_q, where = as_token_arrays(
+        where, token_log_pi=token_log_pi, token_log_q=token_log_q
+    )
     if np.shape(rewards) != where.shape[:1]:
         raise ValueError(
-            f"rewards must be one number a sequence, {list(where.shape[:1])} for tokens of shape {list(where.shape)}; got "
-            f"{list(np.shape(rewards))}. For several groups, map the function over them with jax.vmap."
+            f"rewards must be one number a sequence, {list(where.shape[:1])} for tokens of shape "
+            f"{list(where.shape)}; got {list(np.shape(rewards))}. For several groups, map the "
+            f"function over them with jax.vmap."
         )
     rewards = jnp.asarray(rewards, float_dtype(token_log_pi, rewards))
     return token_log_pi, jax.lax.stop_gradient(token_log_q), rewards, where
 
 
 def _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip):
-    losses = ppo_clip(token_log_pi, token_log_q, jnp.broadcast_to(advantages[:, None], where.shape), clip=clip)
+    losses = ppo_clip(
+        token_log_pi, token_log_q, jnp.broadcast_to(advantages[:, None], where.shape), clip=clip
+    )
     return jnp.where(where, losses, 0.0)
 
 

@@ -1,4 +1,6 @@
-"""Drawing from a language model: transforms of the logits, one token at a time, whole continuations."""
+"""Drawing from a language model: transforms of the logits, one token at a time, whole
+continuations.
+"""
 
 from fjax.sampling.categorical import draw
 from fjax.sampling.decode import Samples, sample

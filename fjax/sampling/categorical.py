@@ -1,9 +1,11 @@
-"""One token from logits, with its log-probability, by inverting the cumulative distribution in blocks.
+"""One token from logits, with its log-probability, by inverting the cumulative distribution in
+blocks.
 
-A Gumbel for each entry of the vocabulary is the usual way, and on a CPU most of the time goes into its random bits and
-logarithms. Two uniforms a row suffice: one chooses a block of the vocabulary by its mass, the other a token within the
-block. Only sums over blocks are taken, never a running sum over the vocabulary, so float32 loses nothing at V = 50257:
-the probability of a token is right to about 1e-7 of its block's. Medians on two CPU cores, log-probability included:
+A Gumbel for each entry of the vocabulary is the usual way, and on a CPU most of the time goes into
+its random bits and logarithms. Two uniforms a row suffice: one chooses a block of the vocabulary by
+its mass, the other a token within the block. Only sums over blocks are taken, never a running sum
+over the vocabulary, so float32 loses nothing at V = 50257: the probability of a token is right to
+about 1e-7 of its block's. Medians on two CPU cores, log-probability included:
 
     =================  ===============  ===============
     rows × vocabulary     256 × 2560       64 × 50257
@@ -28,18 +30,24 @@ __all__ = ["draw"]
 BLOCK = 128  # tokens; 64 to 256 take the same time, and 128 is one TPU lane row
 
 
-def draw(rng_key: PRNGKeyArray, logits: Float[Array, "V"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Draws one token from ``softmax(logits)`` and returns it with its log-probability; `jax.vmap` gives rows.
+def draw(
+    rng_key: PRNGKeyArray, logits: Float[Array, "V"]
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Draws one token from ``softmax(logits)`` and returns it with its log-probability; `jax.vmap`
+    gives rows.
 
-    A token of probability zero (logit -inf) is never drawn. Equal keys give equal tokens whatever the batch around the row.
+    A token of probability zero (logit -inf) is never drawn. Equal keys give equal tokens whatever
+    the batch around the row.
 
     Args:
         rng_key: the key of this row and this step.
-        logits: unnormalised; half precision is computed in float32. Where they are no distribution (all -inf, or NaN or +inf
-            among them) the log-probability is NaN, and the token some id of the vocabulary.
+        logits: unnormalised; half precision is computed in float32. Where they are no distribution
+            (all -inf, or NaN or +inf among them) the log-probability is NaN, and the token some id
+            of the vocabulary.
 
     Returns:
-        The token (int32) and ``logits[token] - logsumexp(logits)``, in float32 or the wider dtype of the logits.
+        The token (int32) and ``logits[token] - logsumexp(logits)``, in float32 or the wider dtype
+        of the logits.
 
     Raises:
         ValueError: if ``logits`` are not one row.
@@ -49,7 +57,10 @@ def draw(rng_key: PRNGKeyArray, logits: Float[Array, "V"]) -> tuple[Int[Array, "
     (1, 0.0)
     """
     if jnp.ndim(logits) != 1:
-        raise ValueError(f"logits must be [V], got {list(jnp.shape(logits))}; for rows, map draw over them with jax.vmap.")
+        raise ValueError(
+            f"logits must be [V], got {list(jnp.shape(logits))}; for rows, map draw over them with "
+            f"jax.vmap."
+        )
     logits = jnp.asarray(logits, float_dtype(logits))
     between_blocks, within_block = jax.random.uniform(rng_key, (2,), logits.dtype)
     vocabulary = logits.shape[0]
@@ -58,15 +69,18 @@ def draw(rng_key: PRNGKeyArray, logits: Float[Array, "V"]) -> tuple[Int[Array, "
     masses = jnp.exp(blocks - largest).sum(-1)
     block = _invert(masses, between_blocks)
     column = _invert(jnp.exp(blocks[block] - largest), within_block)
-    token = jnp.minimum(block * BLOCK + column, vocabulary - 1)  # padding has no mass, but without any mass is chosen
+    # padding has no mass, but without any mass is chosen
+    token = jnp.minimum(block * BLOCK + column, vocabulary - 1)
     return token, blocks[block, column] - largest - jnp.log(masses.sum())
 
 
 def _invert(weights: Float[Array, "n"], uniform: Float[Array, ""]) -> Int[Array, ""]:
-    """The first index whose cumulative weight exceeds ``uniform`` times the total; never one of weight zero.
+    """The first index whose cumulative weight exceeds ``uniform`` times the total; never one of
+    weight zero.
 
-    A parallel running sum need not be monotone to the last bit, so positive weights are asked for rather than implied,
-    and where rounding leaves no candidate at the upper end, the last positive one is taken.
+    A parallel running sum need not be monotone to the last bit, so positive weights are asked for
+    rather than implied, and where rounding leaves no candidate at the upper end, the last positive
+    one is taken.
     """
     cumulative, positive = jnp.cumsum(weights), weights > 0
     candidates = positive & (cumulative > uniform * cumulative[-1])

@@ -1,8 +1,10 @@
-"""Continuations of prompts as one program: prefill, then a loop over the key-value cache until every row has ended.
+"""Continuations of prompts as one program: prefill, then a loop over the key-value cache until
+every row has ended.
 
-The sampler knows no model. It is given a ``DecodeFn`` and an empty cache, and keeps to itself what is easily got wrong:
-which tokens count (all up to the end-of-sequence token *and that token*), and the log-probability of each under the
-distribution that it was really drawn from, after temperature and truncation. So ``log_q`` needs no second pass.
+The sampler knows no model. It is given a ``DecodeFn`` and an empty cache, and keeps to itself what
+is easily got wrong: which tokens count (all up to the end-of-sequence token *and that token*), and
+the log-probability of each under the distribution that it was really drawn from, after temperature
+and truncation. So ``log_q`` needs no second pass.
 """
 
 from collections.abc import Callable
@@ -24,9 +26,10 @@ __all__ = ["Samples", "sample"]
 class Samples(NamedTuple):
     """Continuations without their prompts, from the first new token on.
 
-    A row that is not finished is a prefix that was cut off at T tokens. Counted that way (finished sequences of at most T
-    tokens, and unfinished prefixes of exactly T) the outcomes' probabilities sum to one, so that `sequence_log_probs` is
-    a log-probability in either case; whether a prefix counts as a sentence is for the target to say.
+    A row that is not finished is a prefix that was cut off at T tokens. Counted that way (finished
+    sequences of at most T tokens, and unfinished prefixes of exactly T) the outcomes' probabilities
+    sum to one, so that `sequence_log_probs` is a log-probability in either case; whether a prefix
+    counts as a sentence is for the target to say.
 
     Attributes:
         tokens: the new tokens; padding after the end.
@@ -52,7 +55,9 @@ class Samples(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What the loop carries beside the cache. Columns that are never reached keep their initial padding."""
+    """What the loop carries beside the cache. Columns that are never reached keep their initial
+    padding.
+    """
 
     step: Int[Array, ""]
     last: Int[Array, "B"]
@@ -77,40 +82,46 @@ def sample(
     pad_id: int | None = None,
     where: Bool[Array, "B P"] | Int[Array, "B P"] | None = None,
 ) -> Samples:
-    """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` until each row has drawn ``eos_id``.
+    """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` until each row has drawn
+    ``eos_id``.
 
-    Callers jit: ``jax.jit(partial(sample, decode_fn, max_new_tokens=40, eos_id=0))``. One program then holds the prefill
-    and the loop, which ends as soon as all rows have. Making the cache inside the jitted function, or donating it, saves
-    one copy of it.
+    Callers jit: ``jax.jit(partial(sample, decode_fn, max_new_tokens=40, eos_id=0))``. One program
+    then holds the prefill and the loop, which ends as soon as all rows have. Making the cache
+    inside the jitted function, or donating it, saves one copy of it.
 
-    Row i draws its token of step t with ``fold_in(fold_in(rng_key, row id), t)``, so that a batch may be split over calls
-    or devices without changing a sample, as long as each row keeps its id. (That holds for JAX's default, threefry keys;
-    ``rbg`` keys under `jax.vmap` do depend on the batch.)
+    Row i draws its token of step t with ``fold_in(fold_in(rng_key, row id), t)``, so that a batch
+    may be split over calls or devices without changing a sample, as long as each row keeps its id.
+    (That holds for JAX's default, threefry keys; ``rbg`` keys under `jax.vmap` do depend on the
+    batch.)
 
     Args:
         decode_fn: ``(params, tokens, cache, where) -> (logits of the last column, cache)``.
         params: of the model.
         rng_key: of this batch.
-        prompt: at least one column, padded anywhere, with any id; ``decode_fn`` is given it padded on the left, with
-            ``eos_id``. A model that starts from nothing is prompted with its EOS.
-        cache: empty, for B rows and at least P + max_new_tokens columns. Its arrays have the batch on axis 0, scalars
-            aside; if it has a field ``where`` of ``[B, columns]``, its size is checked.
+        prompt: at least one column, padded anywhere, with any id; ``decode_fn`` is given it padded
+            on the left, with ``eos_id``. A model that starts from nothing is prompted with its EOS.
+        cache: empty, for B rows and at least P + max_new_tokens columns. Its arrays have the batch
+            on axis 0, scalars aside; if it has a field ``where`` of ``[B, columns]``, its size is
+            checked.
         max_new_tokens: T, static.
         eos_id: the token that ends a row, static.
-        transform: of the logits, static: `temperature`, `top_k`, `top_p`, `greedy` or a `chain` of them.
-        samples_per_prompt: n continuations of every prompt from one prefill; those of prompt c are rows c·n … c·n + n - 1,
-            and equal what n copies of the prompt would give.
-        row_ids: of the prompts, 0 … B - 1 by default. Continuation i of a prompt has the id ``row_id · n + i``.
-        pad_id: fills the columns after the end; ``eos_id`` by default. Any int32: the model never reads it.
+        transform: of the logits, static: `temperature`, `top_k`, `top_p`, `greedy` or a `chain` of
+            them.
+        samples_per_prompt: n continuations of every prompt from one prefill; those of prompt c are
+            rows c·n … c·n + n - 1, and equal what n copies of the prompt would give.
+        row_ids: of the prompts, 0 … B - 1 by default. Continuation i of a prompt has the id
+            ``row_id · n + i``.
+        pad_id: fills the columns after the end; ``eos_id`` by default. Any int32: the model never
+            reads it.
         where: True at the real tokens of the prompt; all of them by default.
 
     Returns:
-        `Samples` of B · n rows. Log-probabilities are NaN where the logits are no distribution, and for the first token of a
-        prompt without a real one.
+        `Samples` of B · n rows. Log-probabilities are NaN where the logits are no distribution, and
+        for the first token of a prompt without a real one.
 
     Raises:
-        ValueError: at trace time, for an empty prompt, a cache of another batch or too few columns, an ``eos_id`` outside
-            the vocabulary, or shapes that do not belong together.
+        ValueError: at trace time, for an empty prompt, a cache of another batch or too few columns,
+            an ``eos_id`` outside the vocabulary, or shapes that do not belong together.
 
     A model that counts upwards, and ends at 3:
 
@@ -129,11 +140,15 @@ def sample(
         prompt, where = spread_as(prompt, _pad_left, prompt, where, eos_id)
     logits, cache = decode_fn(params, prompt, cache, where)
     if not 0 <= eos_id < logits.shape[-1]:
-        raise ValueError(f"eos_id must be one of the {logits.shape[-1]} tokens of the vocabulary, got {eos_id}.")
+        raise ValueError(
+            f"eos_id must be one of the {logits.shape[-1]} tokens of the vocabulary, got {eos_id}."
+        )
     if where is not None:
         logits = jnp.where(where.any(1)[:, None], logits, jnp.nan)
     ids = jnp.arange(len(prompt), dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
-    logits, cache, row_keys = spread_as(prompt, partial(_copy_rows, n=samples_per_prompt), logits, cache, rng_key, ids)
+    logits, cache, row_keys = spread_as(
+        prompt, partial(_copy_rows, n=samples_per_prompt), logits, cache, rng_key, ids
+    )
     advance = _make_step(transform, eos_id, pad_id, row_keys)
 
     def is_unfinished(carry):
@@ -145,7 +160,8 @@ def sample(
         logits, cache = decode_fn(params, progress.last[:, None], cache)
         return advance(progress, logits), cache
 
-    # The first token comes from the prefill's logits, so the loop decodes first and the last token is never decoded.
+    # The first token comes from the prefill's logits, so the loop decodes first and the last token
+    # is never decoded.
     progress = advance(_no_progress(logits, max_new_tokens, pad_id), logits)
     progress, _ = jax.lax.while_loop(is_unfinished, decode_one, (progress, cache))
     counted = jnp.arange(max_new_tokens)[None, :] < progress.lengths[:, None]
@@ -158,7 +174,9 @@ def _make_step(
     """Draws one token a row from the logits and notes it down, unless the row has ended."""
 
     def advance(progress: _Progress, logits: Float[Array, "B V"]) -> _Progress:
-        return spread_as(logits, note_down, progress, transform(logits.astype(float_dtype(logits))), row_keys)
+        return spread_as(
+            logits, note_down, progress, transform(logits.astype(float_dtype(logits))), row_keys
+        )
 
     def note_down(progress, logits, row_keys):
         step, ended = progress.step, progress.finished
@@ -191,15 +209,21 @@ def _no_progress(logits: Float[Array, "B V"], max_new_tokens: int, pad_id: int) 
 def _pad_left(
     prompt: Int[Array, "B P"], where: Bool[Array, "B P"], pad_id: int
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """The real tokens on the right, in their order: what comes next stands beside them, whichever side the padding was on."""
+    """The real tokens on the right, in their order: what comes next stands beside them, whichever
+    side the padding was on.
+    """
     where, prompt = jax.lax.sort((where, prompt), dimension=1, is_stable=True, num_keys=1)
     return jnp.where(where, prompt, pad_id), where
 
 
-def _copy_rows(logits: Float[Array, "B V"], cache: Any, rng_key: PRNGKeyArray, ids: Int[Array, "B"], *, n: int) -> tuple:
+def _copy_rows(
+    logits: Float[Array, "B V"], cache: Any, rng_key: PRNGKeyArray, ids: Int[Array, "B"], *, n: int
+) -> tuple:
     """Each row n times, and a key for every copy."""
     if n > 1:
-        logits, cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0) if jnp.ndim(leaf) else leaf, (logits, cache))
+        logits, cache = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, n, axis=0) if jnp.ndim(leaf) else leaf, (logits, cache)
+        )
         ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # id · n must not overflow
         ids = (ids[:, None] * n + jnp.arange(n, dtype=ids.dtype)[None, :]).ravel()
     return logits, cache, jax.vmap(jax.random.fold_in, (None, 0))(rng_key, ids)
@@ -218,7 +242,9 @@ def _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids,
         )
     rows, columns = prompt.shape
     if row_ids is not None and jnp.shape(row_ids) != (rows,):
-        raise ValueError(f"row_ids must have shape {(rows,)} for this prompt, got {jnp.shape(row_ids)}.")
+        raise ValueError(
+            f"row_ids must have shape {(rows,)} for this prompt, got {jnp.shape(row_ids)}."
+        )
     if not -(2**31) <= pad_id < 2**31:
         raise ValueError(f"pad_id must be an int32, as the tokens are; got {pad_id}.")
     batches = {leaf.shape[0] for leaf in jax.tree.leaves(cache) if jnp.ndim(leaf)}
@@ -227,6 +253,6 @@ def _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids,
     capacity = getattr(cache, "where", None)
     if capacity is not None and capacity.shape[1] < columns + max_new_tokens:
         raise ValueError(
-            f"The cache has {capacity.shape[1]} columns, but a prompt of {columns} and {max_new_tokens} new tokens "
-            f"need {columns + max_new_tokens}."
+            f"The cache has {capacity.shape[1]} columns, but a prompt of {columns} and "
+            f"{max_new_tokens} new tokens need {columns + max_new_tokens}."
         )

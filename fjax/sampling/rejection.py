@@ -1,8 +1,10 @@
-"""Quasi-rejection sampling: from a model q near the target to samples nearer to it, at a known cost.
+"""Quasi-rejection sampling: from a model q near the target to samples nearer to it, at a known
+cost.
 
-A sample x of q is accepted with probability min(1, P(x)/(β q(x))). The accepted ones are of p_β ∝ min(P, βq): exactly of p once
-β ≥ max P/q, and before that within TV(p, p_β) ≤ 1 - Z_β/Z, where Z_β = Σ min(P, βq) and Z_β/β is the acceptance rate. A
-larger β is closer and dearer. For a constraint P = a·b every accepted sample satisfies it, whatever β is.
+A sample x of q is accepted with probability min(1, P(x)/(β q(x))). The accepted ones are of p_β ∝
+min(P, βq): exactly of p once β ≥ max P/q, and before that within TV(p, p_β) ≤ 1 - Z_β/Z, where Z_β
+= Σ min(P, βq) and Z_β/β is the acceptance rate. A larger β is closer and dearer. For a constraint P
+= a·b every accepted sample satisfies it, whatever β is.
 
 Source: Eikema et al. 2022 (QRS, arXiv 2112.05702).
 """
@@ -32,7 +34,9 @@ class RejectionEstimate(NamedTuple):
     tv_bound: Estimate
 
 
-def log_acceptance(log_score: Float[Array, "*n"], log_q: Float[Array, "*n"], *, log_beta: float | Float[Array, ""]):
+def log_acceptance(
+    log_score: Float[Array, "*n"], log_q: Float[Array, "*n"], *, log_beta: float | Float[Array, ""]
+):
     """Log min(1, P/(βq)) of each proposal.
 
     Args:
@@ -94,19 +98,22 @@ def estimate_rejection(
 ) -> RejectionEstimate:
     """Acceptance rate and bound on TV(p, p_β) from proposals, accepted or not.
 
-    Z_β is a mean of bounded numbers and always known well. Z is not: where q does not cover the target, its own samples show
-    too small a Z, and so too small a bound. Give ``log_z`` from samples that cover it, `fjax.estimators.log_mixture` of
-    proposals and samples of the base model, say.
+    Z_β is a mean of bounded numbers and always known well. Z is not: where q does not cover the
+    target, its own samples show too small a Z, and so too small a bound. Give ``log_z`` from
+    samples that cover it, `fjax.estimators.log_mixture` of proposals and samples of the base model,
+    say.
 
     Args:
         log_score: unnormalised log P(x) of samples of q, in nats.
         log_q: their log-probabilities under q.
         log_beta: log β.
-        log_z: an estimate of log Z, whose error is counted as independent of that of Z_β; None means from these samples.
+        log_z: an estimate of log Z, whose error is counted as independent of that of Z_β; None
+            means from these samples.
         axis_name: mapped axis over which the samples are spread.
 
     Returns:
-        A `RejectionEstimate`; the bound is NaN while no sample has P > 0. Its standard error is that of a ratio (delta method).
+        A `RejectionEstimate`; the bound is NaN while no sample has P > 0. Its standard error is
+        that of a ratio (delta method).
 
     Raises:
         ValueError: if the shapes are not one number a sample, or log β is not one number.

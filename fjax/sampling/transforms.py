@@ -1,15 +1,16 @@
-"""Temperature, top-k and top-p: functions from logits to logits, with -inf for the tokens that cannot be drawn.
+"""Temperature, top-k and top-p: functions from logits to logits, with -inf for the tokens that
+cannot be drawn.
 
-What is sampled from is the softmax of the transformed logits. A transform is therefore all that a rescoring has to know
-to give the sampler's log-probabilities again, and any function with this signature is one: a ban on some tokens is
-``lambda logits: jnp.where(banned, -jnp.inf, logits)``.
+What is sampled from is the softmax of the transformed logits. A transform is therefore all that a
+rescoring has to know to give the sampler's log-probabilities again, and any function with this
+signature is one: a ban on some tokens is ``lambda logits: jnp.where(banned, -jnp.inf, logits)``.
 
-The makers return the *same* function for the same arguments, so that a transform may be a static argument of ``jax.jit``
-and does not compile anew when it is made anew.
+The makers return the *same* function for the same arguments, so that a transform may be a static
+argument of ``jax.jit`` and does not compile anew when it is made anew.
 
-Neither top-k nor top-p sorts the vocabulary. The threshold is found by bisection on the float32 numbers in their order,
-32 sums over the vocabulary whatever k or p, which on two CPU cores takes 44 ms for 64 rows of 50257 tokens where a sort
-takes 870 ms (``make bench ARGS="--phases filter"``).
+Neither top-k nor top-p sorts the vocabulary. The threshold is found by bisection on the float32
+numbers in their order, 32 sums over the vocabulary whatever k or p, which on two CPU cores takes 44
+ms for 64 rows of 50257 tokens where a sort takes 870 ms (``make bench ARGS="--phases filter"``).
 """
 
 import functools
@@ -36,7 +37,8 @@ def identity(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
 
 
 def greedy(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
-    """Keeps the most probable token alone, the first of several: the limit of temperature 0, with log-probability 0.
+    """Keeps the most probable token alone, the first of several: the limit of temperature 0, with
+    log-probability 0.
 
     Args:
         logits: over the vocabulary, on the last axis.
@@ -48,7 +50,8 @@ def greedy(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
     [-inf, 0.0, -inf]
     """
     columns = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
-    zero = jnp.where(logits.max(-1, keepdims=True) > -jnp.inf, jnp.zeros_like(logits), jnp.nan)  # not if all -inf, or any NaN
+    # not if all -inf, or any NaN
+    zero = jnp.where(logits.max(-1, keepdims=True) > -jnp.inf, jnp.zeros_like(logits), jnp.nan)
     return jnp.where(columns == jnp.argmax(logits, -1, keepdims=True), zero, -jnp.inf)
 
 
@@ -60,14 +63,16 @@ def temperature(value: float) -> Transform:
         value: a positive number; 1 gives `identity`.
 
     Raises:
-        ValueError: if the value is not a positive, finite number. For the limit 0 there is `greedy`.
+        ValueError: if the value is not a positive, finite number. For the limit 0 there is
+            `greedy`.
 
     >>> temperature(0.5)(jnp.array([0.0, 1.0])).tolist()
     [0.0, 2.0]
     """
     if not 0.0 < value < float("inf"):
         raise ValueError(
-            f"temperature must be a positive, finite number, got {value}; for always the most probable token use `greedy`."
+            f"temperature must be a positive, finite number, got {value}; for always the most "
+            f"probable token use `greedy`."
         )
     if value == 1.0:
         return identity
@@ -82,7 +87,8 @@ def temperature(value: float) -> Transform:
 def top_k(k: int | None) -> Transform:
     """Keeps the k most probable tokens (Fan et al. 2018).
 
-    Tokens that tie with the k-th are kept too, so that the result does not depend on the order of the vocabulary.
+    Tokens that tie with the k-th are kept too, so that the result does not depend on the order of
+    the vocabulary.
 
     Args:
         k: at least 1; None, or as many as the vocabulary has, keeps all.
@@ -110,11 +116,13 @@ def top_k(k: int | None) -> Transform:
 
 @functools.cache
 def top_p(p: float) -> Transform:
-    """Keeps the smallest set of most probable tokens whose probability reaches p (nucleus sampling).
+    """Keeps the smallest set of most probable tokens whose probability reaches p (nucleus
+    sampling).
 
-    The token that crosses p is kept, hence at least one always is, and so are all that tie with it. The distribution
-    after that is renormalised by whoever takes the softmax. A token within rounding of the edge may fall on either side
-    in another program, which moves every log-probability by about that token's mass.
+    The token that crosses p is kept, hence at least one always is, and so are all that tie with it.
+    The distribution after that is renormalised by whoever takes the softmax. A token within
+    rounding of the edge may fall on either side in another program, which moves every
+    log-probability by about that token's mass.
 
     Args:
         p: in (0, 1]; 1 gives `identity`.
@@ -136,7 +144,9 @@ def top_p(p: float) -> Transform:
         fixed = jax.lax.stop_gradient(logits)
         mass = jnp.exp((fixed - fixed.max(-1, keepdims=True)).astype(jnp.float32))
         enough = p * mass.sum(-1, keepdims=True)
-        return _keep_largest(logits, lambda kept: jnp.where(kept, mass, 0.0).sum(-1, keepdims=True) >= enough)
+        return _keep_largest(
+            logits, lambda kept: jnp.where(kept, mass, 0.0).sum(-1, keepdims=True) >= enough
+        )
 
     return transform
 
@@ -165,9 +175,11 @@ _LOWEST, _PAST_HIGHEST = -0x7F800001, 0x7F800001
 def _keep_largest(
     logits: Float[Array, "*b V"], is_enough: Callable[[Bool[Array, "*b V"]], Bool[Array, "*b 1"]]
 ) -> Float[Array, "*b V"]:
-    """Keeps the fewest of the largest logits that are enough, with all that tie with the smallest of them.
+    """Keeps the fewest of the largest logits that are enough, with all that tie with the smallest
+    of them.
 
-    ``is_enough`` must hold for the whole vocabulary, and for every larger set if it does for a smaller.
+    ``is_enough`` must hold for the whole vocabulary, and for every larger set if it does for a
+    smaller.
     """
     values = jax.lax.stop_gradient(logits).astype(jnp.float32)
     low = jnp.full_like(values[..., :1], _LOWEST, jnp.int32)
@@ -184,5 +196,9 @@ def _keep_largest(
 
 
 def _nth_float(order: Array) -> Array:
-    """The float32 at a place in the order of all of them: positive bit patterns ascend, negative ones descend."""
-    return jax.lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
+    """The float32 at a place in the order of all of them: positive bit patterns ascend, negative
+    ones descend.
+    """
+    return jax.lax.bitcast_convert_type(
+        jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32
+    )

@@ -1,4 +1,6 @@
-"""What arrays and files are, in 64 letters: equal where every bit is, on whatever devices they lie."""
+"""What arrays and files are, in 64 letters: equal where every bit is, on whatever devices they
+lie.
+"""
 
 import hashlib
 import os
@@ -13,25 +15,35 @@ from fjax._typing import PyTree
 
 
 def name_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, such as ``state/params/wte``: the same for a NamedTuple and a dict of its fields."""
+    """The leaves by their paths, such as ``state/params/wte``: the same for a NamedTuple and a dict
+    of its fields.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     # A key with a slash in it may spell another's path; what is longer cannot be mistaken.
-    return named if len(named) == len(leaves) else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return (
+        named
+        if len(named) == len(leaves)
+        else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    )
 
 
 def describe_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
-    """Path -> dtype, shape and SHA-256 of the bytes of the whole array; None where this process cannot see the whole.
+    """Path -> dtype, shape and SHA-256 of the bytes of the whole array; None where this process
+    cannot see the whole.
 
     Hashing runs at about 1 GB/s and core, on several cores where there are several arrays.
     """
     named = name_leaves(tree)
-    seen = {name: leaf for name, leaf in named.items() if getattr(leaf, "is_fully_addressable", True)}
+    seen = {
+        name: leaf for name, leaf in named.items() if getattr(leaf, "is_fully_addressable", True)
+    }
     on_host = jax.device_get([_plain(leaf) for leaf in seen.values()])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(seen, pool.map(_of_array, on_host), strict=True))
     return {
-        name: {"dtype": str(leaf.dtype), "shape": [*leaf.shape], "sha256": digests.get(name)} for name, leaf in named.items()
+        name: {"dtype": str(leaf.dtype), "shape": [*leaf.shape], "sha256": digests.get(name)}
+        for name, leaf in named.items()
     }
 
 

@@ -20,9 +20,10 @@ LOCK_NAME = "lock"
 class FolderLock:
     """Held from here until `release`, at the latest until this process ends.
 
-    The file names host, process and time, for people and for other hosts. Whether a process of this host still lives is
-    asked of the kernel, which drops its own lock with the process: a number in a file may be another process's by now. Where
-    a file system has no such locks, the number has to do.
+    The file names host, process and time, for people and for other hosts. Whether a process of this
+    host still lives is asked of the kernel, which drops its own lock with the process: a number in
+    a file may be another process's by now. Where a file system has no such locks, the number has to
+    do.
 
     Args:
         folder: what is locked; it must be there.
@@ -42,7 +43,8 @@ class FolderLock:
             self._file.close()
             raise BlockingIOError(_in_use(self._path, found, here))
         self.taken_over = None if found is None else found["pid"]
-        """The process of this host that had it, and died without giving it back; None if there was none."""
+        """The process of this host that had it, and died without giving it back; None if there was
+        none."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.seek(0)
         self._file.truncate()
@@ -63,7 +65,8 @@ def _open_locked(path: Path) -> tuple[IO[str], bool | None]:
     while True:
         file = path.open("a+", encoding="utf-8")
         free = _lock(file)
-        # Whoever had it may have deleted it between the two: then it is locked, but no longer the folder's.
+        # Whoever had it may have deleted it between the two: then it is locked, but no longer the
+        # folder's.
         if not free or _is_at(file, path):
             return file, free
         file.close()
@@ -87,7 +90,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _parse(text: str) -> dict | None:
-    """Who wrote it; None if it is empty or torn, as a process leaves it that is killed while it writes."""
+    """Who wrote it; None if it is empty or torn, as a process leaves it that is killed while it
+    writes.
+    """
     try:
         found = json.loads(text)
         return {"host": str(found["host"]), "pid": int(found["pid"]), "since": str(found["since"])}
@@ -107,7 +112,9 @@ def _lives(pid: int) -> bool:
 
 def _in_use(path: Path, found: dict | None, here: str) -> str:
     if found is None:
-        return f"{path.parent} is in use by another process, which has just begun. Let it end first."
+        return (
+            f"{path.parent} is in use by another process, which has just begun. Let it end first."
+        )
     by = f"{path.parent} is in use by process {found['pid']} on host {found['host']}, since {found['since']}."
     if found["host"] == here:
         return f"{by} Let it end, or stop it, first."

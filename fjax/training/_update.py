@@ -1,4 +1,6 @@
-"""What all online tuners share: the pull-back of weights through log π, the running log Z, and what there is to see."""
+"""What all online tuners share: the pull-back of weights through log π, the running log Z, and what
+there is to see.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,23 +23,27 @@ from fjax.training.state import TrainState
 class StepInfo(NamedTuple):
     """What there is to see of one update; nothing of it is needed for the next.
 
-    Over several contexts ``divergence`` and ``log_z`` are means over those whose Z is known, with the standard error of
-    that mean.
+    Over several contexts ``divergence`` and ``log_z`` are means over those whose Z is known, with
+    the standard error of that mean.
 
     Attributes:
         loss: Σ of the surrogate. Its gradient is the point, its value means nothing.
         grad_norm: of the whole gradient, before the optimiser.
-        divergence: D_f(π‖p) of the policy *before* the update, from this batch and the running log Z; NaN while Z is unknown.
+        divergence: D_f(π‖p) of the policy *before* the update, from this batch and the running log
+            Z; NaN while Z is unknown.
         log_z: the running estimate of log Z, this batch included.
         reward_mean: mean pseudo-reward -f'(π/p), after clipping.
         reward_std: its standard deviation over the batch.
-        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. Of PPO: share of tokens whose ratio
-            lay outside of [1-ε, 1+ε'], on either side, over all minibatches.
-        importance_ess: effective sample size of π/q: N when the samples are the policy's own, less the further they are not.
-        finite: False if the gradient was not, or if one of ``contexts`` does not exist (where they are known before the
-            program runs, that is an error). Then the update left everything but ``step`` as it was. Usual reasons: an infinite
-            f'; a NaN in the rollout; ``where`` that counts a column which nothing predicts, such as column 0 of a language
-            model, for log π is NaN then (`fjax.make_log_prob_fn`).
+        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. Of PPO:
+            share of tokens whose ratio lay outside of [1-ε, 1+ε'], on either side, over all
+            minibatches.
+        importance_ess: effective sample size of π/q: N when the samples are the policy's own, less
+            the further they are not.
+        finite: False if the gradient was not, or if one of ``contexts`` does not exist (where they
+            are known before the program runs, that is an error). Then the update left everything
+            but ``step`` as it was. Usual reasons: an infinite f'; a NaN in the rollout; ``where``
+            that counts a column which nothing predicts, such as column 0 of a language model, for
+            log π is NaN then (`fjax.make_log_prob_fn`).
     """
 
     loss: Float[Array, ""]
@@ -84,11 +90,19 @@ class Scores(NamedTuple):
 def init_log_z(log_z: RunningLogMean, num_contexts: int | None):
     """The state of log Z, or of one for each context."""
     state = log_z.init()
-    return state if num_contexts is None else jax.tree.map(lambda x: jnp.repeat(x[None], num_contexts, axis=0), state)
+    return (
+        state
+        if num_contexts is None
+        else jax.tree.map(lambda x: jnp.repeat(x[None], num_contexts, axis=0), state)
+    )
 
 
-def update_log_z(log_z: RunningLogMean, state, rollout: Rollout, num_contexts: int | None) -> tuple[object, Scores]:
-    """Takes the weights P/q in, each into the Z of its context, and normalises the scores by what is known then."""
+def update_log_z(
+    log_z: RunningLogMean, state, rollout: Rollout, num_contexts: int | None
+) -> tuple[object, Scores]:
+    """Takes the weights P/q in, each into the Z of its context, and normalises the scores by what
+    is known then.
+    """
     _check_log_z(log_z, state, num_contexts)
     log_score, log_q, valid = rollout.log_score, rollout.log_q, jnp.array(True)
     if num_contexts is None:
@@ -98,7 +112,8 @@ def update_log_z(log_z: RunningLogMean, state, rollout: Rollout, num_contexts: i
         contexts = jnp.asarray(rollout.contexts)
         exists = (contexts >= 0) & (contexts < num_contexts)
         valid = exists.all()
-        # An index past the end is dropped when written to. A negative one would be that of another context.
+        # An index past the end is dropped when written to. A negative one would be that of another
+        # context.
         ids = jnp.where(exists, contexts, num_contexts)
         state = _into_contexts(log_z, state, ids, log_score - log_q)
         z = jax.vmap(log_z.estimate)(jax.tree.map(lambda x: x[ids], state))
@@ -113,33 +128,45 @@ def _check_log_z(log_z: RunningLogMean, state, num_contexts: int | None) -> None
     shapes, expected = (jax.tree.map(jnp.shape, tree) for tree in (state, expected))
     if shapes != expected:
         raise ValueError(
-            f"The state is that of another tuner: its log_z has the shapes {shapes}, and with num_contexts={num_contexts} "
-            f"they are {expected}. Begin with the state that this tuner's init returns."
+            f"The state is that of another tuner: its log_z has the shapes {shapes}, and with "
+            f"num_contexts={num_contexts} they are {expected}. Begin with the state that this "
+            f"tuner's init returns."
         )
 
 
-def _into_contexts(log_z: RunningLogMean, state, ids: Int[Array, "C"], log_weights: Float[Array, "C N"]):
+def _into_contexts(
+    log_z: RunningLogMean, state, ids: Int[Array, "C"], log_weights: Float[Array, "C N"]
+):
     """The rows in turn, since several may be of one context."""
 
     def add(state, row):
         index, log_weights = row
         updated = log_z.update(jax.tree.map(lambda x: x[index], state), log_weights)
-        return jax.tree.map(lambda rows, one: rows.at[index].set(one, mode="drop"), state, updated), None
+        return jax.tree.map(
+            lambda rows, one: rows.at[index].set(one, mode="drop"), state, updated
+        ), None
 
     return jax.lax.scan(add, state, (ids, log_weights))[0]
 
 
 def as_log_probs(log_prob_fn: Callable, *, of_tokens: bool = False) -> Callable:
-    """The user's function, held to one number a sequence, or a token, in float32 at least; 0 for tokens not counted."""
+    """The user's function, held to one number a sequence, or a token, in float32 at least; 0 for
+    tokens not counted.
+    """
 
     def checked(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]):
         log_pi = log_prob_fn(params, tokens, where)
         expected = tokens.shape if of_tokens else tokens.shape[:1]
         if getattr(log_pi, "shape", None) != expected:
-            given = f"shape {list(log_pi.shape)}" if hasattr(log_pi, "shape") else f"a {type(log_pi).__name__}"
+            given = (
+                f"shape {list(log_pi.shape)}"
+                if hasattr(log_pi, "shape")
+                else f"a {type(log_pi).__name__}"
+            )
             raise ValueError(
-                f"The policy's function must return one log-probability a {'token' if of_tokens else 'sequence'}, for tokens "
-                f"of shape {list(tokens.shape)} an array of shape {list(expected)}; it returned {given}."
+                f"The policy's function must return one log-probability a "
+                f"{'token' if of_tokens else 'sequence'}, for tokens of shape {list(tokens.shape)} "
+                f"an array of shape {list(expected)}; it returned {given}."
             )
         log_pi = jnp.asarray(log_pi, float_dtype(log_pi))
         return jnp.where(where, log_pi, 0.0) if of_tokens else log_pi
@@ -158,7 +185,8 @@ def pull_back(
 ) -> tuple[Float[Array, "M *t"], Float[Array, "M *t"], Params]:
     """(log π, weights of it, Σ weights · ∇log π), through all samples at once or in parts.
 
-    ``weigh`` is given the log π of all samples either way; ``log_pi`` spares the extra pass that parts need.
+    ``weigh`` is given the log π of all samples either way; ``log_pi`` spares the extra pass that
+    parts need.
     """
     tokens, where = (x.reshape(-1, x.shape[-1]) for x in (tokens, where))
     if microbatch_size is None or microbatch_size >= tokens.shape[0]:
@@ -170,7 +198,11 @@ def pull_back(
     if log_pi is None:
         log_pi = score(log_prob_fn, params, tokens, where, microbatch_size)
     weights = weigh(log_pi)
-    return log_pi, weights, _sum_of_parts(log_prob_fn, params, tokens, where, weights, microbatch_size)
+    return (
+        log_pi,
+        weights,
+        _sum_of_parts(log_prob_fn, params, tokens, where, weights, microbatch_size),
+    )
 
 
 def score(
@@ -184,7 +216,9 @@ def score(
     n = tokens.shape[0]
     if microbatch_size is None or microbatch_size >= n:
         return log_prob_fn(params, tokens, where)
-    log_pi = jax.lax.map(lambda rows: log_prob_fn(params, tokens[rows], where[rows]), _parts(n, microbatch_size))
+    log_pi = jax.lax.map(
+        lambda rows: log_prob_fn(params, tokens[rows], where[rows]), _parts(n, microbatch_size)
+    )
     return log_pi.reshape(-1, *log_pi.shape[2:])[:n]
 
 
@@ -197,22 +231,29 @@ def _parts(n: int, size: int) -> Int[Array, "P B"]:
 def _sum_of_parts(log_prob_fn, params, tokens, where, weights, size) -> Params:
     """Σ weights · ∇log π, ``size`` samples at a time."""
     rows = _parts(len(tokens), size)
-    padded = weights[rows.ravel()].at[len(tokens) :].set(0.0).reshape(*rows.shape, *weights.shape[1:])
+    padded = (
+        weights[rows.ravel()].at[len(tokens) :].set(0.0).reshape(*rows.shape, *weights.shape[1:])
+    )
 
     def add(grads, part):
         rows, weights = part
-        log_pi, back = jax.vjp(lambda params: log_prob_fn(params, tokens[rows], where[rows]), params)
+        log_pi, back = jax.vjp(
+            lambda params: log_prob_fn(params, tokens[rows], where[rows]), params
+        )
         more = back(_as(weights, log_pi))[0]
         return jax.tree.map(lambda total, x: total + x.astype(total.dtype), grads, more), None
 
-    # In float32 at least, for in bfloat16 small parts are lost in a large sum; then as the whole batch would give it.
+    # In float32 at least, for in bfloat16 small parts are lost in a large sum; then as the whole
+    # batch would give it.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, float_dtype(x)), params)
     grads, _ = jax.lax.scan(add, zeros, (rows, padded))
     return jax.tree.map(lambda total, x: total.astype(x.dtype), grads, params)
 
 
 def norm(grads: Params) -> Float[Array, ""]:
-    """Of all entries together, in float32 at least: the squares of half-precision numbers soon over- and underflow."""
+    """Of all entries together, in float32 at least: the squares of half-precision numbers soon
+    over- and underflow.
+    """
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(float_dtype(x)), grads))
 
 
@@ -224,7 +265,11 @@ def _as(x: Array, like: Array) -> Array:
 
 def told(baseline, strata: Int[Array, "N"] | None):
     """Leave-one-out has to know which samples are whose; every other baseline is the user's."""
-    return partial(baseline, strata=strata) if baseline is leave_one_out and strata is not None else baseline
+    return (
+        partial(baseline, strata=strata)
+        if baseline is leave_one_out and strata is not None
+        else baseline
+    )
 
 
 def describe(
@@ -241,14 +286,18 @@ def describe(
     rewards = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence, clip=clip)
     free = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence)
     grad_norm = norm(grads)
-    away = jax.vmap(lambda *x: estimate_divergence(*x, divergence=divergence))(by_context, scores.log_p, scores.log_q)
+    away = jax.vmap(lambda *x: estimate_divergence(*x, divergence=divergence))(
+        by_context, scores.log_p, scores.log_q
+    )
     known = scores.known[:, 0]
     return StepInfo(
         loss=jnp.sum(weights * jnp.where(weights == 0, 0.0, log_pi)),
         grad_norm=grad_norm,
         # Without Z there is no p to be away from.
         divergence=_over_contexts(away, known, unknown=jnp.nan),
-        log_z=scores.log_z if scores.log_z.value.ndim == 0 else _over_contexts(scores.log_z, known, unknown=-jnp.inf),
+        log_z=scores.log_z
+        if scores.log_z.value.ndim == 0
+        else _over_contexts(scores.log_z, known, unknown=-jnp.inf),
         reward_mean=rewards.mean(),
         reward_std=rewards.std(),
         clipped_fraction=jnp.mean(rewards != free, dtype=rewards.dtype),
@@ -258,7 +307,9 @@ def describe(
 
 
 def _over_contexts(estimate: Estimate, known: Bool[Array, "C"], *, unknown: float) -> Estimate:
-    """The mean over contexts, whose spread its error comes from; of a single context its own estimate."""
+    """The mean over contexts, whose spread its error comes from; of a single context its own
+    estimate.
+    """
     n = known.sum()
     if known.shape[0] == 1:
         value, std_error = estimate.value[0], estimate.std_error[0]
@@ -267,13 +318,21 @@ def _over_contexts(estimate: Estimate, known: Bool[Array, "C"], *, unknown: floa
         spread = jnp.sum((estimate.value - value) ** 2, where=known)
         std_error = jnp.sqrt(spread / (n - 1) / n)
     some = n > 0
-    return Estimate(jnp.where(some, value, unknown), jnp.where(some, std_error, jnp.inf), estimate.ess.sum())
+    return Estimate(
+        jnp.where(some, value, unknown), jnp.where(some, std_error, jnp.inf), estimate.ess.sum()
+    )
 
 
-_KINDS = {"optimizer": optax.GradientTransformation, "divergence": FDivergence, "log_z": RunningLogMean}
+_KINDS = {
+    "optimizer": optax.GradientTransformation,
+    "divergence": FDivergence,
+    "log_z": RunningLogMean,
+}
 
 
-def check_options(*, microbatch_size: int | None = None, num_contexts: int | None = None, **parts: object) -> None:
+def check_options(
+    *, microbatch_size: int | None = None, num_contexts: int | None = None, **parts: object
+) -> None:
     """What all tuners are made of; above all, whether the functions that make a part were called.
 
     Raises:

@@ -1,12 +1,14 @@
-"""Checkpoints through orbax: written in the background, whole or not at all, and restored onto whatever mesh there is.
+"""Checkpoints through orbax: written in the background, whole or not at all, and restored onto
+whatever mesh there is.
 
-A checkpoint appears under its final name only once every byte of it is on disk, so a process that is killed in the middle
-of a save finds the one before. Keys and data positions follow from ``state.step``, hence a tree of arrays is all there is
-to save, and k steps, a restore and k steps more equal 2k steps bit for bit.
+A checkpoint appears under its final name only once every byte of it is on disk, so a process that
+is killed in the middle of a save finds the one before. Keys and data positions follow from
+``state.step``, hence a tree of arrays is all there is to save, and k steps, a restore and k steps
+more equal 2k steps bit for bit.
 
-Beside the arrays lies their record: dtype, shape and SHA-256 of each. It says at a restore whether another tree is asked
-for, or whether what is on disk is no longer what was saved. Whoever looks changes nothing; whoever saves has the folder
-for itself.
+Beside the arrays lies their record: dtype, shape and SHA-256 of each. It says at a restore whether
+another tree is asked for, or whether what is on disk is no longer what was saved. Whoever looks
+changes nothing; whoever saves has the folder for itself.
 """
 
 import errno
@@ -34,15 +36,18 @@ RECORD = "record"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest few, and the best. A context manager; leaving it waits for the last save.
+    """The checkpoints of one run: the newest few, and the best. A context manager; leaving it waits
+    for the last save.
 
-    The first save makes this process the folder's only writer, until it is closed; only then is anything deleted. Any number
-    of others may look at the same time: what is there when they ask is what they are told of.
+    The first save makes this process the folder's only writer, until it is closed; only then is
+    anything deleted. Any number of others may look at the same time: what is there when they ask is
+    what they are told of.
 
     Args:
         folder: of the run's checkpoints; made if it is not there.
         keep: how many of the newest to keep.
-        score: metrics -> number, the lower the better; the best checkpoint is kept beside the newest. None: no best.
+        score: metrics -> number, the lower the better; the best checkpoint is kept beside the
+            newest. None: no best.
 
     >>> import tempfile, jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
@@ -51,7 +56,9 @@ class Checkpoints:
     (3, [0.0, 1.0])
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, score: Callable[[dict], float] | None = None):
+    def __init__(
+        self, folder: str | Path, *, keep: int = 2, score: Callable[[dict], float] | None = None
+    ):
         self._folder, self._keep, self._score = Path(folder).absolute(), keep, score
         self._pending, self._lock = None, None
         self._metrics: dict[int, Any] = {}  # of the steps that were asked for; they never change
@@ -89,7 +96,9 @@ class Checkpoints:
             with suppress(Exception):  # orbax's close says the same again
                 self._orbax.close()
             self._orbax = self._open()  # which knows nothing of the step that is not there
-            raise OSError(f"A checkpoint could not be written to {self._folder}: {_reason(error)}.") from error
+            raise OSError(
+                f"A checkpoint could not be written to {self._folder}: {_reason(error)}."
+            ) from error
 
     @property
     def steps(self) -> list[int]:
@@ -106,10 +115,19 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The saved step with the lowest score; None without ``score``, or before any checkpoint has metrics."""
+        """The saved step with the lowest score; None without ``score``, or before any checkpoint
+        has metrics.
+        """
         return self._best(self.steps)
 
-    def save(self, step: int, tree: PyTree, *, metrics: dict[str, float] | None = None, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        tree: PyTree,
+        *,
+        metrics: dict[str, float] | None = None,
+        wait: bool = False,
+    ) -> None:
         """Copies the tree and writes it in the background; the arrays may be donated at once.
 
         The digests are taken before it returns: about a second for each gigabyte and core.
@@ -121,17 +139,22 @@ class Checkpoints:
             wait: return only once it is on disk.
 
         Raises:
-            OSError: when this save or the one before could not be written (a full disk, say), or another process saves here
-                (`BlockingIOError`).
+            OSError: when this save or the one before could not be written (a full disk, say), or
+                another process saves here (`BlockingIOError`).
         """
         self.wait()
         self._own()
         if step in self.steps:
             return
-        self._metrics[step] = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        self._metrics[step] = (
+            None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        )
         self._pending = self._orbax.save_checkpointables_async(
             step,
-            {"tree": tree, RECORD: _sealed({"arrays": describe_arrays(tree), "metrics": self._metrics[step]})},
+            {
+                "tree": tree,
+                RECORD: _sealed({"arrays": describe_arrays(tree), "metrics": self._metrics[step]}),
+            },
             force=True,
         )
         if wait:
@@ -141,8 +164,8 @@ class Checkpoints:
         """Loads a checkpoint into the structure, dtypes and shardings of ``like``.
 
         Args:
-            like: arrays or `jax.ShapeDtypeStruct`s; their shardings may be of another mesh than that of the save. NumPy
-                arrays are restored as such.
+            like: arrays or `jax.ShapeDtypeStruct`s; their shardings may be of another mesh than
+                that of the save. NumPy arrays are restored as such.
             step: which one; None means the newest.
 
         Raises:
@@ -153,22 +176,33 @@ class Checkpoints:
         there = self.steps
         step = max(there, default=None) if step is None else step
         if step not in there:
-            raise FileNotFoundError(f"No checkpoint of step {step} in {self._folder}; there are {there}.")
+            raise FileNotFoundError(
+                f"No checkpoint of step {step} in {self._folder}; there are {there}."
+            )
         record = self._read_record(step)
         arrays = None if record is None else record["arrays"]
         differing = [] if arrays is None else _differences(arrays, name_leaves(like))
         if differing:
-            raise ValueError(f"{self._other_tree(step)}: {'; '.join(differing[:8])}{'; …' if differing[8:] else ''}.")
+            raise ValueError(
+                f"{self._other_tree(step)}: "
+                f"{'; '.join(differing[:8])}{'; …' if differing[8:] else ''}."
+            )
         loaded = self._load(step, like, arrays)
         if arrays is not None:
             found = describe_arrays(loaded)
-            bad = [name for name in arrays if None is not arrays[name]["sha256"] != found[name]["sha256"]]
+            bad = [
+                name
+                for name in arrays
+                if None is not arrays[name]["sha256"] != found[name]["sha256"]
+            ]
             if bad:
                 raise OSError(self._damaged(step, f"{', '.join(bad[:8])} is not what was saved"))
         return jax.tree.map(_cast, loaded, like)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint, a damaged one say, to what no one takes for a checkpoint; gives its new place."""
+        """Renames a checkpoint, a damaged one say, to what no one takes for a checkpoint; gives its
+        new place.
+        """
         self.wait()
         self._own()
         place = self._folder / f"damaged-{step}"
@@ -186,7 +220,9 @@ class Checkpoints:
             self._reopen(clean=True)
 
     def _reopen(self, *, clean: bool = False) -> None:
-        """Sees what is there now; orbax's own way of doing so would read every file of metrics, damaged ones too."""
+        """Sees what is there now; orbax's own way of doing so would read every file of metrics,
+        damaged ones too.
+        """
         self._orbax.close()
         self._orbax = self._open(clean=clean)
 
@@ -199,7 +235,11 @@ class Checkpoints:
             return None
         metrics = {step: self._metrics_of(step) for step in steps}
         scores = {step: self._score(found) for step, found in metrics.items() if found is not None}
-        return min((step for step in scores if math.isfinite(scores[step])), key=scores.__getitem__, default=None)
+        return min(
+            (step for step in scores if math.isfinite(scores[step])),
+            key=scores.__getitem__,
+            default=None,
+        )
 
     def _metrics_of(self, step: int) -> dict | None:
         """None if it has none, or they are damaged."""
@@ -207,12 +247,15 @@ class Checkpoints:
             self._metrics[step] = None
             with suppress(OSError):
                 record = self._read_record(step)
-                before_records = {checkpoint.step: checkpoint.metrics for checkpoint in self._orbax.checkpoints}
+                before_records = {
+                    checkpoint.step: checkpoint.metrics for checkpoint in self._orbax.checkpoints
+                }
                 self._metrics[step] = before_records[step] if record is None else record["metrics"]
         return self._metrics[step]
 
     def _read_record(self, step: int) -> dict | None:
-        """Arrays and metrics of a checkpoint; None for one that was saved before there were records.
+        """Arrays and metrics of a checkpoint; None for one that was saved before there were
+        records.
 
         Raises:
             OSError: if it is damaged.
@@ -232,9 +275,13 @@ class Checkpoints:
     def _load(self, step: int, like: PyTree, arrays: dict | None) -> PyTree:
         with _quiet():
             try:
-                return self._orbax.load_checkpointables(step, {"tree": _abstract(like, arrays)})["tree"]
+                return self._orbax.load_checkpointables(step, {"tree": _abstract(like, arrays)})[
+                    "tree"
+                ]
             except Exception as error:
-                if isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EXHAUSTED" in str(error):
+                if isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EXHAUSTED" in str(
+                    error
+                ):
                     raise
                 reason = _brief(error)
             gc.collect()
@@ -245,17 +292,21 @@ class Checkpoints:
 
     def _check_there(self, step: int) -> None:
         if not (self._folder / str(step)).is_dir():
-            raise FileNotFoundError(f"The checkpoint of step {step} in {self._folder} was deleted while it was read.")
+            raise FileNotFoundError(
+                f"The checkpoint of step {step} in {self._folder} was deleted while it was read."
+            )
 
     def _damaged(self, step: int, how: str) -> str:
         return (
-            f"The checkpoint of step {step} in {self._folder} is damaged: {how}. Delete {self._folder / str(step)} to go on "
+            f"The checkpoint of step {step} in {self._folder} is damaged: {how}. Delete "
+            f"{self._folder / str(step)} to go on "
             "from the one before."
         )
 
     def _other_tree(self, step: int) -> str:
         return (
-            f"The checkpoint of step {step} in {self._folder} holds another tree than the one asked for: the model or the "
+            f"The checkpoint of step {step} in {self._folder} holds another tree than the one "
+            f"asked for: the model or the "
             "optimiser differs from that of the saved run"
         )
 
@@ -294,14 +345,20 @@ def _abstract(like: PyTree, arrays: Mapping[str, dict] | None) -> PyTree:
     """What orbax is to load: in the dtypes that were saved, since digests are of those."""
     leaves, structure = jax.tree.flatten(like)
     saved = [
-        leaf.dtype if arrays is None else arrays[name]["dtype"] for name, leaf in zip(name_leaves(like), leaves, strict=True)
+        leaf.dtype if arrays is None else arrays[name]["dtype"]
+        for name, leaf in zip(name_leaves(like), leaves, strict=True)
     ]
-    return structure.unflatten(_abstract_leaf(leaf, str(dtype)) for leaf, dtype in zip(leaves, saved, strict=True))
+    return structure.unflatten(
+        _abstract_leaf(leaf, str(dtype)) for leaf, dtype in zip(leaves, saved, strict=True)
+    )
 
 
 def _abstract_leaf(leaf: Any, dtype: str) -> Any:
-    keep = _is_key(dtype) or (str(leaf.dtype) == dtype and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype)
-    if _is_on_host(leaf) or not keep:  # another dtype is cast after the check; devices may cut 64 bits off
+    keep = _is_key(dtype) or (
+        str(leaf.dtype) == dtype and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+    )
+    # another dtype is cast after the check; devices may cut 64 bits off
+    if _is_on_host(leaf) or not keep:
         return np.empty(leaf.shape, dtype)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
 
@@ -323,7 +380,9 @@ def _is_key(dtype: str) -> bool:
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:
     sharding = getattr(leaf, "sharding", None)  # a ShapeDtypeStruct may have none
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    return (
+        jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    )
 
 
 def _brief(error: Exception) -> str:
@@ -335,7 +394,10 @@ def _brief(error: Exception) -> str:
 def _reason(error: Exception) -> str:
     """What the system said, out of the pages around it; else the first line."""
     text = str(error)
-    return next((os.strerror(number) for number in errno.errorcode if os.strerror(number) in text), _brief(error))
+    return next(
+        (os.strerror(number) for number in errno.errorcode if os.strerror(number) in text),
+        _brief(error),
+    )
 
 
 @contextmanager

@@ -1,8 +1,10 @@
-"""f-DPG as ``init`` and ``update``: one optimiser step that descends D_f(π‖p) on a batch of samples.
+"""f-DPG as ``init`` and ``update``: one optimiser step that descends D_f(π‖p) on a batch of
+samples.
 
-The surrogate is linear in log π once its weights are stopped. So weights, Z and baseline are computed over all N samples
-first, and the gradient is one pull-back of those weights through log π: one forward and one backward pass, no second
-scoring. In micro-batches the same weights are pulled back part by part and summed, which is exact whatever the parts.
+The surrogate is linear in log π once its weights are stopped. So weights, Z and baseline are
+computed over all N samples first, and the gradient is one pull-back of those weights through log π:
+one forward and one backward pass, no second scoring. In micro-batches the same weights are pulled
+back part by part and summed, which is exact whatever the parts.
 
 Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and algorithm 1.
 """
@@ -45,32 +47,40 @@ def fdpg(
 ) -> Tuner:
     """f-DPG: ∇D_f(π‖p) ≈ mean over x ~ q of (π/q)(f'(π/p) - B) ∇log π(x).
 
-    The gradient handed to the optimiser estimates that of D_f(π‖p). Its only bias is that Z is itself estimated, from
-    all samples so far and those of this batch; for both KLs and every other member of the α family a wrong Z does not
-    change its direction. Until some sample has P > 0, Z is unknown and the gradient is zero.
+    The gradient handed to the optimiser estimates that of D_f(π‖p). Its only bias is that Z is
+    itself estimated, from all samples so far and those of this batch; for both KLs and every other
+    member of the α family a wrong Z does not change its direction. Until some sample has P > 0, Z
+    is unknown and the gradient is zero.
 
     Args:
-        log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence; see `fjax.make_log_prob_fn`.
+        log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence; see
+            `fjax.make_log_prob_fn`.
         optimizer: any optax transformation; it is given a gradient to descend.
         divergence: which f.
-        baseline: B, see `fjax.surrogate_loss`. `fjax.leave_one_out`, the default, is told the rollout's ``strata``.
+        baseline: B, see `fjax.surrogate_loss`. `fjax.leave_one_out`, the default, is told the
+            rollout's ``strata``.
         log_z: how log Z is tracked.
         clip: (lowest, highest) value of f'. Biases, and reports how often.
-        microbatch_size: samples that go through the policy at once; None means all. The result is the same up to
-            rounding, also where it does not divide N; memory falls, and log π is computed twice.
-        on_policy: trust that q = π and take π/q to be exactly 1. In micro-batches this saves the extra pass.
-        num_contexts: how many contexts there are, of conditional targets p_c = P_c/Z_c. The rollout's arrays then have a
-            leading axis C, baselines are of one row each, and the state holds a log Z for every context; the gradient
-            estimates that of E_c D_f(π(·|c)‖p_c), and a context whose Z_c is unknown adds nothing. None: one Z, also for a
-            rollout of contexts, whose joint target p(c, x) ∝ P_c(x) then favours those with a large Z_c.
+        microbatch_size: samples that go through the policy at once; None means all. The result is
+            the same up to rounding, also where it does not divide N; memory falls, and log π is
+            computed twice.
+        on_policy: trust that q = π and take π/q to be exactly 1. In micro-batches this saves the
+            extra pass.
+        num_contexts: how many contexts there are, of conditional targets p_c = P_c/Z_c. The
+            rollout's arrays then have a leading axis C, baselines are of one row each, and the
+            state holds a log Z for every context; the gradient estimates that of E_c
+            D_f(π(·|c)‖p_c), and a context whose Z_c is unknown adds nothing. None: one Z, also for
+            a rollout of contexts, whose joint target p(c, x) ∝ P_c(x) then favours those with a
+            large Z_c.
 
     Returns:
         The `Tuner`.
 
     Raises:
-        ValueError: for options that are not what they should be, such as a ``divergence`` that was not called; at trace time
-            for a rollout whose shapes do not belong together, contexts that do not exist (if known by then, see
-            `StepInfo`), and leave-one-out of a single sample.
+        ValueError: for options that are not what they should be, such as a ``divergence`` that was
+            not called; at trace time for a rollout whose shapes do not belong together, contexts
+            that do not exist (if known by then, see `StepInfo`), and leave-one-out of a single
+            sample.
 
     >>> from fjax import enumeration, jensen_shannon
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
@@ -86,7 +96,11 @@ def fdpg(
     Source: Go et al. 2023, algorithm 1.
     """
     check_options(
-        optimizer=optimizer, divergence=divergence, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts
+        optimizer=optimizer,
+        divergence=divergence,
+        log_z=log_z,
+        microbatch_size=microbatch_size,
+        num_contexts=num_contexts,
     )
     if not callable(baseline):
         one_number(baseline=baseline)
@@ -106,12 +120,20 @@ def fdpg(
 
         def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
             by_context = log_pi.reshape(scores.log_q.shape)
-            weights = jax.vmap(weigh_context)(by_context, scores.log_p, scores.log_q, rollout.strata)
+            weights = jax.vmap(weigh_context)(
+                by_context, scores.log_p, scores.log_q, rollout.strata
+            )
             return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
 
         known_log_pi = scores.log_q.ravel() if on_policy else None
         log_pi, weights, grads = pull_back(
-            log_prob_fn, state.params, rollout.tokens, rollout.where, weigh, microbatch_size, known_log_pi
+            log_prob_fn,
+            state.params,
+            rollout.tokens,
+            rollout.where,
+            weigh,
+            microbatch_size,
+            known_log_pi,
         )
         info = describe(log_pi, scores, weights, grads, divergence=divergence, clip=clip)
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info

@@ -1,7 +1,9 @@
-"""Where metrics go: a line of JSON a record, which is what runs are read back from; TensorBoard and W&B beside it.
+"""Where metrics go: a line of JSON a record, which is what runs are read back from; TensorBoard and
+W&B beside it.
 
-A record is a mapping of names to values. ``step`` says when it is from, and ``kind`` of what it is (``"step"``,
-``"evaluation"``): TensorBoard and W&B group by it, as in ``evaluation/entropy``, and get its finite numbers alone.
+A record is a mapping of names to values. ``step`` says when it is from, and ``kind`` of what it is
+(``"step"``, ``"evaluation"``): TensorBoard and W&B group by it, as in ``evaluation/entropy``, and
+get its finite numbers alone.
 """
 
 import codecs
@@ -33,14 +35,18 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Appends records to a file, one JSON object a line; a killed process loses none whose ``log`` has returned.
+    """Appends records to a file, one JSON object a line; a killed process loses none whose ``log``
+    has returned.
 
-    JSON has no infinity: non-finite numbers are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``, and texts that
-    read so with an apostrophe before them (``"'nan"``). `read_jsonl` turns both back.
+    JSON has no infinity: non-finite numbers are written as the strings ``"inf"``, ``"-inf"`` and
+    ``"nan"``, and texts that read so with an apostrophe before them (``"'nan"``). `read_jsonl`
+    turns both back.
 
     Args:
-        path: of the file; made if it is not there. A last line that a kill cut off is dropped, and a lost line end mended.
-        after_step: records of later steps are dropped first; a resumed run writes them again. None keeps all.
+        path: of the file; made if it is not there. A last line that a kill cut off is dropped, and
+            a lost line end mended.
+        after_step: records of later steps are dropped first; a resumed run writes them again. None
+            keeps all.
 
     Raises:
         ValueError: if the last line, or with ``after_step`` any, is no record.
@@ -74,9 +80,10 @@ class TensorBoardLogger:
     """Writes event files for TensorBoard, by tensorboardX.
 
     Args:
-        folder: of the event files; made if it is not there. Give the same one when a run is resumed.
-        after_step: TensorBoard hides what earlier files of the folder have of later steps; a resumed run writes it again.
-            None hides nothing.
+        folder: of the event files; made if it is not there. Give the same one when a run is
+            resumed.
+        after_step: TensorBoard hides what earlier files of the folder have of later steps; a
+            resumed run writes it again. None hides nothing.
 
     Raises:
         ImportError: if tensorboardX is not installed; it comes with ``fjax[tensorboard]``.
@@ -84,7 +91,11 @@ class TensorBoardLogger:
 
     def __init__(self, folder: str | Path, *, after_step: int | None = None):
         tensorboard = import_optional("tensorboardX", extra="tensorboard")
-        resumed = {} if after_step is None else {"purge_step": after_step + 1, "filename_suffix": f".after-{after_step}"}
+        resumed = (
+            {}
+            if after_step is None
+            else {"purge_step": after_step + 1, "filename_suffix": f".after-{after_step}"}
+        )
         self._writer = tensorboard.SummaryWriter(str(folder), flush_secs=10, **resumed)
 
     def __enter__(self) -> "TensorBoardLogger":
@@ -106,17 +117,18 @@ class TensorBoardLogger:
 class WandbLogger:
     """Sends metrics to Weights & Biases, or keeps them in a folder for ``wandb sync``.
 
-    Charts are drawn over ``step``. W&B forgets nothing: steps that a resumed run repeats are there twice, with the same
-    values where computation is exact.
+    Charts are drawn over ``step``. W&B forgets nothing: steps that a resumed run repeats are there
+    twice, with the same values where computation is exact.
 
     Args:
         project: of W&B.
         folder: for W&B's own files; made if it is not there.
-        run_id: what W&B knows the run by; up to 128 letters, digits and dashes, unlike that of any other run of the project.
-            Keep it, and a resumed run goes on in the same curves.
+        run_id: what W&B knows the run by; up to 128 letters, digits and dashes, unlike that of any
+            other run of the project. Keep it, and a resumed run goes on in the same curves.
         name: the title shown; W&B makes one up where it is None.
         config: settings, shown beside the run.
-        mode: online needs ``wandb login`` before; offline needs neither network nor account, and prints nothing.
+        mode: online needs ``wandb login`` before; offline needs neither network nor account, and
+            prints nothing.
 
     Raises:
         ImportError: if wandb is not installed; it comes with ``fjax[wandb]``.
@@ -137,11 +149,20 @@ class WandbLogger:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # What the program prints stays its own: progress bars are not for a log.
         settings = wandb.Settings(silent=mode == "offline", console="off")
-        choices = {"project": project, "dir": str(folder), "id": run_id, "name": name, "mode": mode, "resume": "allow"}
+        choices = {
+            "project": project,
+            "dir": str(folder),
+            "id": run_id,
+            "name": name,
+            "mode": mode,
+            "resume": "allow",
+        }
         try:
             self._run = wandb.init(**choices, config=dict(config or {}), settings=settings)
         except wandb.Error as error:
-            raise RuntimeError(f"W&B could not be started: {error} Mode 'offline' needs neither login nor network.") from error
+            raise RuntimeError(
+                f"W&B could not be started: {error} Mode 'offline' needs neither login nor network."
+            ) from error
         # An axis of our own, since W&B's must never go back, and a resumed run does.
         self._run.define_metric("*", step_metric="step")
 
@@ -156,7 +177,9 @@ class WandbLogger:
         self._run.log(_numbers(record) | {"step": int(record["step"])})
 
     def close(self) -> None:
-        """Ends the run: waits until all is sent; a file of offline mode is whole when the process ends."""
+        """Ends the run: waits until all is sent; a file of offline mode is whole when the process
+        ends.
+        """
         self._run.finish()
 
 
@@ -189,7 +212,8 @@ class FanOut:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file, non-finite numbers restored. A last line that was cut off by a kill is left out.
+    """The records of a file, non-finite numbers restored. A last line that was cut off by a kill is
+    left out.
 
     Raises:
         ValueError: if another line is no record, with its number.
@@ -203,12 +227,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             records.append(_parse(line))
         except ValueError as error:
             if number < len(lines) or not _is_torn(line):
-                raise ValueError(f"Line {number} of {path} is not a record, a JSON object: {error}.") from None
+                raise ValueError(
+                    f"Line {number} of {path} is not a record, a JSON object: {error}."
+                ) from None
     return records
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a last line without its end may have been the beginning of a record; a power cut leaves zeros."""
+    """Whether a last line without its end may have been the beginning of a record; a power cut
+    leaves zeros.
+    """
     return line.startswith((b"{", b"\0"))
 
 
@@ -222,7 +250,9 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _keep_until(path: Path, step: int) -> None:
     """Drops the records of later steps, whole or not at all."""
     records = read_jsonl(path)
-    odd = [record["step"] for record in records if not isinstance(record.get("step", 0), int | float)]
+    odd = [
+        record["step"] for record in records if not isinstance(record.get("step", 0), int | float)
+    ]
     if odd:
         raise ValueError(f"A record of {path} has the step {odd[0]!r}, which is no number.")
     kept = [record for record in records if record.get("step", 0) <= step]
@@ -235,7 +265,9 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _mend_end(path: Path) -> None:
-    """Nothing is to be written behind half a line: drops it, or ends it if its end alone is missing."""
+    """Nothing is to be written behind half a line: drops it, or ends it if its end alone is
+    missing.
+    """
     with path.open("rb+") as file:
         start, last = _last_line(file)
         if not last or last.endswith(b"\n"):
@@ -244,7 +276,9 @@ def _mend_end(path: Path) -> None:
             _parse(last.removeprefix(codecs.BOM_UTF8))
         except ValueError as error:
             if not _is_torn(last):
-                raise ValueError(f"The last line of {path} is not a record, a JSON object: {error}.") from None
+                raise ValueError(
+                    f"The last line of {path} is not a record, a JSON object: {error}."
+                ) from None
             file.truncate(start)
         else:
             file.seek(0, os.SEEK_END)
@@ -270,7 +304,11 @@ def _line(record):
 def _numbers(record):
     """Finite numbers by ``kind/name``; True is 1 and False 0."""
     group = f"{record['kind']}/" if "kind" in record else ""
-    values = {group + name: _plain(value) for name, value in record.items() if name not in ("kind", "step")}
+    values = {
+        group + name: _plain(value)
+        for name, value in record.items()
+        if name not in ("kind", "step")
+    }
     return {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
 
 

@@ -1,10 +1,12 @@
 """RL with a KL penalty as tuners with the interface of `fjax.fdpg`: what f-DPG is compared with.
 
-Both maximise E_π[r] - β KL(π‖a), with the penalty inside the reward as k1, where its gradient is exact. In terms of the target
-P = a·exp(r/β) the whole reward is (r - β log π/a)/β = log P - log π, so a `Rollout` holds all that is needed, and any
-target with P > 0 everywhere may take the place of a reward. At the optimum π = P/Z, as for reverse KL.
+Both maximise E_π[r] - β KL(π‖a), with the penalty inside the reward as k1, where its gradient is
+exact. In terms of the target P = a·exp(r/β) the whole reward is (r - β log π/a)/β = log P - log π,
+so a `Rollout` holds all that is needed, and any target with P > 0 everywhere may take the place of
+a reward. At the optimum π = P/Z, as for reverse KL.
 
-Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Schulman et al. 2017 (PPO, arXiv 1707.06347); Ziegler et al. 2019.
+Source: Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Schulman et al. 2017 (PPO, arXiv 1707.06347);
+Ziegler et al. 2019.
 """
 
 from collections.abc import Callable
@@ -50,12 +52,14 @@ def rloo(
     microbatch_size: int | None = None,
     num_contexts: int | None = None,
 ) -> Tuner:
-    """REINFORCE with a leave-one-out baseline and the KL penalty as k1 in the reward: mean of -(R_i - B_i) log π(x_i).
+    """REINFORCE with a leave-one-out baseline and the KL penalty as k1 in the reward: mean of -(R_i
+    - B_i) log π(x_i).
 
-    R = log P - log π, stopped. The gradient estimates that of KL(π‖p), without bias and whatever Z is: sample for sample it
-    is that of `fjax.fdpg` with reverse KL on the policy's own samples. Those of another q are weighted with π/q, which is 1
-    for the policy's own; far from them ``importance_ess`` is small, and the gradient noise. Where the R of a row differ by no
-    more than rounding, the gradient is exactly 0.
+    R = log P - log π, stopped. The gradient estimates that of KL(π‖p), without bias and whatever Z
+    is: sample for sample it is that of `fjax.fdpg` with reverse KL on the policy's own samples.
+    Those of another q are weighted with π/q, which is 1 for the policy's own; far from them
+    ``importance_ess`` is small, and the gradient noise. Where the R of a row differ by no more than
+    rounding, the gradient is exactly 0.
 
     Args:
         log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence.
@@ -77,9 +81,12 @@ def rloo(
     >>> int(state.step), bool(info.finite)
     (1, True)
 
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), section 3; Korbak et al. 2022 (arXiv 2205.11275) for P.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), section 3; Korbak et al. 2022 (arXiv
+    2205.11275) for P.
     """
-    check_options(optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts)
+    check_options(
+        optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts
+    )
     log_prob_fn = as_log_probs(log_prob_fn)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
@@ -89,11 +96,15 @@ def rloo(
         def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
             return -_advantages(log_pi, rollout).ravel() / log_pi.size
 
-        log_pi, weights, grads = pull_back(log_prob_fn, state.params, rollout.tokens, rollout.where, weigh, microbatch_size)
+        log_pi, weights, grads = pull_back(
+            log_prob_fn, state.params, rollout.tokens, rollout.where, weigh, microbatch_size
+        )
         info = describe(log_pi, scores, weights, grads, divergence=reverse_kl())
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update)
+    return Tuner(
+        lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update
+    )
 
 
 def ppo(
@@ -107,15 +118,18 @@ def ppo(
     microbatch_size: int | None = None,
     num_contexts: int | None = None,
 ) -> Tuner:
-    """PPO without a critic: ``epochs`` passes over the samples in minibatches, with `fjax.policy_gradients.ppo_clip` a token.
+    """PPO without a critic: ``epochs`` passes over the samples in minibatches, with
+    `fjax.policy_gradients.ppo_clip` a token.
 
-    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo`, divided by the standard deviation of the batch,
-    π being the policy before the update; the ratios that are clipped are those to this policy. The first gradient of an
-    update is that of KL(π‖p) in direction; the later ones, at ratios other than 1, are of no fixed objective: that is the
-    trust region. Where the R of each row differ by no more than rounding, nothing moves.
+    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo`, divided by the
+    standard deviation of the batch, π being the policy before the update; the ratios that are
+    clipped are those to this policy. The first gradient of an update is that of KL(π‖p) in
+    direction; the later ones, at ratios other than 1, are of no fixed objective: that is the trust
+    region. Where the R of each row differ by no more than rounding, nothing moves.
 
     Args:
-        token_log_prob_fn: the policy, one number a token; see `fjax.log_probs.make_token_log_prob_fn`.
+        token_log_prob_fn: the policy, one number a token; see
+            `fjax.log_probs.make_token_log_prob_fn`.
         optimizer: any optax transformation; it is called ``epochs · minibatches`` times an update.
         epochs: passes over the samples.
         minibatches: of a pass; they must divide the number of samples.
@@ -125,7 +139,8 @@ def ppo(
         num_contexts: see `fjax.fdpg`; baselines are of one row each.
 
     Raises:
-        ValueError: as of `fjax.fdpg`; at trace time, if the samples cannot be divided into minibatches.
+        ValueError: as of `fjax.fdpg`; at trace time, if the samples cannot be divided into
+            minibatches.
 
     >>> from fjax import enumeration, log_probs
     >>> uniform = lambda params, tokens, where=None, *, start=0: params[tokens[:, start:]]
@@ -137,16 +152,21 @@ def ppo(
     >>> int(state.step), bool(info.finite)
     (1, True)
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ahmadian et al. 2024 for the baseline in place of a critic.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ahmadian et al. 2024 for the
+    baseline in place of a critic.
     """
-    check_options(optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts)
+    check_options(
+        optimizer=optimizer, log_z=log_z, microbatch_size=microbatch_size, num_contexts=num_contexts
+    )
     check_counts(epochs=epochs, minibatches=minibatches)
     token_log_prob_fn = as_log_probs(token_log_prob_fn, of_tokens=True)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
         rollout = checked_rollout(rollout, num_contexts)
         z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
-        tokens, where = (together(x).reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where))
+        tokens, where = (
+            together(x).reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where)
+        )
         old = score(token_log_prob_fn, state.params, tokens, where, microbatch_size)
         log_pi = old.sum(-1)
         advantages = _advantages(log_pi, rollout).ravel()
@@ -159,10 +179,19 @@ def ppo(
                 gain = jnp.where(counted, advantages[rows, None], 0.0)
                 return policy_gradients.ppo_clip(new, old[rows], gain, clip=clip).sum(-1).mean()
 
-            new, _, grads = pull_back(token_log_prob_fn, state.params, tokens[rows], counted, jax.grad(loss), microbatch_size)
+            new, _, grads = pull_back(
+                token_log_prob_fn,
+                state.params,
+                tokens[rows],
+                counted,
+                jax.grad(loss),
+                microbatch_size,
+            )
             ratio, grad_norm = jnp.exp(new - old[rows]), norm(grads)
             outside = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])) & counted
-            moved = advance(state, grads, optimizer, finite=jnp.isfinite(grad_norm), log_z=state.log_z)
+            moved = advance(
+                state, grads, optimizer, finite=jnp.isfinite(grad_norm), log_z=state.log_z
+            )
             return moved, (grad_norm, outside.sum(), counted.sum())
 
         rows = _minibatches(state.step, log_pi.size, epochs, minibatches)
@@ -173,22 +202,30 @@ def ppo(
             clipped_fraction=outside.sum() / jnp.maximum(counted.sum(), 1),
             finite=info.finite & jnp.isfinite(norms).all(),
         )
-        kept = jax.tree.map(lambda new, old: jnp.where(info.finite, new, old), moved._replace(log_z=z_state), state)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(info.finite, new, old), moved._replace(log_z=z_state), state
+        )
         return kept._replace(step=state.step + 1), info
 
-    return Tuner(lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update)
+    return Tuner(
+        lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update
+    )
 
 
 def _advantages(log_pi: Float[Array, "M"], rollout: Rollout) -> Float[Array, "C N"]:
     """π/q · (R - B): R = log P - log π, stopped, and B the mean of the row's others."""
     log_pi = jax.lax.stop_gradient(log_pi).reshape(rollout.log_q.shape)
     rewards = jax.vmap(_rewards)(log_pi, rollout.log_score)
-    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata)(rewards))(rewards, rollout.strata)
+    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata)(rewards))(
+        rewards, rollout.strata
+    )
     return (rewards - others) * jnp.exp(log_pi - rollout.log_q)
 
 
 def _rewards(log_pi: Float[Array, "N"], log_score: Float[Array, "N"]) -> Float[Array, "N"]:
-    """Log P - log π, all the same where they differ by no more than rounding, which would else be scaled to full size."""
+    """Log P - log π, all the same where they differ by no more than rounding, which would else be
+    scaled to full size.
+    """
     rewards = log_score - log_pi
     largest = jnp.maximum(abs(log_score), abs(log_pi)).max()
     rounding = _ROUNDINGS * jnp.finfo(rewards.dtype).eps * largest
@@ -196,10 +233,16 @@ def _rewards(log_pi: Float[Array, "N"], log_score: Float[Array, "N"]) -> Float[A
     return jnp.where(alike, rewards[0], rewards)
 
 
-def _minibatches(step: Int[Array, ""], samples: int, epochs: int, minibatches: int) -> Int[Array, "M B"]:
-    """Rows of each minibatch, shuffled anew each epoch; a function of the step, so that a resumed run repeats them."""
+def _minibatches(
+    step: Int[Array, ""], samples: int, epochs: int, minibatches: int
+) -> Int[Array, "M B"]:
+    """Rows of each minibatch, shuffled anew each epoch; a function of the step, so that a resumed
+    run repeats them.
+    """
     if samples % minibatches:
-        raise ValueError(f"{samples} samples cannot be divided into {minibatches} minibatches; choose a divisor.")
+        raise ValueError(
+            f"{samples} samples cannot be divided into {minibatches} minibatches; choose a divisor."
+        )
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), epochs)
     orders = jax.vmap(lambda key: jax.random.permutation(key, samples))(keys)
     return orders.reshape(epochs * minibatches, -1)

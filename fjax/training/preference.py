@@ -1,7 +1,7 @@
 """Offline preference losses as ``init`` and ``update``: one optimiser step on a batch of pairs.
 
-There is no sampling and no Z: the base model's log-probabilities of all pairs are computed once, and a step is the gradient of
-the mean loss, whichever of `fjax.preferences` that is.
+There is no sampling and no Z: the base model's log-probabilities of all pairs are computed once,
+and a step is the gradient of the mean loss, whichever of `fjax.preferences` that is.
 
 Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290).
 """
@@ -19,7 +19,9 @@ from fjax.training._update import as_log_probs, check_options, norm, pull_back
 from fjax.training.rollout import checked_tokens, together
 from fjax.training.state import TrainState, advance, first_state
 
-PairLoss = Callable[[Float[Array, "N"], Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]], Float[Array, "N"]]
+PairLoss = Callable[
+    [Float[Array, "N"], Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]], Float[Array, "N"]
+]
 """(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a) -> one loss a pair."""
 
 
@@ -48,14 +50,18 @@ class PairInfo(NamedTuple):
 
     Attributes:
         loss: mean over the pairs.
-        accuracy: share of pairs whose margin is above 0. At π = a all margins are 0, up to rounding.
-        margin: mean of log π/a of the chosen answer minus that of the rejected one: the implicit reward, without its β.
-        chosen_log_ratio: mean log π/a of the chosen answers. DPO often lowers it, and the rejected one's further.
+        accuracy: share of pairs whose margin is above 0. At π = a all margins are 0, up to
+            rounding.
+        margin: mean of log π/a of the chosen answer minus that of the rejected one: the implicit
+            reward, without its β.
+        chosen_log_ratio: mean log π/a of the chosen answers. DPO often lowers it, and the rejected
+            one's further.
         rejected_log_ratio: mean log π/a of the rejected answers.
         grad_norm: of the whole gradient, before the optimiser.
-        finite: False if the loss or its gradient was not. Then the update left everything but ``step`` as it was. Usual
-            reasons: a log_a of -inf or NaN; ``where`` that counts a column which nothing predicts, such as column 0 of a
-            language model, for log π is NaN then (`fjax.make_log_prob_fn`).
+        finite: False if the loss or its gradient was not. Then the update left everything but
+            ``step`` as it was. Usual reasons: a log_a of -inf or NaN; ``where`` that counts a
+            column which nothing predicts, such as column 0 of a language model, for log π is NaN
+            then (`fjax.make_log_prob_fn`).
     """
 
     loss: Float[Array, ""]
@@ -68,7 +74,8 @@ class PairInfo(NamedTuple):
 
 
 class PairTuner(NamedTuple):
-    """An offline algorithm, as two pure functions. Callers jit ``update``, and donate its first argument.
+    """An offline algorithm, as two pure functions. Callers jit ``update``, and donate its first
+    argument.
 
     Attributes:
         init: params -> state.
@@ -93,15 +100,18 @@ def preference_tuner(
     Args:
         log_prob_fn: the policy, ``(params, tokens, where) -> log π``; see `fjax.make_log_prob_fn`.
         optimizer: any optax transformation; it is given a gradient to descend.
-        loss: of `fjax.preferences`, with its options bound, as in ``partial(fjax.preferences.dpo, beta=0.1)``.
-        microbatch_size: answers that go through the policy at once, two to a pair; None means all. The result is the same up
-            to rounding; memory falls, and log π is computed twice.
+        loss: of `fjax.preferences`, with its options bound, as in ``partial(fjax.preferences.dpo,
+            beta=0.1)``.
+        microbatch_size: answers that go through the policy at once, two to a pair; None means all.
+            The result is the same up to rounding; memory falls, and log π is computed twice.
 
     Returns:
-        The `PairTuner`. The ``log_z`` of its states is empty; ``update`` leaves whatever is there as it is.
+        The `PairTuner`. The ``log_z`` of its states is empty; ``update`` leaves whatever is there
+        as it is.
 
     Raises:
-        ValueError: for options that are not what they should be; at trace time for pairs whose shapes do not belong together.
+        ValueError: for options that are not what they should be; at trace time for pairs whose
+            shapes do not belong together.
 
     >>> from functools import partial
     >>> from fjax import enumeration, preferences
@@ -128,13 +138,18 @@ def preference_tuner(
 
         def mean_loss(log_pi: Float[Array, "M"]) -> Float[Array, ""]:
             chosen_log_pi, rejected_log_pi = jnp.split(log_pi, 2)
-            return loss(chosen_log_pi, rejected_log_pi, pairs.chosen_log_a, pairs.rejected_log_a).mean()
+            return loss(
+                chosen_log_pi, rejected_log_pi, pairs.chosen_log_a, pairs.rejected_log_a
+            ).mean()
 
-        # All chosen answers, then all rejected ones: one pass through the policy for both answers of all pairs.
+        # All chosen answers, then all rejected ones: one pass through the policy for both answers
+        # of all pairs.
         tokens = jnp.concatenate([pairs.chosen_tokens, pairs.rejected_tokens])
         where = jnp.concatenate([pairs.chosen_where, pairs.rejected_where])
         # The gradient by log π, pulled back.
-        log_pi, _, grads = pull_back(log_prob_fn, state.params, tokens, where, jax.grad(mean_loss), microbatch_size)
+        log_pi, _, grads = pull_back(
+            log_prob_fn, state.params, tokens, where, jax.grad(mean_loss), microbatch_size
+        )
         info = _describe(log_pi, pairs, mean_loss(log_pi), grads)
         return advance(state, grads, optimizer, finite=info.finite, log_z=state.log_z), info
 
@@ -143,13 +158,21 @@ def preference_tuner(
 
 def _checked(pairs: PairBatch) -> PairBatch:
     """The same as arrays of JAX, the numbers in float32 at least."""
-    chosen, rejected = (checked_tokens(getattr(pairs, name), name=name) for name in ("chosen_tokens", "rejected_tokens"))
+    chosen, rejected = (
+        checked_tokens(getattr(pairs, name), name=name)
+        for name in ("chosen_tokens", "rejected_tokens")
+    )
     shapes = {name: jnp.shape(x) for name, x in pairs._asdict().items()}
     n_t = shapes["chosen_tokens"]
-    if len(n_t) != 2 or 0 in n_t or any(shape != (n_t[:1] if "log_a" in name else n_t) for name, shape in shapes.items()):
+    if (
+        len(n_t) != 2
+        or 0 in n_t
+        or any(shape != (n_t[:1] if "log_a" in name else n_t) for name, shape in shapes.items())
+    ):
         given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ValueError(
-            "A PairBatch has tokens and where of shape [N, T], chosen and rejected ones padded to the same T, and log_a of "
+            "A PairBatch has tokens and where of shape [N, T], chosen and rejected ones padded to "
+            "the same T, and log_a of "
             f"shape [N], N being at least 1. Got {given}."
         )
     log_as = same_shape(chosen_log_a=pairs.chosen_log_a, rejected_log_a=pairs.rejected_log_a)
@@ -162,7 +185,9 @@ def _checked(pairs: PairBatch) -> PairBatch:
     )
 
 
-def _describe(log_pi: Float[Array, "M"], pairs: PairBatch, loss: Float[Array, ""], grads: Params) -> PairInfo:
+def _describe(
+    log_pi: Float[Array, "M"], pairs: PairBatch, loss: Float[Array, ""], grads: Params
+) -> PairInfo:
     chosen_log_pi, rejected_log_pi = jnp.split(log_pi, 2)
     chosen, rejected = chosen_log_pi - pairs.chosen_log_a, rejected_log_pi - pairs.rejected_log_a
     margins, grad_norm = chosen - rejected, norm(grads)

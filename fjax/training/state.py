@@ -14,10 +14,12 @@ class TrainState(NamedTuple):
     """A tree of arrays: donate it, shard it, save it.
 
     Attributes:
-        step: updates so far. Keys of a step are ``jax.random.fold_in(key, state.step)``, so they need no saving.
+        step: updates so far. Keys of a step are ``jax.random.fold_in(key, state.step)``, so they
+            need no saving.
         params: of the policy.
         opt_state: of the optimiser.
-        log_z: of the running estimate of log Z, or of one for each context; empty for what needs none.
+        log_z: of the running estimate of log Z, or of one for each context; empty for what needs
+            none.
     """
 
     step: Int[Array, ""]
@@ -26,7 +28,9 @@ class TrainState(NamedTuple):
     log_z: Any
 
 
-def first_state(params: Params, optimizer: optax.GradientTransformation, log_z: object = ()) -> TrainState:
+def first_state(
+    params: Params, optimizer: optax.GradientTransformation, log_z: object = ()
+) -> TrainState:
     """Step 0.
 
     Raises:
@@ -36,19 +40,27 @@ def first_state(params: Params, optimizer: optax.GradientTransformation, log_z: 
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"All of params is trained, so every leaf must hold floats; params{jax.tree_util.keystr(path)} is {dtype}. "
+                f"All of params is trained, so every leaf must hold floats; "
+                f"params{jax.tree_util.keystr(path)} is {dtype}. "
                 "Keep what is not trained out of params, in the function that uses it."
             )
-    # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model. Its dtypes are not weak ones,
-    # which the first update would change.
+    # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model.
+    # Its dtypes are not weak ones, which the first update would change.
     params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), log_z)
 
 
 def advance(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, *, finite: Bool[Array, ""], log_z: Any
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    finite: Bool[Array, ""],
+    log_z: Any,
 ) -> TrainState:
-    """The state after one step down the gradient; if that is not finite, as it was but for the count of steps."""
+    """The state after one step down the gradient; if that is not finite, as it was but for the
+    count of steps.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = (optax.apply_updates(state.params, updates), opt_state, log_z)
     old = (state.params, state.opt_state, state.log_z)

@@ -1,4 +1,5 @@
-"""Runs an experiment's command in this process, as a shell would: arguments in; exit status and files out."""
+"""Runs an experiment's command in this process, as a shell would: arguments in; exit status and
+files out."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +8,18 @@ from pathlib import Path
 from experiments import _command
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
-SMALL = ("--model", TINY, "--samples", 16, "--eval-samples", 32, "--max-new-tokens", 8, "--eval-every", 2)
+SMALL = (
+    "--model",
+    TINY,
+    "--samples",
+    16,
+    "--eval-samples",
+    32,
+    "--max-new-tokens",
+    8,
+    "--eval-every",
+    2,
+)
 """A model and sizes with which a step takes milliseconds; compiling takes the seconds."""
 
 

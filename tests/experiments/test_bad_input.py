@@ -1,4 +1,5 @@
-"""What people get wrong, or the system refuses: their functions, broken files, a full disk. One sentence, and status 2."""
+"""What people get wrong, or the system refuses: their functions, broken files, a full disk. One
+sentence, and status 2."""
 
 import io
 import json
@@ -93,7 +94,14 @@ def test_a_reward_that_is_none_is_a_sentence(name):
 
 @pytest.mark.parametrize(
     "answer",
-    [[1, 2], (True, False), np.float64([1, 2]), np.int8([1, 2]), jnp.bfloat16([1, 2]), jnp.float32([1, 2])],
+    [
+        [1, 2],
+        (True, False),
+        np.float64([1, 2]),
+        np.int8([1, 2]),
+        jnp.bfloat16([1, 2]),
+        jnp.float32([1, 2]),
+    ],
     ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
 )
 def test_numbers_of_any_kind_are_rewards(answer):
@@ -120,15 +128,24 @@ def test_what_a_reward_does_with_its_arguments_and_answers_later_changes_nothing
 
 BAD_PREDICATES = {
     "SystemExit": (leaves, "SystemExit: 0"),
-    "array": (lambda prompt, text: np.array([True, False]), "must answer True or False: it gave array([ True, False])"),
-    "array of one": (lambda prompt, text: np.array([True]), "must answer True or False: it gave array([ True])"),
+    "array": (
+        lambda prompt, text: np.array([True, False]),
+        "must answer True or False: it gave array([ True, False])",
+    ),
+    "array of one": (
+        lambda prompt, text: np.array([True]),
+        "must answer True or False: it gave array([ True])",
+    ),
     "jax array": (lambda prompt, text: jnp.ones(3), "must answer True or False"),
     "empty list": (lambda prompt, text: [], "must answer True or False: it gave []"),
     "None": (lambda prompt, text: None, "must answer True or False: it gave None"),
     "numeral": (lambda prompt, text: "1", "must answer True or False: it gave '1'"),
     "NaN": (lambda prompt, text: float("nan"), "must answer True or False: it gave nan"),
     "half": (lambda prompt, text: 0.5, "must answer True or False: it gave 0.5"),
-    "generator": (lambda prompt, text: (x for x in text), "must answer True or False: it gave <generator"),
+    "generator": (
+        lambda prompt, text: (x for x in text),
+        "must answer True or False: it gave <generator",
+    ),
     "strange": (lambda prompt, text: Strange(), "must answer True or False: it gave strange"),
     "one argument": (lambda text: True, "takes 1 positional argument but 2 were given"),
 }
@@ -143,7 +160,10 @@ def test_a_predicate_that_is_none_is_a_sentence(name):
     assert len(str(raised.value)) < 600
 
 
-@pytest.mark.parametrize("answer", [True, 1, 1.0, np.bool_(True), np.float32(1), np.array(True), jnp.array(True), jnp.array(1)])
+@pytest.mark.parametrize(
+    "answer",
+    [True, 1, 1.0, np.bool_(True), np.float32(1), np.array(True), jnp.array(True), jnp.array(1)],
+)
 def test_one_truth_of_any_kind_is_an_answer(answer):
     assert conditional.checked(lambda prompt, text: answer, "mine")("a", "b") is True
 
@@ -151,27 +171,40 @@ def test_one_truth_of_any_kind_is_an_answer(answer):
 def test_leaving_from_within_a_reward_is_an_error_of_the_reward(monkeypatch, capsys):
     arguments = ("--reward", f"{HERE}:leaves", *SMALL)
     assert run(monkeypatch, SentimentConfig, sentiment.main, *arguments) == 2
-    assert "test_bad_input:leaves failed on 2 texts, SystemExit: 0" in " ".join(capsys.readouterr().err.split())
+    assert "test_bad_input:leaves failed on 2 texts, SystemExit: 0" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
-@pytest.mark.parametrize("body", ["import sys; sys.exit(0)", "raise KeyboardInterrupt", "def f(:", "f = 1 / 0", "f = 3"])
+@pytest.mark.parametrize(
+    "body", ["import sys; sys.exit(0)", "raise KeyboardInterrupt", "def f(:", "f = 1 / 0", "f = 3"]
+)
 def test_a_module_that_cannot_be_had_is_a_sentence(body, tmp_path, monkeypatch):
     name = f"mine_{abs(hash(body))}"
     (tmp_path / f"{name}.py").write_text(body, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RunError, match=rf"--reward {name}:f (cannot be imported|is int, not a function)"):
+    with pytest.raises(
+        RunError, match=rf"--reward {name}:f (cannot be imported|is int, not a function)"
+    ):
         load_function(f"{name}:f", "--reward")
 
 
 ESCAPE = "\x1b[31m\x1b]0;title\x07red\x1b[0m [bold]bold[/] \u202eback\r\n\x9b2J end"
-PLAIN = ESCAPE.translate({ord(c): "\N{REPLACEMENT CHARACTER}" for c in "\x1b\x07\u202e\x9b"}).replace("\r\n", " ")
+PLAIN = ESCAPE.translate(
+    {ord(c): "\N{REPLACEMENT CHARACTER}" for c in "\x1b\x07\u202e\x9b"}
+).replace("\r\n", " ")
 
 
 def test_a_sample_cannot_steer_the_terminal(monkeypatch, capsys):
     """Nor can the name of a figure, a title, a word, or what a library says of an error."""
     target = Target(lambda *_: {}, lambda *_: np.zeros(1), headline="x", bound="x")
     feature = {"x": np.ones(1), ESCAPE: np.ones(1)}
-    evaluation = Evaluation({"x": Figure(1.0), ESCAPE: Figure(2.0), "forward_kl": Figure(0.1)}, [ESCAPE], [ESCAPE], feature)
+    evaluation = Evaluation(
+        {"x": Figure(1.0), ESCAPE: Figure(2.0), "forward_kl": Figure(0.1)},
+        [ESCAPE],
+        [ESCAPE],
+        feature,
+    )
     display = Display()
     monkeypatch.setattr(display._console, "width", 300)
     display.evaluation(evaluation, 0, target)
@@ -185,11 +218,25 @@ def test_a_sample_cannot_steer_the_terminal(monkeypatch, capsys):
     assert PLAIN in capsys.readouterr().err
 
 
-RECORD = ("step", "kind", "samples", "seconds", "text", "prompt", "woman", "balance", "entropy", "log_z", "a", "a_std_error")
+RECORD = (
+    "step",
+    "kind",
+    "samples",
+    "seconds",
+    "text",
+    "prompt",
+    "woman",
+    "balance",
+    "entropy",
+    "log_z",
+    "a",
+    "a_std_error",
+)
 
 
 def test_words_never_take_the_place_of_a_figure():
-    """Whatever a moment is of, its name is its own: in a record there are only those of figures and settings besides."""
+    """Whatever a moment is of, its name is its own: in a record there are only those of figures and
+    settings besides."""
     config = GenderConfig(woman="she", moments=tuple(f"{name}=0.5" for name in RECORD))
     features = make_features(config, ["a step of a woman", "kind", ""])
     figures = {f"{name}{suffix}" for name in features for suffix in ("", "_std_error", "_ess")}
@@ -200,7 +247,10 @@ def test_words_never_take_the_place_of_a_figure():
     assert features["[step]"].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("moment", ["love|=0.1", "|love=0.1", "a||b=0.5", "a| |b=0.5", "|=0.1", "=0.1", "a=nan", "a=inf", "a="])
+@pytest.mark.parametrize(
+    "moment",
+    ["love|=0.1", "|love=0.1", "a||b=0.5", "a| |b=0.5", "|=0.1", "=0.1", "a=nan", "a=inf", "a="],
+)
 def test_a_moment_of_no_word_is_refused(moment):
     with pytest.raises(ValueError, match='are "word=rate"'):
         parse_moments((moment,))
@@ -209,12 +259,21 @@ def test_a_moment_of_no_word_is_refused(moment):
 def some_run(folder):
     """What tables and pictures want of a finished run."""
     (folder / "model").mkdir(parents=True)
-    config = {"seed": 0, "divergence": "forward_kl", "alpha": 0.5, "clip": None, "steps": 1, "normalizer": "global"}
+    config = {
+        "seed": 0,
+        "divergence": "forward_kl",
+        "alpha": 0.5,
+        "clip": None,
+        "steps": 1,
+        "normalizer": "global",
+    }
     about = {"versions": {}, "devices": ["cpu"], "command": "python"}
     (folder / "config.json").write_text(json.dumps(config | about), encoding="utf-8")
     record = {"kind": "evaluation", "step": 1, "samples": 16, "seconds": 1.0, "satisfaction": 1.0}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    (folder / "contexts.jsonl").write_text('{"step": 1, "prompt": "a", "satisfaction": 1}\n', encoding="utf-8")
+    (folder / "contexts.jsonl").write_text(
+        '{"step": 1, "prompt": "a", "satisfaction": 1}\n', encoding="utf-8"
+    )
     notes = {"task": "conditional", "arguments": [], "labels": {}, "command": ""}
     (folder.parent / "compare.json").write_text(json.dumps(notes), encoding="utf-8")
     return folder
@@ -226,7 +285,15 @@ READERS = {
     "compare": (
         CompareConfig,
         compare.main,
-        lambda folder: ("--task", "conditional", "--only-report", "--folder", folder.parent, "--runs", folder),
+        lambda folder: (
+            "--task",
+            "conditional",
+            "--only-report",
+            "--folder",
+            folder.parent,
+            "--runs",
+            folder,
+        ),
     ),
 }
 BROKEN = {
@@ -241,7 +308,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("damage", [*BROKEN, "a folder", "not there"])
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "contexts.jsonl", "../compare.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "contexts.jsonl", "../compare.json"]
+)
 def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys):
     """With every command that reads it; a file that a command does without is no error."""
     folder = some_run(tmp_path / "all" / "run-seed0")
@@ -251,7 +320,11 @@ def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys
         path.mkdir()
     elif damage != "not there":
         path.write_bytes(BROKEN[damage])
-    readers = {"config.json": READERS, "metrics.jsonl": ("tabulate", "compare"), "contexts.jsonl": ("plot",)}
+    readers = {
+        "config.json": READERS,
+        "metrics.jsonl": ("tabulate", "compare"),
+        "contexts.jsonl": ("plot",),
+    }
     for reader in readers.get(name, () if damage in ("a folder", "not there") else ("compare",)):
         config, main, arguments = READERS[reader]
         assert run(monkeypatch, config, main, *arguments(folder)) == 2, reader
@@ -310,13 +383,28 @@ JSON = '{"metadata": ["' + "x" * 5000 + '"]}\n'
     [
         (FULL, "No space left on device (/a/b). Free some, and go on with --resume"),
         (caused_by(ValueError(JSON), FULL), "No space left on device (/a/b). Free some"),
-        (ValueError(f"{JSON} [Errno 28] No space left on device"), "No space left on device. Free some"),
-        (PermissionError(EACCES, "Permission denied", "/a/b"), "PermissionError: [Errno 13] Permission denied: '/a/b'"),
-        (FileNotFoundError(ENOENT, "No such file or directory", "/a"), "FileNotFoundError: [Errno 2] No such file"),
-        (OSError("A checkpoint could not be written to /a: No space left on device."), "to /a: No space left on device. Free"),
+        (
+            ValueError(f"{JSON} [Errno 28] No space left on device"),
+            "No space left on device. Free some",
+        ),
+        (
+            PermissionError(EACCES, "Permission denied", "/a/b"),
+            "PermissionError: [Errno 13] Permission denied: '/a/b'",
+        ),
+        (
+            FileNotFoundError(ENOENT, "No such file or directory", "/a"),
+            "FileNotFoundError: [Errno 2] No such file",
+        ),
+        (
+            OSError("A checkpoint could not be written to /a: No space left on device."),
+            "to /a: No space left on device. Free",
+        ),
         (OSError("The run is in use."), "The run is in use."),
         (MemoryError(), "There is not enough memory"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "There is not enough memory"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"),
+            "There is not enough memory",
+        ),
         (RunError(JSON), '{"metadata": ["xxx'),
     ],
 )
@@ -328,7 +416,9 @@ def test_what_the_system_refuses_is_a_sentence(error, message, monkeypatch, caps
     assert len(shown) < 900
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a"), AssertionError(), ZeroDivisionError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyError("a"), AssertionError(), ZeroDivisionError()]
+)
 def test_a_bug_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)):
         run(monkeypatch, tabulate.Config, raising(error), "folder")
@@ -339,7 +429,11 @@ def test_a_bug_keeps_its_traceback(error, monkeypatch):
     [
         ("cuda,cpu", "cpu", "JAX_PLATFORMS=cuda,cpu asks for cuda, of which jax finds none"),
         ("tpu", "cpu", "JAX_PLATFORMS=tpu asks for tpu"),
-        ("cuda", RuntimeError("Unable to initialize backend 'cuda'"), "cannot be had: Unable to initialize"),
+        (
+            "cuda",
+            RuntimeError("Unable to initialize backend 'cuda'"),
+            "cannot be had: Unable to initialize",
+        ),
         ("cuda", AssertionError(), "cannot be had: jax finds none"),
         ("cuda,cpu", "gpu", None),
         ("cpu", "cpu", None),
@@ -348,14 +442,17 @@ def test_a_bug_keeps_its_traceback(error, monkeypatch):
         (None, "gpu", None),
     ],
 )
-def test_an_accelerator_that_is_asked_for_is_had_or_refused(asked, found, message, monkeypatch, capsys):
+def test_an_accelerator_that_is_asked_for_is_had_or_refused(
+    asked, found, message, monkeypatch, capsys
+):
     def default_backend():
         if isinstance(found, Exception):
             raise found
         return found
 
     fake = types.SimpleNamespace(
-        config=types.SimpleNamespace(jax_platforms=asked, update=lambda *_: None), default_backend=default_backend
+        config=types.SimpleNamespace(jax_platforms=asked, update=lambda *_: None),
+        default_backend=default_backend,
     )
     monkeypatch.setattr(_command, "jax", fake)
     assert run(monkeypatch, kl_gradients.Config, lambda _: 0) == (2 if message else 0)
@@ -388,7 +485,8 @@ def test_a_nested_line_of_pairs_is_a_bad_line(depth, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "there", "said"), [("H100", 8, "H100, one of 8"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")]
+    ("kind", "there", "said"),
+    [("H100", 8, "H100, one of 8"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")],
 )
 def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monkeypatch):
     device = types.SimpleNamespace(platform="cpu" if kind == "cpu" else "gpu", device_kind=kind)

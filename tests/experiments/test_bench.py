@@ -1,4 +1,5 @@
-"""The benchmark times the same thing in every row: its alternatives draw from one distribution and keep the same tokens."""
+"""The benchmark times the same thing in every row: its alternatives draw from one distribution and
+keep the same tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from .commands import TINY, run
 @pytest.mark.parametrize("way", [categorical.draw, bench.gumbel, bench.running_sum])
 def test_all_ways_of_drawing_are_of_one_distribution(way):
     logits = jnp.array([0.0, 1.0, -1.0, 2.0])
-    tokens, log_probs = jax.jit(jax.vmap(way, (0, None)))(jax.random.split(jax.random.key(0), 4000), logits)
+    tokens, log_probs = jax.jit(jax.vmap(way, (0, None)))(
+        jax.random.split(jax.random.key(0), 4000), logits
+    )
     np.testing.assert_allclose(log_probs, jax.nn.log_softmax(logits)[tokens], atol=1e-5)
     expected = jax.nn.softmax(logits)
     error = np.sqrt(expected * (1 - expected) / 4000)
@@ -27,7 +30,20 @@ def test_both_ways_of_top_p_keep_the_same_tokens():
 
 
 def test_the_command(monkeypatch, capsys):
-    small = ("--rows", 2, "--vocabulary", 50, "--rounds", 1, "--model", TINY, "--samples", 4, "--max-new-tokens", 3)
+    small = (
+        "--rows",
+        2,
+        "--vocabulary",
+        50,
+        "--rounds",
+        1,
+        "--model",
+        TINY,
+        "--samples",
+        4,
+        "--max-new-tokens",
+        3,
+    )
     assert run(monkeypatch, bench.Config, bench.main, *small) == 0
     printed = capsys.readouterr().out
     for row in ("blocks (fjax)", "top-p 0.9 by a sort", "whole step", "update"):

@@ -1,4 +1,5 @@
-"""Comparisons: what is run and what is not, processes and signals, numbers, pictures. Most runs are made up."""
+"""Comparisons: what is run and what is not, processes and signals, numbers, pictures. Most runs are
+made up."""
 
 import json
 import os
@@ -39,7 +40,13 @@ def error_of(capsys) -> str:
 
 
 def write_run(
-    folder: Path, config: dict, *, last: dict, steps: int = 2, finished: bool = True, of_steps: str = "reward_std"
+    folder: Path,
+    config: dict,
+    *,
+    last: dict,
+    steps: int = 2,
+    finished: bool = True,
+    of_steps: str = "reward_std",
 ) -> None:
     """What a run leaves behind, as far as a comparison looks at it."""
     (folder / "model").mkdir(parents=True) if finished else folder.mkdir(parents=True)
@@ -49,17 +56,34 @@ def write_run(
         for step in range(0, steps + 1, 2):
             figures = first if step == 0 else last
             errors = {f"{name}_std_error": 0.01 for name in figures}
-            logger.log({"kind": "evaluation", "step": step, "samples": 16 * step, "seconds": 5.0 * step} | figures | errors)
+            logger.log(
+                {"kind": "evaluation", "step": step, "samples": 16 * step, "seconds": 5.0 * step}
+                | figures
+                | errors
+            )
             for taken in range(step + 1, min(step + 2, steps) + 1):
-                logger.log({"kind": "step", "step": taken, "samples": 16 * taken, of_steps: 1.0 + taken})
+                logger.log(
+                    {"kind": "step", "step": taken, "samples": 16 * taken, of_steps: 1.0 + taken}
+                )
 
 
-def planned(folder: Path, *objectives: str, seeds: tuple[int, ...] = (0, 1), more: tuple[str, ...] = ()) -> list[Plan]:
-    return make_plans(Config("lexical_constraint", objectives, seeds, folder=folder, arguments=ARGUMENTS + more), folder)
+def planned(
+    folder: Path, *objectives: str, seeds: tuple[int, ...] = (0, 1), more: tuple[str, ...] = ()
+) -> list[Plan]:
+    return make_plans(
+        Config("lexical_constraint", objectives, seeds, folder=folder, arguments=ARGUMENTS + more),
+        folder,
+    )
 
 
 def figures_of(value: float) -> dict:
-    return {"satisfaction": value, "kl_to_base": 2 * value, "entropy": 40.0, "reverse_kl": float("inf"), "distinct_2": 0.5}
+    return {
+        "satisfaction": value,
+        "kl_to_base": 2 * value,
+        "entropy": 40.0,
+        "reverse_kl": float("inf"),
+        "distinct_2": 0.5,
+    }
 
 
 # Objectives
@@ -72,7 +96,12 @@ def figures_of(value: float) -> dict:
         ("alpha=0.5", "alpha=0.5", "--divergence alpha --alpha 0.5", "alpha-0.5"),
         ("alpha=-1", "alpha=-1", "--divergence alpha --alpha -1", "alpha--1"),
         ("rloo", "rloo", "--algorithm rloo --divergence reverse_kl", "rloo"),
-        ("reverse_kl, f' in [-8, 8]: --clip -8 8", "reverse_kl, f' in [-8, 8]", "--clip -8 8", "reverse_kl-f-in--8-8"),
+        (
+            "reverse_kl, f' in [-8, 8]: --clip -8 8",
+            "reverse_kl, f' in [-8, 8]",
+            "--clip -8 8",
+            "reverse_kl-f-in--8-8",
+        ),
         ("a reward: --reward 'my module:f'", "a reward", "--reward|my module:f", "a-reward"),
     ],
 )
@@ -86,27 +115,53 @@ def test_an_objective_is_flags_of_the_task(text, label, flags, file_name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--objectives", "forward_lk"), "--objectives are forward_kl, reverse_kl, total_variation, jensen_shannon, alpha=0.5"),
-        (("--objectives", "alpha"), "'alpha' needs a finite number after the sign, as in alpha=0.5"),
+        (
+            ("--objectives", "forward_lk"),
+            "--objectives are forward_kl, reverse_kl, total_variation, jensen_shannon, alpha=0.5",
+        ),
+        (
+            ("--objectives", "alpha"),
+            "'alpha' needs a finite number after the sign, as in alpha=0.5",
+        ),
         (("--objectives", "alpha=inf"), "'alpha=inf' needs a finite number"),
         (("--objectives", "clipped:"), "\"label: --flag value --flag value\"; got 'clipped:'"),
         (("--objectives", "clipped: 8"), "got 'clipped: 8'"),
         (("--objectives", "odd: --word 'x"), "has flags that cannot be read: No closing quotation"),
         (("--objectives", "ppo", "ppo"), "'ppo' and 'ppo' would share a folder"),
-        (("--objectives", "a b: --clip -8 8", "a-b: --clip -4 4"), "'a b' and 'a-b' would share a folder"),
+        (
+            ("--objectives", "a b: --clip -8 8", "a-b: --clip -4 4"),
+            "'a b' and 'a-b' would share a folder",
+        ),
         ((), "Name what to compare with --objectives"),
         (("--objectives", "ppo", "--seeds", "1", "1"), "each once; got 1 1"),
         (("--objectives", "ppo", "--jobs", "0"), "--jobs must be at least 1"),
-        (("--objectives", "ppo", "--", "--seed", "3"), "--seed is given to each run by the comparison"),
-        (("--objectives", "x: --run_folder=here"), "--run_folder=here is given to each run by the comparison"),
+        (
+            ("--objectives", "ppo", "--", "--seed", "3"),
+            "--seed is given to each run by the comparison",
+        ),
+        (
+            ("--objectives", "x: --run_folder=here"),
+            "--run_folder=here is given to each run by the comparison",
+        ),
         # What the task itself would refuse is found out before the first run.
-        (("--objectives", "x: --clpi -8 8"), "lexical_constraint refuses the objective 'x' for the reason above"),
-        (("--objectives", "ppo", "--", "--clip", "-8", "8"), "refuses the objective 'ppo' for the reason above"),
-        (("--only-report",), "There is no comparison runs/compare/lexical_constraint-* to report on"),
+        (
+            ("--objectives", "x: --clpi -8 8"),
+            "lexical_constraint refuses the objective 'x' for the reason above",
+        ),
+        (
+            ("--objectives", "ppo", "--", "--clip", "-8", "8"),
+            "refuses the objective 'ppo' for the reason above",
+        ),
+        (
+            ("--only-report",),
+            "There is no comparison runs/compare/lexical_constraint-* to report on",
+        ),
         (("--runs", "nowhere"), "nowhere is no run folder"),
     ],
 )
-def test_bad_input_is_named_before_any_run(compare, monkeypatch, tmp_path, capsys, arguments, message):
+def test_bad_input_is_named_before_any_run(
+    compare, monkeypatch, tmp_path, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.compare.run.run_all", None)
     assert compare(*TASK, *arguments) == 2
@@ -134,7 +189,8 @@ def test_every_objective_with_every_seed_seed_by_seed(tmp_path):
 def test_what_is_complete_is_not_run_again(tmp_path):
     (fresh, *_), done = planned(tmp_path, "ppo"), figures_of(0.5)
     assert not is_complete(fresh)
-    write_run(fresh.place.folder, fresh.config, last=done, finished=False)  # stopped while the last evaluation was made
+    # stopped while the last evaluation was made
+    write_run(fresh.place.folder, fresh.config, last=done, finished=False)
     assert not is_complete(fresh)
     (fresh.place.folder / "model").mkdir()
     assert is_complete(fresh)
@@ -171,7 +227,9 @@ def test_the_folder_is_that_of_the_same_arguments(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def folder(*arguments: str, objectives=("ppo",), report=False) -> str:
-        chosen = Config("conditional", objectives, only_report=report, runs=(Path(),), arguments=arguments)
+        chosen = Config(
+            "conditional", objectives, only_report=report, runs=(Path(),), arguments=arguments
+        )
         return str(plan.default_folder(chosen))
 
     assert folder("--beta", "1") == "runs/compare/conditional-0"
@@ -193,7 +251,11 @@ def test_the_folder_is_that_of_the_same_arguments(monkeypatch, tmp_path):
 def pretended(folder: Path, name: str, code: str, steps: int = 2) -> Plan:
     """A process that stands for a run."""
     place = Place(name, 0, folder / name)
-    return Plan(place, [sys.executable, "-c", f"import os, sys, time, signal, pathlib\n{code}"], {"steps": steps})
+    return Plan(
+        place,
+        [sys.executable, "-c", f"import os, sys, time, signal, pathlib\n{code}"],
+        {"steps": steps},
+    )
 
 
 @pytest.fixture
@@ -215,7 +277,8 @@ def test_a_failure_is_shown_and_the_others_go_on(quick, tmp_path, capsys):
     assert "\n  20\n" not in printed  # its last ten lines
     assert "good, seed 0: going on" in printed
     assert "good, seed 0: done in 0 s; 1 of 2 runs" in printed
-    assert (tmp_path / "good.log").read_text() == "fine ['--resume'] True\n"  # out of the terminal's reach
+    # out of the terminal's reach
+    assert (tmp_path / "good.log").read_text() == "fine ['--resume'] True\n"
 
 
 def test_so_many_at_a_time_each_on_its_share(quick, tmp_path):
@@ -256,7 +319,9 @@ time.sleep(0.3)
 pathlib.Path({path!r}).write_text(f"saved, told {{told}}")
 sys.exit(130)
 """
-STUBBORN = "signal.signal(signal.SIGINT, signal.SIG_IGN); pathlib.Path({ready!r}).touch(); time.sleep(60)"
+STUBBORN = (
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); pathlib.Path({ready!r}).touch(); time.sleep(60)"
+)
 
 
 def interrupt_when(ready: list[Path], times: int = 1) -> None:
@@ -275,8 +340,13 @@ def interrupt_when(ready: list[Path], times: int = 1) -> None:
 
 def test_ctrl_c_lets_each_run_save_and_starts_no_other(quick, tmp_path, capsys):
     ready = [tmp_path / "ready0", tmp_path / "ready1"]
-    codes = [SAVES.format(path=str(tmp_path / f"saved{i}"), ready=str(path)) for i, path in enumerate(ready)]
-    plans = [pretended(tmp_path, f"run{i}", code) for i, code in enumerate([*codes, "print('never')"])]
+    codes = [
+        SAVES.format(path=str(tmp_path / f"saved{i}"), ready=str(path))
+        for i, path in enumerate(ready)
+    ]
+    plans = [
+        pretended(tmp_path, f"run{i}", code) for i, code in enumerate([*codes, "print('never')"])
+    ]
     interrupt_when(ready)
     assert processes.run_all(plans, jobs=2) == signal.SIGINT
     assert (tmp_path / "saved0").read_text() == (tmp_path / "saved1").read_text() == "saved, told 1"
@@ -290,7 +360,11 @@ def test_ctrl_c_lets_each_run_save_and_starts_no_other(quick, tmp_path, capsys):
 def test_ctrl_c_twice_leaves_no_process(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "PATIENCE", 0.1)
     started = []
-    monkeypatch.setattr(processes, "start", lambda *a, before=processes.start: started.append(before(*a)) or started[-1])
+    monkeypatch.setattr(
+        processes,
+        "start",
+        lambda *a, before=processes.start: started.append(before(*a)) or started[-1],
+    )
     ready = tmp_path / "ready"
     interrupt_when([ready], times=2)
     with pytest.raises(KeyboardInterrupt):
@@ -301,38 +375,71 @@ def test_ctrl_c_twice_leaves_no_process(quick, monkeypatch, tmp_path):
 def test_the_current_step_is_read_from_the_end(tmp_path):
     assert plan.current_step(tmp_path) == 0
     line = '{"kind": "step", "step": %d, "samples": 3}\n'
-    (tmp_path / "metrics.jsonl").write_text("".join(line % i for i in range(3000)) + '{"kind": "step", "st')
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(line % i for i in range(3000)) + '{"kind": "step", "st'
+    )
     assert plan.current_step(tmp_path) == 2999
 
 
 def test_durations():
-    assert [processes.duration(s) for s in (3.4, 99, 100, 3000, 7500)] == ["3 s", "99 s", "2 min", "50 min", "2 h 5 min"]
+    assert [processes.duration(s) for s in (3.4, 99, 100, 3000, 7500)] == [
+        "3 s",
+        "99 s",
+        "2 min",
+        "50 min",
+        "2 h 5 min",
+    ]
 
 
 # The table
 
 
-def result(label: str, seed: int, last: dict, config: dict | None = None, samples: int = 32) -> results.Result:
+def result(
+    label: str, seed: int, last: dict, config: dict | None = None, samples: int = 32
+) -> results.Result:
     errors = {f"{name}_std_error": 0.01 for name in last}
-    first = {"step": 0, "samples": 0, "seconds": 3.0} | dict.fromkeys(last, 0.01 * (seed + 1)) | errors
+    first = (
+        {"step": 0, "samples": 0, "seconds": 3.0} | dict.fromkeys(last, 0.01 * (seed + 1)) | errors
+    )
     end = {"step": 2, "samples": samples, "seconds": 10.0 + 2 * seed} | last | errors
-    return results.Result(Place(label, seed, Path(label)), config or {"divergence": label, "seed": seed}, [first, end], [])
+    return results.Result(
+        Place(label, seed, Path(label)),
+        config or {"divergence": label, "seed": seed},
+        [first, end],
+        [],
+    )
 
 
 def test_the_numbers_of_the_table():
     infinite, unknown = float("inf"), float("nan")
     runs = [
-        result("js", 0, {"satisfaction": 0.7, "kl_to_base": 12.0, "reverse_kl": infinite, "log_z": -4.0}, samples=2000),
-        result("js", 1, {"satisfaction": 0.8, "kl_to_base": 10.0, "reverse_kl": 2.0, "log_z": unknown}, samples=2100),
-        result("kl", 0, {"satisfaction": 0.05, "kl_to_base": 1.5, "reverse_kl": 3.0, "log_z": -infinite}),
+        result(
+            "js",
+            0,
+            {"satisfaction": 0.7, "kl_to_base": 12.0, "reverse_kl": infinite, "log_z": -4.0},
+            samples=2000,
+        ),
+        result(
+            "js",
+            1,
+            {"satisfaction": 0.8, "kl_to_base": 10.0, "reverse_kl": 2.0, "log_z": unknown},
+            samples=2100,
+        ),
+        result(
+            "kl",
+            0,
+            {"satisfaction": 0.05, "kl_to_base": 1.5, "reverse_kl": 3.0, "log_z": -infinite},
+        ),
     ]
     missing = [Place("kl", 1, Path("kl-seed1")), Place("tv|x", 0, Path("tv-seed0"))]
     names = ("satisfaction", "kl_to_base", "reverse_kl", "log_z", "alpha")  # no run has the last
-    # sd of 0.7, 0.8 is 0.1 / √2 = 0.0707; of 12, 10 it is √2; of 2000, 2100 it is 70.7; of 10 s, 12 s it is √2.
+    # sd of 0.7, 0.8 is 0.1 / √2 = 0.0707; of 12, 10 it is √2; of 2000, 2100 it is 70.7; of 10 s, 12
+    # s it is √2.
     assert table.rows(runs, missing, names) == [
         "|  | satisfaction | KL(π‖a) | KL(π‖p) | log Z | samples drawn | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base model | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0 | – |",
+        "| base model | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0.0150 ± 0.0071 | 0 "
+        "| – |",
         "| js | 0.750 ± 0.071 | 11.0 ± 1.4 | ∞ | – | 2,050 ± 71 | 11 ± 1 |",
         "| kl (1 of 2 seeds) | 0.0500 ± 0.0100 | 1.50 ± 0.01 | 3.00 ± 0.01 | -∞ | 32 | 10 |",
         "| tv\\|x (0 of 1 seeds) | – | – | – | – | – | – |",
@@ -340,20 +447,37 @@ def test_the_numbers_of_the_table():
 
 
 def test_the_notes_say_what_the_numbers_are_and_what_is_missing(tmp_path):
-    configs = [{"divergence": "x", "seed": 0, "clip": clip, "learning_rate": 0.1, "steps": 5} for clip in (None, [-8, 8])]
-    runs = [result("a", 0, {}, configs[0]), result("b", 0, {}, configs[0]), result("clipped", 0, {}, configs[1])]
+    configs = [
+        {"divergence": "x", "seed": 0, "clip": clip, "learning_rate": 0.1, "steps": 5}
+        for clip in (None, [-8, 8])
+    ]
+    runs = [
+        result("a", 0, {}, configs[0]),
+        result("b", 0, {}, configs[0]),
+        result("clipped", 0, {}, configs[1]),
+    ]
     text = "\n".join(table.notes(runs, [Place("c", 1, tmp_path / "c-seed1")]))
     assert "of seed 0 alone; ± is the standard error" in text
     assert "do not share: clip [-8, 8] (clipped), null (the others)." in text
     assert "**Missing**, since they are not finished: c, seed 1 (not begun)." in text
     text = "\n".join(table.notes([result("a", 0, {}), result("a", 3, {})], []))
-    assert text == "Mean ± standard deviation over 2 seeds (0, 3) of the last evaluation of each run."
+    assert (
+        text == "Mean ± standard deviation over 2 seeds (0, 3) of the last evaluation of each run."
+    )
 
 
 def test_curves_meet_where_samples_do():
     runs = [
-        [{"samples": 0, "entropy": 4.0}, {"samples": 10, "entropy": 1.0}, {"samples": 20, "entropy": float("inf")}],
-        [{"samples": 0, "entropy": 6.0}, {"samples": 10, "entropy": 3.0}, {"samples": 30, "entropy": 7.0}],
+        [
+            {"samples": 0, "entropy": 4.0},
+            {"samples": 10, "entropy": 1.0},
+            {"samples": 20, "entropy": float("inf")},
+        ],
+        [
+            {"samples": 0, "entropy": 6.0},
+            {"samples": 10, "entropy": 3.0},
+            {"samples": 30, "entropy": 7.0},
+        ],
     ]
     found = results.curve(runs, "entropy")
     np.testing.assert_array_equal(found.samples, [0, 10, 20, 30])
@@ -365,7 +489,9 @@ def test_the_later_of_two_records_of_a_step_counts(tmp_path):
     folder = tmp_path / "a-seed0"
     write_run(folder, {"divergence": "forward_kl", "seed": 0}, last=figures_of(0.5))
     with JsonlLogger(folder / "metrics.jsonl") as logger:
-        logger.log({"kind": "evaluation", "step": 2, "samples": 32, "seconds": 9.0, "satisfaction": 0.9})
+        logger.log(
+            {"kind": "evaluation", "step": 2, "samples": 32, "seconds": 9.0, "satisfaction": 0.9}
+        )
     read = results.read_result(Place("a", 0, folder))
     assert [record["satisfaction"] for record in read.evaluations] == [0.25, 0.9]
     assert [record["step"] for record in read.steps] == [1, 2]
@@ -384,20 +510,46 @@ def test_runs_made_elsewhere_are_labelled_and_reported(compare, tmp_path, capsys
     write_run(tmp_path / "great-0", config, last=figures_of(0.8))
     write_run(tmp_path / "my js-seed1", config | {"seed": 1}, last=figures_of(0.6))
     folders = [tmp_path / "great-0", tmp_path / "my js-seed1"]
-    assert compare(*TASK, "--runs", *folders, "--folder", tmp_path / "out", "--figures", "satisfaction", "entrpy") == 0
+    assert (
+        compare(
+            *TASK,
+            "--runs",
+            *folders,
+            "--folder",
+            tmp_path / "out",
+            "--figures",
+            "satisfaction",
+            "entrpy",
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "No run has the figures entrpy; they are left out. There are satisfaction, kl_to_base" in printed
+    assert (
+        "No run has the figures entrpy; they are left out. There are satisfaction, kl_to_base"
+        in printed
+    )
     assert "| reverse_kl, f' clipped to [-8, 8] | 0.800 ± 0.010 | 32 | 10 |" in printed
     assert "| my js | 0.600 ± 0.010 | 32 | 10 |" in printed
     write_run(tmp_path / "great-1", config, last=figures_of(0.8), finished=False)
-    assert compare(*TASK, "--runs", folders[0], tmp_path / "great-1", "--folder", tmp_path / "out") == 2
+    assert (
+        compare(*TASK, "--runs", folders[0], tmp_path / "great-1", "--folder", tmp_path / "out")
+        == 2
+    )
     assert "great-0 and" in (shown := error_of(capsys))
     assert "are both reverse_kl, f' clipped to [-8, 8], seed 0. Rename one" in shown
 
 
-@pytest.mark.parametrize(("algorithm", "divergence", "label"), [("ppo", "reverse_kl", "ppo"), ("fdpg", "alpha", "alpha=0.5")])
+@pytest.mark.parametrize(
+    ("algorithm", "divergence", "label"),
+    [("ppo", "reverse_kl", "ppo"), ("fdpg", "alpha", "alpha=0.5")],
+)
 def test_labels_of_configurations(algorithm, divergence, label):
-    assert results.label_of({"algorithm": algorithm, "divergence": divergence, "alpha": 0.5, "clip": None}) == label
+    assert (
+        results.label_of(
+            {"algorithm": algorithm, "divergence": divergence, "alpha": 0.5, "clip": None}
+        )
+        == label
+    )
     assert results.label_of({"divergence": "forward_kl"}) == "forward_kl"  # as older runs have it
 
 
@@ -409,7 +561,12 @@ def test_every_task_has_its_pictures(task, tmp_path, capsys):
     for label in ("a", "b"):
         for seed in (0, 1):
             places.append(Place(label, seed, tmp_path / f"{label}-seed{seed}"))
-            write_run(places[-1].folder, {"seed": seed}, last=figures | {"reverse_kl": float("inf")}, **options)
+            write_run(
+                places[-1].folder,
+                {"seed": seed},
+                last=figures | {"reverse_kl": float("inf")},
+                **options,
+            )
     assert write_report(Config(task, only_report=True), tmp_path / "out", places, []) == 0
     pictures = {"curves.png", "frontier.png"} | (set() if offline else {"spread.png"})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *pictures}
@@ -439,12 +596,19 @@ def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, c
     assert {folder: (folder / "metrics.jsonl").read_bytes() for folder in before} == before
     last = read_jsonl(left.place.folder / "metrics.jsonl")[-1]
     assert (last["step"], last["samples"]) == (2, 32)
-    assert last["entropy_ess"] == 32  # described by --eval-samples of the policy, as any other objective
+    # described by --eval-samples of the policy, as any other objective
+    assert last["entropy_ess"] == 32
     text = (tmp_path / "table.md").read_text()
-    mean, deviation = np.mean([0.6, last["satisfaction"]]), np.std([0.6, last["satisfaction"]], ddof=1)
+    mean, deviation = (
+        np.mean([0.6, last["satisfaction"]]),
+        np.std([0.6, last["satisfaction"]], ddof=1),
+    )
     assert f"| js | {mean:.3f} ± {deviation:.3f} |" in text
     assert "| forward_kl | 0.600 ± 0.141 |" in text
-    assert "python -m experiments.compare --task lexical_constraint --objectives forward_kl 'js: --divergence" in text
+    assert (
+        "python -m experiments.compare --task lexical_constraint --objectives forward_kl 'js: "
+        "--divergence" in text
+    )
 
     # Again: nothing is left to be made. Then a run is lost, and said to be missing.
     assert compare(*command) == 0
@@ -454,7 +618,12 @@ def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, c
     printed = capsys.readouterr().out
     assert "| js (1 of 2 seeds) | 0.600 ± 0.010 |" in printed
     assert f"not finished: js, seed 1 ({left.place.log})" in printed
-    assert compare(*TASK, "--only-report", "--objectives", "js: --x", "--seeds", 1, "--folder", tmp_path) == 2
+    assert (
+        compare(
+            *TASK, "--only-report", "--objectives", "js: --x", "--seeds", 1, "--folder", tmp_path
+        )
+        == 2
+    )
     assert "There is no finished run of lexical_constraint" in error_of(capsys)
 
 
@@ -462,9 +631,16 @@ def test_help_teaches(compare, capsys):
     assert compare("--help") == 0
     printed = capsys.readouterr().out
     assert "--divergence alpha --alpha 0.5" in printed
-    assert "python -m experiments.compare --task sentiment_reward --objectives reverse_kl rloo ppo" in printed
+    assert (
+        "python -m experiments.compare --task sentiment_reward --objectives reverse_kl rloo ppo"
+        in printed
+    )
 
 
 def test_the_examples_of_the_help_are_objectives():
-    words = [part.split('"')[1] for part in (Config.__doc__ or "").split("--objectives ")[1:] if '"' in part]
+    words = [
+        part.split('"')[1]
+        for part in (Config.__doc__ or "").split("--objectives ")[1:]
+        if '"' in part
+    ]
     assert all(parse_objectives([word])[0].flags for word in words)

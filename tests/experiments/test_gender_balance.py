@@ -1,4 +1,5 @@
-"""Distributional control on the tiny model: moments parsed, fitted, reported when impossible; a run of two steps."""
+"""Distributional control on the tiny model: moments parsed, fitted, reported when impossible; a run
+of two steps."""
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def test_two_steps(experiment, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "moments, fitted to" in printed
     assert "nats away from the base model" in printed
-    records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"]
+    records = [
+        r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"
+    ]
     assert {"share of women", "balance", "[w27]", "forward_kl"} <= records[0].keys()
     assert np.isfinite([r["share of women_std_error"] for r in records]).all()
     assert np.isfinite([r["reverse_kl"] for r in records]).all()  # nothing is impossible under p
@@ -46,14 +49,19 @@ def test_two_steps(experiment, tmp_path, capsys):
 def test_a_hybrid_has_a_hard_constraint(experiment, tmp_path):
     settings = (*SMALL, "--steps", 2, "--run-folder", tmp_path / "run")
     assert experiment(*WORDS, "--moments", "w27=1", *settings) == 0
-    first = next(r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation")
+    first = next(
+        r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"
+    )
     assert first["reverse_kl"] == np.inf
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--moments", "nowhere=0.5"), "has a mean of 0.5 of '[nowhere]', which is between 0 and 0"),
+        (
+            ("--moments", "nowhere=0.5"),
+            "has a mean of 0.5 of '[nowhere]', which is between 0 and 0",
+        ),
         (("--moments", "w9=0.9", "w9|w19=0.1"), "contradict each other"),
         (("--moments", "w9"), '"word=rate"'),
         (("--moments", "w9=1.5"), '"word=rate"'),
@@ -62,7 +70,11 @@ def test_a_hybrid_has_a_hard_constraint(experiment, tmp_path):
         (("--woman", " "), "must each name at least one word"),
     ],
 )
-def test_moments_that_cannot_be_had_are_named_before_any_step(experiment, tmp_path, capsys, arguments, message):
-    assert experiment(*WORDS, *SMALL, "--steps", 2, "--run-folder", tmp_path / "run", *arguments) == 2
+def test_moments_that_cannot_be_had_are_named_before_any_step(
+    experiment, tmp_path, capsys, arguments, message
+):
+    assert (
+        experiment(*WORDS, *SMALL, "--steps", 2, "--run-folder", tmp_path / "run", *arguments) == 2
+    )
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,4 +1,5 @@
-"""Quasi-rejection from a saved model: everything accepted has the word, at about the rate that was asked for."""
+"""Quasi-rejection from a saved model: everything accepted has the word, at about the rate that was
+asked for."""
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ def test_everything_accepted_has_the_word(monkeypatch, capsys, tmp_path):
 
 
 def test_costs_are_predicted_within_their_errors():
-    """q uniform on 8 outcomes, P known: acceptance Σ min(P/β, q) and the bound 1 - Σ min(P, βq)/Z, exactly."""
+    """q uniform on 8 outcomes, P known: acceptance Σ min(P/β, q) and the bound 1 - Σ min(P, βq)/Z,
+    exactly."""
     p = np.array([0.0, 0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2], np.float32)
     rng = np.random.default_rng(0)
 
@@ -54,12 +56,15 @@ def test_costs_are_predicted_within_their_errors():
         beta = np.exp(cost.log_beta)
         rate, bound = np.minimum(p / beta, 1 / 8).sum(), 1 - np.minimum(p, beta / 8).sum() / p.sum()
         for figure, exact in zip(cost[1:], (rate, rate, bound, bound), strict=True):
-            assert abs(figure.value - exact) < 4 * figure.std_error + 1e-6  # 4 standard errors; 28 comparisons
+            # 4 standard errors; 28 comparisons
+            assert abs(figure.value - exact) < 4 * figure.std_error + 1e-6
 
 
 def test_beta_is_chosen_for_the_rate():
     rng = np.random.default_rng(0)
-    log_score = np.where(rng.uniform(size=2000) < 0.5, rng.normal(size=2000), -np.inf).astype(np.float32)
+    log_score = np.where(rng.uniform(size=2000) < 0.5, rng.normal(size=2000), -np.inf).astype(
+        np.float32
+    )
     log_beta = generate.choose_log_beta(log_score, np.zeros(2000, np.float32), 0.1)
     assert np.minimum(np.exp(log_score - log_beta), 1).mean() == pytest.approx(0.1, rel=1e-3)
     with pytest.raises(RunError, match="None of 3 proposals has the word"):
@@ -69,5 +74,17 @@ def test_beta_is_chosen_for_the_rate():
 def test_bad_input_is_named(monkeypatch, capsys):
     assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "nowhere") == 2
     assert "None of 48 proposals has the word" in " ".join(capsys.readouterr().err.split())
-    assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "w9", "--acceptance-rate", 0) == 2
+    assert (
+        run(
+            monkeypatch,
+            generate.Config,
+            generate.main,
+            *MODELS,
+            "--word",
+            "w9",
+            "--acceptance-rate",
+            0,
+        )
+        == 2
+    )
     assert "--acceptance-rate must be at least 1e-06" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The main experiment on a tiny random model: everything it writes, going on after a stop, and every kind of bad input."""
+"""The main experiment on a tiny random model: everything it writes, going on after a stop, and
+every kind of bad input."""
 
 import json
 import os
@@ -61,10 +62,19 @@ def test_a_run_leaves_everything_behind(experiment, tmp_path, capsys):
     assert [r["step"] for r in records if r["kind"] == "step"] == [1, 2, 3]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
     assert [r["step"] for r in evaluations] == [0, 2, 3]
-    for name in ("satisfaction", "log_z", "forward_kl", "total_variation", "jensen_shannon", "kl_to_base", "entropy"):
+    for name in (
+        "satisfaction",
+        "log_z",
+        "forward_kl",
+        "total_variation",
+        "jensen_shannon",
+        "kl_to_base",
+        "entropy",
+    ):
         assert np.isfinite([r[name] for r in evaluations]).all(), name
         assert np.isfinite([r[f"{name}_std_error"] for r in evaluations]).all(), name
-    assert evaluations[0]["reverse_kl"] == np.inf  # some samples violate the constraint, and their p is 0
+    # some samples violate the constraint, and their p is 0
+    assert evaluations[0]["reverse_kl"] == np.inf
     assert abs(evaluations[0]["kl_to_base"]) < 1e-5
     assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
@@ -94,7 +104,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path):
 
     def figures(folder):
         records = read_jsonl(folder / "metrics.jsonl")
-        return [{k: v for k, v in r.items() if k != "seconds"} for r in records if r["kind"] == "step"]
+        return [
+            {k: v for k, v in r.items() if k != "seconds"} for r in records if r["kind"] == "step"
+        ]
 
     assert figures(whole) == figures(parts)
 
@@ -102,7 +114,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path):
 def start(*arguments: object) -> subprocess.Popen:
     """The command in a process of its own, for signals."""
     command = [sys.executable, "-m", "experiments.lexical_constraint", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -124,9 +138,13 @@ def test_a_signal_saves_first_and_resume_goes_on(number, experiment, tmp_path):
     assert "--resume --run-folder" in " ".join(printed.split())
     done = read_jsonl(metrics)[-1]["step"]
     assert str(done) in os.listdir(folder / "checkpoints")
-    again = experiment(*FREQUENT, "--steps", done + 1, "--eval-every", 100_000, "--run-folder", folder, "--resume")
+    again = experiment(
+        *FREQUENT, "--steps", done + 1, "--eval-every", 100_000, "--run-folder", folder, "--resume"
+    )
     assert again == 0
-    assert [r["step"] for r in read_jsonl(metrics) if r["kind"] == "step"] == list(range(1, done + 2))
+    assert [r["step"] for r in read_jsonl(metrics) if r["kind"] == "step"] == list(
+        range(1, done + 2)
+    )
 
 
 def test_another_configuration_is_refused(experiment, tmp_path, capsys):
@@ -138,7 +156,9 @@ def test_another_configuration_is_refused(experiment, tmp_path, capsys):
     assert experiment(*FREQUENT, "--steps", 2, "--seed", 7, "--run-folder", folder, "--resume") == 2
     assert "another configuration (seed: 0 there, 7 now)" in error_of(capsys)
     assert (folder / "metrics.jsonl").read_bytes() == kept
-    assert experiment(*FREQUENT, "--steps", 1, "--run-folder", tmp_path / "nothing", "--resume") == 2
+    assert (
+        experiment(*FREQUENT, "--steps", 1, "--run-folder", tmp_path / "nothing", "--resume") == 2
+    )
     assert "holds no run to resume" in error_of(capsys)
 
 
@@ -159,7 +179,10 @@ def test_a_word_that_never_occurs(experiment, tmp_path, capsys):
 
 def test_a_gradient_that_is_not_finite_is_saved_and_named(experiment, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert experiment(*FREQUENT, "--divergence", "reverse_kl", "--steps", 3, "--run-folder", folder) == 2
+    assert (
+        experiment(*FREQUENT, "--divergence", "reverse_kl", "--steps", 3, "--run-folder", folder)
+        == 2
+    )
     message = error_of(capsys)
     assert "The gradient of step 1 was not finite" in message
     assert "--clip -8 8" in message
@@ -170,7 +193,10 @@ def test_a_gradient_that_is_not_finite_is_saved_and_named(experiment, tmp_path, 
     ("arguments", "message"),
     [
         (("--model", "./nowhere"), "Cannot load --model ./nowhere: There is no folder"),
-        (("--max-new-tokens", 24), "has 24 positions, but the start token and --max-new-tokens 24 need 25"),
+        (
+            ("--max-new-tokens", 24),
+            "has 24 positions, but the start token and --max-new-tokens 24 need 25",
+        ),
         (("--divergence", "kl"), "'forward_kl', 'reverse_kl', 'total_variation', 'jensen_shannon'"),
         (("--samples", 1), "--samples must be at least 2"),
         (("--word", " "), "--word must not be empty"),
@@ -183,21 +209,27 @@ def test_a_gradient_that_is_not_finite_is_saved_and_named(experiment, tmp_path, 
 def test_bad_input_is_named_before_any_work(experiment, tmp_path, capsys, arguments, message):
     assert experiment(*FREQUENT, "--run-folder", tmp_path / "run", *arguments) == 2
     shown = error_of(capsys)
-    assert "".join(message.split()) in "".join(character for character in shown if character not in " │╭╮╰╯─")
+    assert "".join(message.split()) in "".join(
+        character for character in shown if character not in " │╭╮╰╯─"
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_is_no_gpt2_is_named(experiment, tmp_path, capsys):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert experiment(*FREQUENT, "--model", tmp_path / "bert", "--run-folder", tmp_path / "run") == 2
+    assert (
+        experiment(*FREQUENT, "--model", tmp_path / "bert", "--run-folder", tmp_path / "run") == 2
+    )
     assert "bert" in error_of(capsys)
 
 
 def test_a_disk_without_room_is_refused_before_training(experiment, tmp_path, capsys, monkeypatch):
     from experiments import _run_folder
 
-    monkeypatch.setattr(_run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    monkeypatch.setattr(
+        _run_folder.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20})
+    )
     assert experiment(*FREQUENT, "--run-folder", tmp_path / "run") == 2
     assert "has 1 MiB left" in error_of(capsys)
 
@@ -210,15 +242,30 @@ def test_help_teaches(experiment, capsys):
 
 
 def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path, capsys):
-    """Any divergence is below 100; and after evaluations that cannot improve on the first, patience ends the run."""
+    """Any divergence is below 100; and after evaluations that cannot improve on the first, patience
+    ends the run."""
     folder = tmp_path / "near"
     assert experiment(*FREQUENT, "--steps", 50, "--stop-below", 100, "--run-folder", folder) == 0
     assert "below --stop-below 100" in " ".join(capsys.readouterr().out.split())
     assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 2
     folder = tmp_path / "patient"
-    arguments = (*FREQUENT, "--steps", 50, "--patience", 1, "--learning-rate", 0.3, "--run-folder", folder)
+    arguments = (
+        *FREQUENT,
+        "--steps",
+        50,
+        "--patience",
+        1,
+        "--learning-rate",
+        0.3,
+        "--run-folder",
+        folder,
+    )
     assert experiment(*arguments) == 0
-    evaluated = {r["step"]: r["jensen_shannon"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"}
+    evaluated = {
+        r["step"]: r["jensen_shannon"]
+        for r in read_jsonl(folder / "metrics.jsonl")
+        if r["kind"] == "evaluation"
+    }
     best = min((step for step in evaluated if step), key=evaluated.__getitem__)
     last = max(evaluated)
     assert evaluated[best] < evaluated[last]
@@ -230,20 +277,31 @@ def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path,
 
 
 def test_the_last_step_can_be_the_best(experiment, tmp_path, capsys):
-    """B17: where --steps was a multiple of --checkpoint-every it was saved before it was evaluated, and never exported."""
+    """B17: where --steps was a multiple of --checkpoint-every it was saved before it was evaluated,
+    and never exported."""
     folder = tmp_path / "run"
     sizes = ("--samples", 64, "--eval-samples", 256, "--checkpoint-every", 2)
     command = (*FREQUENT, *sizes, "--learning-rate", 0.002, "--run-folder", folder)
     assert experiment(*command, "--steps", 4) == 0
-    evaluated = {r["step"]: r["jensen_shannon"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"}
+    evaluated = {
+        r["step"]: r["jensen_shannon"]
+        for r in read_jsonl(folder / "metrics.jsonl")
+        if r["kind"] == "evaluation"
+    }
     assert evaluated[4] < evaluated[2]
     assert "The model is that of step" not in capsys.readouterr().out
     # And it stays so, when the run goes on from there and gets worse.
     assert experiment(*command, "--steps", 10, "--resume") == 0
-    evaluated = {r["step"]: r["jensen_shannon"] for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "evaluation"}
+    evaluated = {
+        r["step"]: r["jensen_shannon"]
+        for r in read_jsonl(folder / "metrics.jsonl")
+        if r["kind"] == "evaluation"
+    }
     best = min((step for step in evaluated if step), key=evaluated.__getitem__)
     assert str(best) in os.listdir(folder / "checkpoints")
-    assert best == 10 or f"The model is that of step {best}" in " ".join(capsys.readouterr().out.split())
+    assert best == 10 or f"The model is that of step {best}" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_evaluations_without_a_z_do_not_count(experiment, tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Files of pairs and what may be wrong with them, their arrays and batches, and the script that makes them."""
+"""Files of pairs and what may be wrong with them, their arrays and batches, and the script that
+makes them."""
 
 from functools import partial
 
@@ -26,13 +27,31 @@ BAD = [
     (b'{"prompt": "w1", "chosen": "w2"}', 'has no "rejected"'),
     (b'{"prompt": 1, "chosen": "w2", "rejected": "w3"}', 'has a "prompt" that is no text but 1'),
     (b'{"prompt": "w1", "chosen": " ", "rejected": "w3"}', 'has an empty "chosen"'),
-    (b'{"prompt": "w1", "chosen": "\\ud83d", "rejected": "w3"}', 'has half a character in "chosen"'),
-    (b'{"prompt": "w1", "chosen": "w2", "rejected": "w2"}', 'has the same text as "chosen" and "rejected"'),
-    (b'{"prompt": "w1", "chosen": "w2", "rejected": "w3", "chosen_ended": 1}', 'has a "chosen_ended" that is neither'),
+    (
+        b'{"prompt": "w1", "chosen": "\\ud83d", "rejected": "w3"}',
+        'has half a character in "chosen"',
+    ),
+    (
+        b'{"prompt": "w1", "chosen": "w2", "rejected": "w2"}',
+        'has the same text as "chosen" and "rejected"',
+    ),
+    (
+        b'{"prompt": "w1", "chosen": "w2", "rejected": "w3", "chosen_ended": 1}',
+        'has a "chosen_ended" that is neither',
+    ),
     (b'{"prompt": "w1", "chosen": "w2", "rejected": "w3", "chosen": "w4"}', 'has "chosen" twice'),
-    (b'{"prompt": {"text": "w1"}, "chosen": "w2", "rejected": "w3"}', "has a \"prompt\" that is no text but {'text': 'w1'}"),
-    (b'{"prompt": NaN, "chosen": "w2", "rejected": "w3"}', 'has a "prompt" that is no text but nan'),
-    (b'{"prompt": "w1", "chosen": null, "rejected": "w3"}', 'has a "chosen" that is no text but None'),
+    (
+        b'{"prompt": {"text": "w1"}, "chosen": "w2", "rejected": "w3"}',
+        "has a \"prompt\" that is no text but {'text': 'w1'}",
+    ),
+    (
+        b'{"prompt": NaN, "chosen": "w2", "rejected": "w3"}',
+        'has a "prompt" that is no text but nan',
+    ),
+    (
+        b'{"prompt": "w1", "chosen": null, "rejected": "w3"}',
+        'has a "chosen" that is no text but None',
+    ),
     (b"[" * 100_000, "is nested too deeply"),
     (b'{"prompt": ' * 100_000, "is nested too deeply"),
     (b'{"prompt": ' + b"9" * 5000 + b"}", "Exceeds the limit (4300 digits) for integer"),
@@ -83,7 +102,8 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, line, reason):
 
 
 def test_a_file_of_another_editor_is_read(tmp_path):
-    """A byte-order mark, Windows line ends, and texts that a careless reader takes for numbers or for nothing."""
+    """A byte-order mark, Windows line ends, and texts that a careless reader takes for numbers or
+    for nothing."""
     lines = [
         '{"prompt": "nan", "chosen": "null", "rejected": "-inf"}',
         '{"prompt": "1e3", "chosen": "true", "rejected": "NaN"}',
@@ -115,17 +135,25 @@ def test_rows_have_the_end_of_what_ended_and_count_the_continuation(model, score
     batch, reports = to_batch(pairs, model.tokenizer, score, max_tokens=24)
     assert reports == []
     assert batch.chosen_tokens.tolist() == [[60, 1, 2, 3, 4, 60, 0, 0], [60, 6, 7, 0, 0, 0, 0, 0]]
-    assert batch.rejected_tokens.tolist() == [[60, 1, 2, 5, 60, 0, 0, 0], [60, 6, 8, 9, 60, 0, 0, 0]]
+    assert batch.rejected_tokens.tolist() == [
+        [60, 1, 2, 5, 60, 0, 0, 0],
+        [60, 6, 8, 9, 60, 0, 0, 0],
+    ]
     assert [np.flatnonzero(row).tolist() for row in batch.chosen_where] == [[3, 4, 5], [2]]
     assert [np.flatnonzero(row).tolist() for row in batch.rejected_where] == [[3, 4], [2, 3, 4]]
 
 
 def test_only_the_real_end_is_the_end_token():
-    """Texts that spell it have its characters; unknown words, which are one token with it here, are refused."""
+    """Texts that spell it have its characters; unknown words, which are one token with it here, are
+    refused."""
     built_in = fjax.from_pretrained(BUILT_IN)
     end = built_in.eos_id
-    pairs = [Pair("a <|endoftext|> film", " is<|endoftext|>", "<|endoftext|>", rejected_ended=False)]
-    batch, _ = to_batch(pairs, built_in.tokenizer, lambda tokens, where: jnp.zeros(len(tokens)), max_tokens=64)
+    pairs = [
+        Pair("a <|endoftext|> film", " is<|endoftext|>", "<|endoftext|>", rejected_ended=False)
+    ]
+    batch, _ = to_batch(
+        pairs, built_in.tokenizer, lambda tokens, where: jnp.zeros(len(tokens)), max_tokens=64
+    )
     chosen, rejected = np.asarray(batch.chosen_tokens[0]), np.asarray(batch.rejected_tokens[0])
     last = np.flatnonzero(batch.chosen_where[0])[-1]
     assert np.flatnonzero(chosen[: last + 1] == end).tolist() == [0, last]
@@ -133,7 +161,12 @@ def test_only_the_real_end_is_the_end_token():
     assert end not in rejected[np.asarray(batch.rejected_where[0])]
     tiny = fjax.from_pretrained(TINY)
     with pytest.raises(RunError, match=r"reads a part of 'w1 film' as its end token"):
-        to_batch([Pair("w1 film", "w2", "w3")], tiny.tokenizer, lambda tokens, where: jnp.zeros(len(tokens)), max_tokens=24)
+        to_batch(
+            [Pair("w1 film", "w2", "w3")],
+            tiny.tokenizer,
+            lambda tokens, where: jnp.zeros(len(tokens)),
+            max_tokens=24,
+        )
 
 
 def test_the_base_model_scores_all_rows_in_batches_of_one_size(model, monkeypatch):
@@ -148,7 +181,9 @@ def test_the_base_model_scores_all_rows_in_batches_of_one_size(model, monkeypatc
     batch, _ = to_batch(pairs, model.tokenizer, score, max_tokens=24)
     assert shapes == {(4, 8)}
     for side in ("chosen", "rejected"):
-        tokens, where, log_a = (getattr(batch, f"{side}_{part}") for part in ("tokens", "where", "log_a"))
+        tokens, where, log_a = (
+            getattr(batch, f"{side}_{part}") for part in ("tokens", "where", "log_a")
+        )
         np.testing.assert_allclose(log_a, log_prob_fn(model.params, tokens, where), rtol=1e-5)
 
 
@@ -157,7 +192,9 @@ def test_what_is_too_long_is_left_out_and_counted(model, score):
     batch, reports = to_batch(pairs, model.tokenizer, score, max_tokens=20)
     assert batch.chosen_tokens.tolist() == [[60, 1, 2, 60, 0, 0, 0, 0]]
     assert reports == ["2 of 3 pairs have more than 20 tokens and were left out."]
-    with pytest.raises(RunError, match="2 of 2 pairs have more than 20 tokens, so that none is left"):
+    with pytest.raises(
+        RunError, match="2 of 2 pairs have more than 20 tokens, so that none is left"
+    ):
         to_batch(pairs[1:], model.tokenizer, score, max_tokens=20)
 
 
@@ -168,19 +205,27 @@ def test_a_batch_is_a_function_of_seed_and_step(model, score):
     def at(step, seed=0):
         return batch_at(data, step, batch_size=3, seed=seed).chosen_tokens[:, 2].tolist()
 
-    epochs = [[token for step in range(3 * epoch, 3 * epoch + 3) for token in at(step)] for epoch in range(8)]
+    epochs = [
+        [token for step in range(3 * epoch, 3 * epoch + 3) for token in at(step)]
+        for epoch in range(8)
+    ]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert {token for epoch in epochs for token in epoch} == set(range(2, 12))  # what an epoch leaves out, others have
+    # what an epoch leaves out, others have
+    assert {token for epoch in epochs for token in epoch} == set(range(2, 12))
     assert at(5) == at(5) != at(5, seed=1)
     batch = batch_at(data, 4, batch_size=3, seed=0)
     assert batch.chosen_log_a.tolist() == [data.chosen_log_a[token - 2] for token in at(4)]
-    with pytest.raises(RunError, match="There are 10 pairs to be used, fewer than the 11 of a step"):
+    with pytest.raises(
+        RunError, match="There are 10 pairs to be used, fewer than the 11 of a step"
+    ):
         batch_at(data, 0, batch_size=11, seed=0)
 
 
 def test_pairs_can_be_trained_on(model, score):
-    data, _ = to_batch([Pair("w1", "w2 w3", "w4"), Pair("w5", "w6", "w7")], model.tokenizer, score, max_tokens=24)
+    data, _ = to_batch(
+        [Pair("w1", "w2 w3", "w4"), Pair("w5", "w6", "w7")], model.tokenizer, score, max_tokens=24
+    )
     loss = partial(fjax.preferences.dpo, beta=0.1)
     tuner = preference_tuner(fjax.make_log_prob_fn(model.logits_fn), optax.adam(1e-2), loss=loss)
     update, state = jax.jit(tuner.update), tuner.init(model.params)
@@ -207,7 +252,16 @@ def same_reward(texts):
 def make_pairs(monkeypatch, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("w1 w2\nw3\n\n" + "\n".join(f"w{i} w5" for i in range(10, 20)))
-    arguments = ("--model", TINY, "--prompts", path, "--max-new-tokens", 20, "--pairs-per-prompt", 3)
+    arguments = (
+        "--model",
+        TINY,
+        "--prompts",
+        path,
+        "--max-new-tokens",
+        20,
+        "--pairs-per-prompt",
+        3,
+    )
 
     def command(*more):
         return run(monkeypatch, Config, main, *arguments, *more)
@@ -219,7 +273,10 @@ def make_pairs(monkeypatch, tmp_path):
 def test_the_script_makes_pairs_that_can_be_read(make_pairs, tmp_path, capsys, labels):
     path = tmp_path / "pairs.jsonl"
     SEEN.clear()
-    assert make_pairs("--reward", f"{__name__}:count_reward", "--labels", labels, "--output", path) == 0
+    assert (
+        make_pairs("--reward", f"{__name__}:count_reward", "--labels", labels, "--output", path)
+        == 0
+    )
     pairs, reports = read_pairs(path, skip_bad=False)
     out = capsys.readouterr().out
     assert reports == []
@@ -229,10 +286,13 @@ def test_the_script_makes_pairs_that_can_be_read(make_pairs, tmp_path, capsys, l
     chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
     better = np.mean(np.array(count_reward(chosen)) >= np.array(count_reward(rejected)) - 0.02)
     assert better == 1 if labels == "best-worst" else 0.3 < better < 0.95
-    assert {pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)} <= set(SEEN)
+    assert {pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)} <= set(
+        SEEN
+    )
     lengths = [(len(pair.chosen.split()), pair.chosen_ended) for pair in pairs]
     lengths += [(len(pair.rejected.split()), pair.rejected_ended) for pair in pairs]
-    assert {length for length, ended in lengths if not ended} == {20}  # all that --max-new-tokens allows
+    # all that --max-new-tokens allows
+    assert {length for length, ended in lengths if not ended} == {20}
     assert {length for length, ended in lengths if ended} <= set(range(20))
     assert {ended for _, ended in lengths} == {True, False}
 
@@ -240,14 +300,22 @@ def test_the_script_makes_pairs_that_can_be_read(make_pairs, tmp_path, capsys, l
 def test_pairs_do_not_depend_on_how_many_are_drawn_at_once(make_pairs, tmp_path, monkeypatch):
     for rows in (60, 24):  # 5 prompts at once, so that the last batch is not full; and 2
         monkeypatch.setattr("experiments.preference_pairs.make_pairs.ROWS", rows)
-        assert make_pairs("--reward", f"{__name__}:count_reward", "--output", tmp_path / str(rows)) == 0
+        assert (
+            make_pairs("--reward", f"{__name__}:count_reward", "--output", tmp_path / str(rows))
+            == 0
+        )
     assert (tmp_path / "60").read_text() == (tmp_path / "24").read_text()
 
 
 def test_bradley_terry_labels_have_its_probabilities():
     better, worse = Answer("w1", True, 1.5), Answer("w2", True, 0.5)
     rng, config = np.random.default_rng(0), Config(labels="bradley-terry")
-    wins = np.mean([label(config, answers, rng)[0] is better for answers in [(better, worse), (worse, better)] * 5000])
+    wins = np.mean(
+        [
+            label(config, answers, rng)[0] is better
+            for answers in [(better, worse), (worse, better)] * 5000
+        ]
+    )
     expected = 1 / (1 + np.exp(-1.0))
     assert abs(wins - expected) < 4 * np.sqrt(expected * (1 - expected) / 10_000)
     far = Answer("w3", True, 5000.0)
@@ -271,7 +339,10 @@ def test_what_is_no_pair_is_left_out():
         (("--max-new-tokens", 40), "The model has 24 positions"),
         (("--candidates", 1), "--candidates must be at least 2"),
         (("--pairs-per-prompt", 0), "--pairs-per-prompt must be at least 1"),
-        (("--reward", f"{__name__}:same_reward"), "No two continuations of a prompt differ in text and reward"),
+        (
+            ("--reward", f"{__name__}:same_reward"),
+            "No two continuations of a prompt differ in text and reward",
+        ),
         (("--reward", "nowhere:f"), "--reward nowhere:f cannot be imported"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Offline alignment on the tiny model: every loss takes steps, a resumed run repeats none, and what cannot be is said."""
+"""Offline alignment on the tiny model: every loss takes steps, a resumed run repeats none, and what
+cannot be is said."""
 
 import json
 
@@ -23,13 +24,26 @@ def likes_w9(texts):
 @pytest.fixture
 def experiment(monkeypatch, tmp_path):
     pairs, unseen = tmp_path / "pairs.jsonl", tmp_path / "unseen.txt"
-    lines = [{"prompt": f"w{i}", "chosen": " w9 w9", "rejected": f" w{i + 1} w4"} for i in range(20, 36)]
+    lines = [
+        {"prompt": f"w{i}", "chosen": " w9 w9", "rejected": f" w{i + 1} w4"} for i in range(20, 36)
+    ]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     unseen.write_text("".join(f"w{i}\n" for i in range(10, 18)))
-    given = ("--pairs", pairs, "--unseen-prompts", unseen, "--prompts-per-batch", 4, "--pairs-per-step", 4)
+    given = (
+        "--pairs",
+        pairs,
+        "--unseen-prompts",
+        unseen,
+        "--prompts-per-batch",
+        4,
+        "--pairs-per-step",
+        4,
+    )
 
     def call(*arguments):
-        return run(monkeypatch, Config, main, *given, *SMALL, "--reward", f"{HERE}:likes_w9", *arguments)
+        return run(
+            monkeypatch, Config, main, *given, *SMALL, "--reward", f"{HERE}:likes_w9", *arguments
+        )
 
     return call
 
@@ -61,7 +75,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path):
 
     def figures(folder):
         return [
-            {k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "metrics.jsonl") if r["kind"] == "step"
+            {k: v for k, v in r.items() if k != "seconds"}
+            for r in read_jsonl(folder / "metrics.jsonl")
+            if r["kind"] == "step"
         ]
 
     assert figures(whole) == figures(parts)
@@ -92,7 +108,9 @@ def test_bad_input_is_named_before_any_step(experiment, tmp_path, capsys, argume
 
 def test_a_bad_line_stops_or_is_left_out(experiment, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
-    good = [json.dumps({"prompt": f"w{i}", "chosen": " w9", "rejected": " w4"}) for i in range(20, 24)]
+    good = [
+        json.dumps({"prompt": f"w{i}", "chosen": " w9", "rejected": " w4"}) for i in range(20, 24)
+    ]
     bad.write_text("\n".join([*good, '{"prompt": "w1", "chosen": " w9"}']) + "\n")
     arguments = ("--pairs", bad, "--steps", 1, "--run-folder", tmp_path / "run")
     assert experiment(*arguments) == 2
@@ -126,13 +144,21 @@ def test_spaces_around_a_prompt_hide_nothing(experiment, tmp_path, capsys):
         (b"[" * 100_000, "line 2 is nested too deeply"),
         (b'{"prompt": "w1", "chosen": "\xff"}', "line 2 is not UTF-8 text"),
         (b'{"prompt": "w1", "prompt": "w2"}', 'line 2 has "prompt" twice'),
-        (b'{"prompt": "w1", "chosen": "w2", "rejected": "film"}', "reads a part of 'film' as its end token"),
+        (
+            b'{"prompt": "w1", "chosen": "w2", "rejected": "film"}',
+            "reads a part of 'film' as its end token",
+        ),
     ],
 )
 def test_whatever_a_line_has_is_one_sentence(experiment, tmp_path, capsys, content, message):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\r\n' + content + b"\r\n")
-    assert experiment("--pairs", bad, "--pairs-per-step", 1, "--steps", 1, "--run-folder", tmp_path / "run") == 2
+    assert (
+        experiment(
+            "--pairs", bad, "--pairs-per-step", 1, "--steps", 1, "--run-folder", tmp_path / "run"
+        )
+        == 2
+    )
     said = " ".join(capsys.readouterr().err.split())
     assert message in said
     assert "Traceback" not in said
@@ -143,6 +169,7 @@ def test_the_win_rate_is_that_of_pairs_of_samples():
 
     mine, other = np.array([[1.0, 3.0], [2.0, 2.0]]), np.array([[2.0, 0.0], [2.0, 1.0]])
     figure = _win_rate(mine, other)
-    assert figure.value == pytest.approx((3 / 4 + 3 / 4) / 2)  # 1>0, 3>2, 3>0; and two ties, two wins
+    # 1>0, 3>2, 3>0; and two ties, two wins
+    assert figure.value == pytest.approx((3 / 4 + 3 / 4) / 2)
     single = _win_rate(mine[:1], other[:1])
     assert single.value == 0.75

@@ -1,4 +1,5 @@
-"""Prompts as the sampler wants them, files of prompts with whatever may be wrong in them, and the built-in openings."""
+"""Prompts as the sampler wants them, files of prompts with whatever may be wrong in them, and the
+built-in openings."""
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def test_rows_are_padded_on_the_left_and_begin_with_the_end_token(tiny):
     assert prompts.references == ["", ""]
 
 
-@pytest.mark.parametrize("text", ["a film <|endoftext|> ends", "<|endoftext|>", "<|endoftext|><|endoftext|>", " <|endoftext|>"])
+@pytest.mark.parametrize(
+    "text",
+    ["a film <|endoftext|> ends", "<|endoftext|>", "<|endoftext|><|endoftext|>", " <|endoftext|>"],
+)
 def test_a_text_that_spells_the_end_token_does_not_have_it(tokenizer, text):
     (row,) = token_ids(tokenizer, [text])
     assert tokenizer.eos_token_id not in row
@@ -48,12 +52,16 @@ def test_a_text_that_spells_the_end_token_does_not_have_it(tokenizer, text):
 
 def test_what_is_read_as_the_end_token_all_the_same_is_refused(tiny, tmp_path):
     """The tiny tokenizer has one token for the end and for words that it does not know."""
-    with pytest.raises(RunError, match=r"reads a part of 'w1 film' as its end token '<|endoftext|>'"):
+    with pytest.raises(
+        RunError, match=r"reads a part of 'w1 film' as its end token '<|endoftext|>'"
+    ):
         token_ids(tiny, ["w1", "w1 film"])
     path = written(tmp_path, "w1\nfilm w2\nw3\n")
     prompts, reports = read_prompts(path, tiny, max_tokens=9)
     assert prompts.texts == ["w1", "w3"]
-    assert reports == [f"{path}, left out as read as '<|endoftext|>' by the tokenizer, in part: 1 line (2)."]
+    assert reports == [
+        f"{path}, left out as read as '<|endoftext|>' by the tokenizer, in part: 1 line (2)."
+    ]
 
 
 def test_no_prompt_is_anything_but_text(tokenizer, tmp_path):
@@ -86,7 +94,10 @@ def test_a_report_of_many_lines_is_short(tiny, tmp_path):
     [
         ("", "is empty"),
         (" \n\n", "is empty"),
-        ("w1 w2\nw1 w3 w4\n\n", "There is no prompt in .* as blank: 1 line .3.. .*longer than 1 tokens: 2 lines .1, 2."),
+        (
+            "w1 w2\nw1 w3 w4\n\n",
+            "There is no prompt in .* as blank: 1 line .3.. .*longer than 1 tokens: 2 lines .1, 2.",
+        ),
         (b"w1\nw2 \xff\nw3", "Line 2 of .* is not UTF-8"),
         ("w1\nw2".encode("utf-16"), "Line 1 of .* is not UTF-8"),
     ],

@@ -13,7 +13,11 @@ from experiments._run_folder import RunError
 from fjax.training import JsonlLogger
 
 CONFIG = {"word": "<great>", "steps": 10, "clip": None}
-ABOUT = {"command": "python -m x --word '<great>'", "versions": {"fjax": "1.0", "jax": "2.0"}, "devices": ["H100", "H100"]}
+ABOUT = {
+    "command": "python -m x --word '<great>'",
+    "versions": {"fjax": "1.0", "jax": "2.0"},
+    "devices": ["H100", "H100"],
+}
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 
 
@@ -27,7 +31,10 @@ def evaluation(step: int, **figures: tuple[float, float]) -> dict:
 def run_folder(folder: Path, evaluations: list[dict], samples: list[dict]) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | ABOUT))
     (folder / "evaluation.png").write_bytes(PICTURE)
-    for name, records in (("metrics", [{"kind": "step", "step": 1}, *evaluations]), ("samples", samples)):
+    for name, records in (
+        ("metrics", [{"kind": "step", "step": 1}, *evaluations]),
+        ("samples", samples),
+    ):
         with JsonlLogger(folder / f"{name}.jsonl") as logger:
             for record in records:
                 logger.log(record)
@@ -40,14 +47,23 @@ def page(folder: Path) -> ElementTree.Element:
 
 
 def cells(root: ElementTree.Element, kind: str) -> list[list[str]]:
-    return [["".join(cell.itertext()) for cell in row] for row in root.iterfind(f".//table[@class='{kind}']/tr")]
+    return [
+        ["".join(cell.itertext()) for cell in row]
+        for row in root.iterfind(f".//table[@class='{kind}']/tr")
+    ]
 
 
 def test_figures_before_and_after_with_their_standard_errors(tmp_path):
-    first = evaluation(0, satisfaction=(0.01234, 0.0042), log_z=(-4.5, 0.12), reverse_kl=(np.inf, np.inf))
+    first = evaluation(
+        0, satisfaction=(0.01234, 0.0042), log_z=(-4.5, 0.12), reverse_kl=(np.inf, np.inf)
+    )
     middle = evaluation(5, satisfaction=(0.5, 0.1))
     last = evaluation(
-        10, satisfaction=(0.8, 0.0131), log_z=(np.nan, np.inf), reverse_kl=(36.61, 9.71), distinct_2=(0.5, np.nan)
+        10,
+        satisfaction=(0.8, 0.0131),
+        log_z=(np.nan, np.inf),
+        reverse_kl=(36.61, 9.71),
+        distinct_2=(0.5, np.nan),
     )
     root = page(run_folder(tmp_path, [first, middle, last], [{"step": 0, "text": "a"}]))
     assert cells(root, "figures") == [
@@ -71,11 +87,18 @@ def test_figures_before_and_after_with_their_standard_errors(tmp_path):
 )
 def test_as_many_digits_as_mean_something(tmp_path, value, error, expected):
     record = evaluation(0, length=(value, error))
-    assert cells(page(run_folder(tmp_path, [record], [{"step": 0, "text": "a"}])), "figures")[1][1] == expected
+    assert (
+        cells(page(run_folder(tmp_path, [record], [{"step": 0, "text": "a"}])), "figures")[1][1]
+        == expected
+    )
 
 
 def test_samples_of_the_first_and_last_step_side_by_side_and_from_all_contexts(tmp_path):
-    records = [{"step": step, "text": f"{step}, {i}", "reward": i / 3} for step in (0, 5, 10) for i in range(64 - step)]
+    records = [
+        {"step": step, "text": f"{step}, {i}", "reward": i / 3}
+        for step in (0, 5, 10)
+        for i in range(64 - step)
+    ]
     rows = cells(page(run_folder(tmp_path, [evaluation(0)], records)), "samples")
     assert len(rows) == 1 + _report.SHOWN
     assert rows[0] == ["before (step 0)", "after (step 10)"]
@@ -84,7 +107,11 @@ def test_samples_of_the_first_and_last_step_side_by_side_and_from_all_contexts(t
 
 
 def test_prompts_and_uneven_numbers_of_samples(tmp_path):
-    records = [{"step": 0, "prompt": "once", "text": "upon a time"}, {"step": 0, "text": ""}, {"step": 3, "text": "inf"}]
+    records = [
+        {"step": 0, "prompt": "once", "text": "upon a time"},
+        {"step": 0, "text": ""},
+        {"step": 3, "text": "inf"},
+    ]
     rows = cells(page(run_folder(tmp_path, [evaluation(0)], records)), "samples")
     assert rows[1:] == [["once upon a time", "inf"], ["(empty)", ""]]
 
@@ -103,10 +130,16 @@ def test_one_file_that_runs_and_loads_nothing_whatever_the_texts_are(tmp_path):
 
 def test_how_to_make_it_again_settings_versions_and_devices(tmp_path):
     root = page(run_folder(tmp_path, [evaluation(0), evaluation(10)], [{"step": 0, "text": "a"}]))
-    assert [element.text for tag in ("title", "h1") for element in root.iter(tag)] == [tmp_path.name] * 2
+    assert [element.text for tag in ("title", "h1") for element in root.iter(tag)] == [
+        tmp_path.name
+    ] * 2
     assert root.find(".//pre").text == ABOUT["command"]
-    assert root.find(".//p").text == "10 steps, 10,000 samples, 600 s on 2 × H100\n(fjax 1.0, jax 2.0)"
-    settings = {group.find("dt").text: group.find("dd").text for group in root.iterfind(".//dl/div")}
+    assert (
+        root.find(".//p").text == "10 steps, 10,000 samples, 600 s on 2 × H100\n(fjax 1.0, jax 2.0)"
+    )
+    settings = {
+        group.find("dt").text: group.find("dd").text for group in root.iterfind(".//dl/div")
+    }
     assert settings == {"word": "<great>", "steps": "10", "clip": "none"}
 
 

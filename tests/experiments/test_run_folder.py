@@ -1,4 +1,5 @@
-"""Run folders: one process each, never taken for another's, and never gone on with when something of them is missing."""
+"""Run folders: one process each, never taken for another's, and never gone on with when something
+of them is missing."""
 
 import json
 import os
@@ -27,7 +28,14 @@ from fjax.training import Checkpoints, read_jsonl
 from .commands import SMALL, TINY, run
 
 FREQUENT = ("--word", "w9", *SMALL)
-CONFIG = {"run_folder": None, "resume": False, "word": "w9", "steps": 4, "eval_every": 50, "checkpoint_every": 20}
+CONFIG = {
+    "run_folder": None,
+    "resume": False,
+    "word": "w9",
+    "steps": 4,
+    "eval_every": 50,
+    "checkpoint_every": 20,
+}
 
 
 def error_of(capsys) -> str:
@@ -41,13 +49,16 @@ def opened(**changes):
 def begin(folder: Path, *, steps: int = 0, **changes) -> Path:
     """What a run leaves behind that was stopped after so many steps, without its checkpoints."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"digests": {"--model": "1"}} | changes))
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"digests": {"--model": "1"}} | changes)
+    )
     records = [{"kind": "step", "step": step} for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
-# --- names ---------------------------------------------------------------------------------------------------------------
+# --- names
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_that_begin_at_one_moment_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -70,7 +81,10 @@ def test_the_newest_run_is_one_that_has_begun(tmp_path, monkeypatch, capsys):
         assert folder == Path("runs/task/a[1]-js-12")
         (folder / "config.json").write_text("{}")
     shutil.rmtree("runs/task")
-    with pytest.raises(RunError, match=r"no run runs/task/a\[1\]-js-\* to resume"), opened(resume=True):
+    with (
+        pytest.raises(RunError, match=r"no run runs/task/a\[1\]-js-\* to resume"),
+        opened(resume=True),
+    ):
         pass
 
 
@@ -86,7 +100,8 @@ def test_a_run_that_does_not_begin_leaves_no_folder(tmp_path, monkeypatch):
     assert mine.is_dir()
 
 
-# --- one process a folder ------------------------------------------------------------------------------------------------
+# --- one process a folder
+# ------------------------------------------------------------------------------------------------
 
 
 HOLDS = """
@@ -108,7 +123,10 @@ def test_a_run_in_use_is_refused_and_that_of_a_dead_process_taken_over(tmp_path,
             assert process.stdout.readline() == "open\n"
             in_use = f"is in use by process {process.pid} on host {socket.gethostname()}"
             for resume in (True, False):
-                with pytest.raises(RunError, match=in_use), opened(run_folder=str(folder), resume=resume):
+                with (
+                    pytest.raises(RunError, match=in_use),
+                    opened(run_folder=str(folder), resume=resume),
+                ):
                     pass
         finally:
             process.kill()
@@ -148,8 +166,15 @@ def test_a_comparison_in_use_is_refused(tmp_path):
     """Before it writes anything: two at once would start each other's runs."""
     folder = tmp_path / "comparison"
     folder.mkdir()
-    with locked(folder), pytest.raises(RunError, match=f"comparison is in use by process {os.getpid()}"):
-        compare._make(Comparison(task="lexical_constraint", folder=folder, objectives=("jensen_shannon",)), folder, [])
+    with (
+        locked(folder),
+        pytest.raises(RunError, match=f"comparison is in use by process {os.getpid()}"),
+    ):
+        compare._make(
+            Comparison(task="lexical_constraint", folder=folder, objectives=("jensen_shannon",)),
+            folder,
+            [],
+        )
     assert list(folder.iterdir()) == []
 
 
@@ -166,7 +191,8 @@ def test_what_a_kill_left_is_tidied_and_does_not_count_as_a_run(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-# --- what is missing, damaged or changed ---------------------------------------------------------------------------------
+# --- what is missing, damaged or changed
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", '{"word": "w9"', "[]", "5", "null", "\ufffe"])
@@ -175,7 +201,10 @@ def test_a_damaged_configuration_is_named(tmp_path, text):
     (folder / "config.json").write_bytes(text.encode("utf-16"))
     for data in (text.encode(), text.encode("utf-16")):
         (folder / "config.json").write_bytes(data)
-        with pytest.raises(RunError, match=r"config.json is damaged"), opened(run_folder=str(folder), resume=True):
+        with (
+            pytest.raises(RunError, match=r"config.json is damaged"),
+            opened(run_folder=str(folder), resume=True),
+        ):
             pass
 
 
@@ -183,9 +212,14 @@ def test_a_run_whose_checkpoints_or_metrics_are_gone_is_refused(tmp_path):
     """It would begin anew, and empty what is left."""
     folder = begin(tmp_path / "run", steps=3)
     kept = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(RunError, match=r"metrics.jsonl has 3 steps, but .*checkpoints is gone. Put it back, or delete"):  # noqa: SIM117
-        with opened(run_folder=str(folder), resume=True):
-            pass
+    with (
+        pytest.raises(
+            RunError,
+            match=r"metrics.jsonl has 3 steps, but .*checkpoints is gone. Put it back, or delete",
+        ),
+        opened(run_folder=str(folder), resume=True),
+    ):
+        pass
     assert (folder / "metrics.jsonl").read_bytes() == kept
     (folder / "checkpoints" / "20").mkdir(parents=True)
     (folder / "metrics.jsonl").unlink()
@@ -215,10 +249,14 @@ def test_damaged_metrics_are_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
-    ("taken", "every", "refused"), [(0, 20, False), (39, 20, False), (40, 20, True), (40, 30, False), (60, 30, True)]
+    ("taken", "every", "refused"),
+    [(0, 20, False), (39, 20, False), (40, 20, True), (40, 30, False), (60, 30, True)],
 )
-def test_no_checkpoint_is_right_until_one_must_have_been_whole(tmp_path, capsys, taken, every, refused):
-    """A save is whole when the next one begins; the larger of the two intervals, then and now, counts."""
+def test_no_checkpoint_is_right_until_one_must_have_been_whole(
+    tmp_path, capsys, taken, every, refused
+):
+    """A save is whole when the next one begins; the larger of the two intervals, then and now,
+    counts."""
     folder = begin(tmp_path / "run", steps=taken)
     config = CONFIG | {"checkpoint_every": every}
     if refused:
@@ -231,16 +269,35 @@ def test_no_checkpoint_is_right_until_one_must_have_been_whole(tmp_path, capsys,
 
 def test_changed_inputs_are_named(tmp_path, capsys):
     folder = begin(tmp_path / "run")
-    with open_run(CONFIG | {"run_folder": str(folder), "resume": True}, experiment="", title="", digests={"--model": "1"}):
+    with open_run(
+        CONFIG | {"run_folder": str(folder), "resume": True},
+        experiment="",
+        title="",
+        digests={"--model": "1"},
+    ):
         pass
-    for digests, named in (({"--model": "2"}, "--model"), ({"--model": "1", "--pairs p": "3"}, "--pairs p"), ({}, "--model")):
+    for digests, named in (
+        ({"--model": "2"}, "--model"),
+        ({"--model": "1", "--pairs p": "3"}, "--pairs p"),
+        ({}, "--model"),
+    ):
         with pytest.raises(RunError, match=f"begun with another content of {named}. Put back"):  # noqa: SIM117
-            with open_run(CONFIG | {"run_folder": str(folder), "resume": True}, experiment="", title="", digests=digests):
+            with open_run(
+                CONFIG | {"run_folder": str(folder), "resume": True},
+                experiment="",
+                title="",
+                digests=digests,
+            ):
                 pass
     old = json.loads((folder / "config.json").read_text())
     del old["digests"]
     (folder / "config.json").write_text(json.dumps(old))
-    with open_run(CONFIG | {"run_folder": str(folder), "resume": True}, experiment="", title="", digests={"--model": "2"}):
+    with open_run(
+        CONFIG | {"run_folder": str(folder), "resume": True},
+        experiment="",
+        title="",
+        digests={"--model": "2"},
+    ):
         assert "begun before fjax took digests" in capsys.readouterr().out
 
 
@@ -253,7 +310,9 @@ def test_digests_are_of_all_that_is_read(tmp_path, monkeypatch):
     Path("reward").mkdir()
     for name in ("model.safetensors", "config.json", "README.md"):
         Path("reward", name).write_text(name)
-    conditional = Conditional(predicate="digested:holds", prompts=Path("prompts.txt"), unseen_prompts=Path("unseen.txt"))
+    conditional = Conditional(
+        predicate="digested:holds", prompts=Path("prompts.txt"), unseen_prompts=Path("unseen.txt")
+    )
     model = fjax.from_pretrained(TINY)
 
     def changed(config, path, text):
@@ -267,18 +326,33 @@ def test_digests_are_of_all_that_is_read(tmp_path, monkeypatch):
 
     assert changed(conditional, "prompts.txt", "w1\n") == ["--prompts prompts.txt"]
     assert changed(conditional, "unseen.txt", "w1\n") == ["--unseen-prompts unseen.txt"]
-    assert changed(conditional, "digested.py", "def holds(*_):\n    return False\n") == ["--predicate digested:holds"]
-    assert changed(Sentiment(reward="reward"), "reward/model.safetensors", "") == ["--reward reward"]
+    assert changed(conditional, "digested.py", "def holds(*_):\n    return False\n") == [
+        "--predicate digested:holds"
+    ]
+    assert changed(Sentiment(reward="reward"), "reward/model.safetensors", "") == [
+        "--reward reward"
+    ]
     assert changed(Sentiment(reward="reward"), "reward/README.md", "") == []
-    assert changed(Sentiment(reward_folder=Path("reward")), "reward/config.json", "") == ["--reward-folder reward"]
-    assert list(_inputs.input_digests(Sentiment(reward_folder=Path("nowhere")), model, None)) == ["--model"]
+    assert changed(Sentiment(reward_folder=Path("reward")), "reward/config.json", "") == [
+        "--reward-folder reward"
+    ]
+    assert list(_inputs.input_digests(Sentiment(reward_folder=Path("nowhere")), model, None)) == [
+        "--model"
+    ]
 
-    params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-7) if x.ndim == 2 else x, model.params)
+    params = jax.tree.map(
+        lambda x: x.at[(0,) * x.ndim].add(1e-7) if x.ndim == 2 else x, model.params
+    )
     other = _inputs.input_digests(Config(), model._replace(params=params), model)
-    assert other["--start"] == _inputs.input_digests(Config(), model, None)["--model"] != other["--model"]
+    assert (
+        other["--start"]
+        == _inputs.input_digests(Config(), model, None)["--model"]
+        != other["--model"]
+    )
 
 
-# --- whole runs ----------------------------------------------------------------------------------------------------------
+# --- whole runs
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -288,17 +362,24 @@ def experiment(monkeypatch):
 
 def figures(folder: Path) -> list[str]:
     records = read_jsonl(folder / "metrics.jsonl")
-    return [repr({k: v for k, v in record.items() if k != "seconds"}) for record in records]  # of NaN as of others
+    # of NaN as of others
+    return [repr({k: v for k, v in record.items() if k != "seconds"}) for record in records]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(experiment, tmp_path, capsys, monkeypatch):
-    """To the same end, bit for bit; and when none is whole, it says so. Nothing is in its files twice."""
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    experiment, tmp_path, capsys, monkeypatch
+):
+    """To the same end, bit for bit; and when none is whole, it says so. Nothing is in its files
+    twice."""
     folder, reads = tmp_path / "run", []
     read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path)
+    )
     arguments = (*FREQUENT, "--checkpoint-every", 2, "--run-folder", folder, "--steps", 4)
     assert experiment(*arguments) == 0
-    # At the beginning and for the report, but at no save and no evaluation: each would take longer than the one before.
+    # At the beginning and for the report, but at no save and no evaluation: each would take longer
+    # than the one before.
     assert reads.count("metrics.jsonl") <= 4
     assert reads.count("samples.jsonl") == 1
     assert not (folder / "lock").exists()
@@ -310,10 +391,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(experiment, tmp_
     assert experiment(*arguments, "--resume") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"The checkpoint of step 4 in {folder / 'checkpoints'} is damaged" in printed
-    assert f"Going on from step 2; the damaged one is now {folder / 'checkpoints' / 'damaged-4'}" in printed
+    assert (
+        f"Going on from step 2; the damaged one is now {folder / 'checkpoints' / 'damaged-4'}"
+        in printed
+    )
     assert figures(folder) == whole
     assert (folder / "samples.jsonl").read_bytes() == samples
-    jax.tree.map(np.testing.assert_array_equal, fjax.from_pretrained(folder / "model").params, first)
+    jax.tree.map(
+        np.testing.assert_array_equal, fjax.from_pretrained(folder / "model").params, first
+    )
     for path in (folder / "checkpoints").glob("[0-9]*/record/data.json"):
         path.write_bytes(b"{}")
     assert experiment(*arguments, "--resume") == 2
@@ -329,14 +415,20 @@ def test_a_damaged_best_checkpoint_is_not_exported():
 
     run = SimpleNamespace(
         settings=SimpleNamespace(divergence="jensen_shannon"),
-        kept=SimpleNamespace(records={step: {"step": step, "jensen_shannon": value} for step, value in ((2, 0.1), (4, 0.2))}),
+        kept=SimpleNamespace(
+            records={
+                step: {"step": step, "jensen_shannon": value}
+                for step, value in ((2, 0.1), (4, 0.2))
+            }
+        ),
         checkpoints=SimpleNamespace(steps=[2, 4], restore=restore),
         display=SimpleNamespace(warn=said.append),
     )
     last = SimpleNamespace(state=SimpleNamespace(params={"w": 4}), proposal=None, ahead=None)
     assert _loop._nearest_params(run, last, 4) == (4, {"w": 4})
     assert said == [
-        "The checkpoint of step 2 is damaged. The model is that of the last step, 4, though it was nearer at step 2."
+        "The checkpoint of step 2 is damaged. The model is that of the last step, 4, though it was "
+        "nearer at step 2."
     ]
 
 
@@ -346,7 +438,9 @@ def test_changed_weights_and_another_tree_are_told_apart(experiment, tmp_path, c
     assert experiment(*arguments) == 0
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     loaded = fjax.from_pretrained(model)
-    fjax.save_pretrained(model, jax.tree.map(lambda x: x * 1.5, loaded.params), loaded.config, loaded.tokenizer)
+    fjax.save_pretrained(
+        model, jax.tree.map(lambda x: x * 1.5, loaded.params), loaded.config, loaded.tokenizer
+    )
     assert experiment(*arguments, "--resume") == 2
     assert "was begun with another content of --model. Put back what was there" in error_of(capsys)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept

@@ -1,4 +1,5 @@
-"""RLHF on the tiny model with rewards of one's own, and the built-in reward model on a few labels."""
+"""RLHF on the tiny model with rewards of one's own, and the built-in reward model on a few
+labels."""
 
 import zipfile
 
@@ -31,7 +32,9 @@ def experiment(monkeypatch):
 def test_two_steps_with_a_function_of_ones_own(experiment, tmp_path):
     settings = (*SMALL, "--steps", 2, "--run-folder", tmp_path / "run")
     assert experiment("--reward", f"{__name__}:length_reward", "--beta", 0.5, *settings) == 0
-    records = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"]
+    records = [
+        r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"
+    ]
     assert np.isfinite([r["reward"] for r in records]).all()
     assert np.isfinite([r["reverse_kl"] for r in records]).all()
 
@@ -42,7 +45,18 @@ def test_two_steps_with_the_built_in_reward(experiment, tmp_path, monkeypatch, c
             lines = [f"film number {i} is {word} ." for i in range(60)]
             archive.writestr(f"sentence_polarity/rt-polarity.{name}", "\n".join(lines))
     monkeypatch.setattr(reward_model, "EPOCHS", 1)
-    settings = ("--samples", 4, "--eval-samples", 8, "--max-new-tokens", 4, "--steps", 2, "--run-folder", tmp_path / "run")
+    settings = (
+        "--samples",
+        4,
+        "--eval-samples",
+        8,
+        "--max-new-tokens",
+        4,
+        "--steps",
+        2,
+        "--run-folder",
+        tmp_path / "run",
+    )
     folder = tmp_path / "reward"
     assert experiment("--corpora", tmp_path, "--reward-folder", folder, *settings) == 0
     assert "held-out snippets are classified as people did" in capsys.readouterr().out
@@ -55,8 +69,13 @@ def test_two_steps_with_the_built_in_reward(experiment, tmp_path, monkeypatch, c
 
 def test_the_scores_do_not_depend_on_the_batches():
     base = reward_model.fjax.from_pretrained(reward_model.BUILT_IN)
-    params = {"transformer": base.params, "score": {"kernel": np.ones((base.config.n_embd, 1), np.float32)}}
-    model = reward_model.RewardModel(base.config, params, base.tokenizer, reward_model.gpt2.score_fn(base.config))
+    params = {
+        "transformer": base.params,
+        "score": {"kernel": np.ones((base.config.n_embd, 1), np.float32)},
+    }
+    model = reward_model.RewardModel(
+        base.config, params, base.tokenizer, reward_model.gpt2.score_fn(base.config)
+    )
     rows = [np.array([0, *range(5, 5 + n), 0], np.int32) for n in (1, 9, 4, 20, 2)]
     together = reward_model.score_rows(model, rows)
     alone = [reward_model.score_rows(model, [row], batch_size=2)[0] for row in rows]
@@ -71,7 +90,10 @@ def test_the_scores_do_not_depend_on_the_batches():
         (("--reward", f"{__name__}:broken_reward"), "broken_reward failed on"),
         (("--reward", "./nowhere"), "Cannot load the reward model"),
         (("--beta", 0.0), "--beta must be at least 1e-06"),
-        (("--corpora", "./nowhere", "--reward-folder", "./nowhere"), "No labelled snippets at nowhere"),
+        (
+            ("--corpora", "./nowhere", "--reward-folder", "./nowhere"),
+            "No labelled snippets at nowhere",
+        ),
     ],
 )
 def test_bad_input_is_named(experiment, tmp_path, capsys, arguments, message):
@@ -98,12 +120,20 @@ def of_chance():
     base = reward_model.fjax.from_pretrained(reward_model.BUILT_IN)
     kernel = np.random.default_rng(0).normal(size=(base.config.n_embd, 1)).astype(np.float32)
     params = {"transformer": base.params, "score": {"kernel": kernel}}
-    return reward_model.RewardModel(base.config, params, base.tokenizer, reward_model.gpt2.score_fn(base.config))
+    return reward_model.RewardModel(
+        base.config, params, base.tokenizer, reward_model.gpt2.score_fn(base.config)
+    )
 
 
 @pytest.mark.parametrize(
     ("text_format", "before", "behind"),
-    [(None, [], []), ("text", [], []), ("end text", [0], []), ("text end", [], [0]), ("end text end", [0], [0])],
+    [
+        (None, [], []),
+        ("text", [], []),
+        ("end text", [0], []),
+        ("text end", [], [0]),
+        ("end text end", [0], [0]),
+    ],
 )
 def test_texts_are_scored_in_the_format_of_the_model(of_chance, text_format, before, behind):
     model = of_chance._replace(text_format=text_format)
@@ -111,18 +141,24 @@ def test_texts_are_scored_in_the_format_of_the_model(of_chance, text_format, bef
     ids = [model.tokenizer(text, split_special_tokens=True).input_ids for text in texts]
     assert all(0 not in row for row in ids)  # the second spells the end, and does not have it
     rows = [np.array([*before, *row, *behind] or [0], np.int32) for row in ids]
-    np.testing.assert_array_equal(reward_model.score_texts(model, texts), reward_model.score_rows(model, rows))
-    assert [row.tolist() for row in reward_model.text_rows(model.tokenizer, texts, text_format or "text")] == [
-        row.tolist() for row in rows
-    ]
+    np.testing.assert_array_equal(
+        reward_model.score_texts(model, texts), reward_model.score_rows(model, rows)
+    )
+    assert [
+        row.tolist()
+        for row in reward_model.text_rows(model.tokenizer, texts, text_format or "text")
+    ] == [row.tolist() for row in rows]
 
 
 def test_the_format_of_a_folder_is_kept_and_a_missing_one_is_said(of_chance, tmp_path, capsys):
-    """A foreign folder's texts are scored as they are; the built-in reward of an older version as it was trained."""
+    """A foreign folder's texts are scored as they are; the built-in reward of an older version as
+    it was trained."""
     texts = ["a great film", "dull"]
     for text_format in (None, "text", "end text end"):
         folder = tmp_path / str(text_format)
-        reward_model.save_reward_model(folder, of_chance.params, of_chance.config, of_chance.tokenizer, text_format=text_format)
+        reward_model.save_reward_model(
+            folder, of_chance.params, of_chance.config, of_chance.tokenizer, text_format=text_format
+        )
         expected = reward_model.score_texts(of_chance._replace(text_format=text_format), texts)
         found = make_reward(Config(reward=str(folder)))(texts)
         np.testing.assert_allclose(found, expected, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""What a command line stands for: every number of every command, within its range or refused; paths; and the optimiser."""
+"""What a command line stands for: every number of every command, within its range or refused;
+paths; and the optimiser."""
 
 import importlib
 import types
@@ -17,7 +18,13 @@ from experiments._settings import Settings, make_optimizer
 
 from .commands import TINY, run
 
-EXPERIMENTS = ("lexical_constraint", "sentiment_reward", "gender_balance", "conditional", "preference_pairs")
+EXPERIMENTS = (
+    "lexical_constraint",
+    "sentiment_reward",
+    "gender_balance",
+    "conditional",
+    "preference_pairs",
+)
 # Command -> the module of its Config, and what must be given besides.
 COMMANDS = {
     **{name: (f"{name}.config", ()) for name in EXPERIMENTS},
@@ -48,38 +55,60 @@ def numbers(annotation) -> type | None:
 def numeric_fields(config: type) -> dict[str, tuple[type, int]]:
     """Field -> its type and how many words it takes."""
     hints = typing.get_type_hints(config)
-    counts = {name: 2 if tuple[float, float] in typing.get_args(hint) else 1 for name, hint in hints.items()}
+    counts = {
+        name: 2 if tuple[float, float] in typing.get_args(hint) else 1
+        for name, hint in hints.items()
+    }
     return {name: (numbers(hint), counts[name]) for name, hint in hints.items() if numbers(hint)}
 
 
-CASES = [(command, name, *rest) for command in COMMANDS for name, rest in numeric_fields(config_of(command)).items()] + [
-    ("lexical_constraint", name, *rest) for name, rest in numeric_fields(Settings).items()
-]
+CASES = [
+    (command, name, *rest)
+    for command in COMMANDS
+    for name, rest in numeric_fields(config_of(command)).items()
+] + [("lexical_constraint", name, *rest) for name, rest in numeric_fields(Settings).items()]
 
 
 def test_every_command_is_in_the_table():
     """A file with a command line of its own, found by what it calls."""
     folder = Path(_arguments.__file__).parent
-    files = {path for path in folder.rglob("*.py") if "sys.exit(run(Config" in path.read_text(encoding="utf-8")}
-    assert {path.stem if path.name != "__main__.py" else path.parent.name for path in files} == set(COMMANDS)
+    files = {
+        path
+        for path in folder.rglob("*.py")
+        if "sys.exit(run(Config" in path.read_text(encoding="utf-8")
+    }
+    assert {path.stem if path.name != "__main__.py" else path.parent.name for path in files} == set(
+        COMMANDS
+    )
 
 
 def test_there_is_a_row_for_every_number_and_no_other():
     assert {name for _, name, *_ in CASES} == set(_arguments.RANGES)
 
 
-@pytest.mark.parametrize(("command", "name", "kind", "words"), CASES, ids=lambda x: str(x) if isinstance(x, str) else "")
-def test_a_number_is_within_its_range_or_refused_in_a_sentence(command, name, kind, words, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "name", "kind", "words"), CASES, ids=lambda x: str(x) if isinstance(x, str) else ""
+)
+def test_a_number_is_within_its_range_or_refused_in_a_sentence(
+    command, name, kind, words, monkeypatch, capsys
+):
     """On the parser, with main doing nothing; whether a value is refused is read off the table."""
     low, high = _arguments.RANGES[name]
     flag = _arguments.flag(name)
     chosen = []
-    for value in (*VALUES, *(f"{bound:g}" if kind is float else str(bound) for bound in (low, high))):
+    for value in (
+        *VALUES,
+        *(f"{bound:g}" if kind is float else str(bound) for bound in (low, high)),
+    ):
         chosen.clear()
         given = [*COMMANDS[command][1], flag, *([value] if words == 1 else [value, "9e5"])]
-        status = run(monkeypatch, config_of(command), lambda config: chosen.append(config) or 0, *given)
+        status = run(
+            monkeypatch, config_of(command), lambda config: chosen.append(config) or 0, *given
+        )
         number = float(value)
-        allowed = low <= number <= high and (kind is float or ("." not in value and value not in ("nan", "inf")))
+        allowed = low <= number <= high and (
+            kind is float or ("." not in value and value not in ("nan", "inf"))
+        )
         shown = capsys.readouterr().err
         joint = needs_more_than_its_range(command, name, number)
         assert status == (0 if allowed and not joint else 2), (value, shown)
@@ -131,14 +160,30 @@ def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
         paths = [name for name, hint in hints.items() if takes_a_path(hint)]
         given = [word for name in paths for word in (_arguments.flag(name), "~/x")]
         with_prompts = ["--prompts", "~/p"] if command == "conditional" else []
-        run(monkeypatch, config_of(command), lambda config: chosen.append(config) or 0, *others, *given, *with_prompts)
+        run(
+            monkeypatch,
+            config_of(command),
+            lambda config: chosen.append(config) or 0,
+            *others,
+            *given,
+            *with_prompts,
+        )
         for name in paths:
             assert str(getattr(chosen[-1], name)) in ("/home/me/x", "/home/me/p"), (command, name)
     everywhere = ("--task", "lexical_constraint", "--runs", "~/a", "~/b", "--folder", "~/c")
     run(monkeypatch, config_of("compare"), lambda config: chosen.append(config) or 0, *everywhere)
     assert chosen[-1].runs == (Path("/home/me/a"), Path("/home/me/b"))
-    run(monkeypatch, config_of("lexical_constraint"), lambda c: chosen.append(c) or 0, "--model=~/m", "--run-folder=~/r")
-    assert (chosen[-1].settings.model, chosen[-1].settings.run_folder) == ("/home/me/m", Path("/home/me/r"))
+    run(
+        monkeypatch,
+        config_of("lexical_constraint"),
+        lambda c: chosen.append(c) or 0,
+        "--model=~/m",
+        "--run-folder=~/r",
+    )
+    assert (chosen[-1].settings.model, chosen[-1].settings.run_folder) == (
+        "/home/me/m",
+        Path("/home/me/r"),
+    )
 
 
 def takes_a_path(hint) -> bool:
@@ -169,7 +214,13 @@ def params():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_only_what_is_trainable_moves_and_only_its_gradient_is_clipped(params, optimizer):
-    settings = Settings(trainable="wte|^h_0/.*bias", optimizer=optimizer, learning_rate=0.1, warmup_steps=1, max_grad_norm=0.5)
+    settings = Settings(
+        trainable="wte|^h_0/.*bias",
+        optimizer=optimizer,
+        learning_rate=0.1,
+        warmup_steps=1,
+        max_grad_norm=0.5,
+    )
     descend = make_optimizer(settings, params)
     updates, _ = descend.update(jax.tree.map(np.ones_like, params), descend.init(params), params)
     moved = {
@@ -177,14 +228,20 @@ def test_only_what_is_trainable_moves_and_only_its_gradient_is_clipped(params, o
         for keys, update in jax.tree_util.tree_leaves_with_path(updates)
         if np.asarray(update).any()
     }
-    biases = {f"h_0/{name}/bias" for name in ("attn/c_attn", "attn/c_proj", "ln_1", "ln_2", "mlp/c_fc", "mlp/c_proj")}
+    biases = {
+        f"h_0/{name}/bias"
+        for name in ("attn/c_attn", "attn/c_proj", "ln_1", "ln_2", "mlp/c_fc", "mlp/c_proj")
+    }
     assert moved == biases | {"wte/embedding"}
     if optimizer == "sgd":
         np.testing.assert_allclose(optax.tree.norm(updates), 0.1 * 0.5, rtol=1e-5)
 
 
 def test_a_pattern_without_parameters_is_refused(params):
-    with pytest.raises(RunError, match=r"--trainable 'lm_head' is in no parameter's path\. There are h_N/.*, wte/emb"):
+    with pytest.raises(
+        RunError,
+        match=r"--trainable 'lm_head' is in no parameter's path\. There are h_N/.*, wte/emb",
+    ):
         make_optimizer(Settings(trainable="lm_head"), params)
     with pytest.raises(ValueError, match=r"--trainable must be a regular expression, got '\(wte'"):
         Settings(trainable="(wte")

@@ -20,10 +20,24 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
                     "log_z": -4.5,
                     "log_z_std_error": float("inf"),
                 }
-                logger.log({"kind": "evaluation", "step": step, "samples": 1000 * step, "seconds": 3.0} | figures)
+                logger.log(
+                    {"kind": "evaluation", "step": step, "samples": 1000 * step, "seconds": 3.0}
+                    | figures
+                )
                 logger.log({"kind": "step", "step": step + 1})
     folders = [tmp_path / "jensen_shannon", tmp_path / "reverse_kl"]
-    assert run(monkeypatch, tabulate.Config, tabulate.main, *folders, "--figures", "satisfaction", "log_z") == 0
+    assert (
+        run(
+            monkeypatch,
+            tabulate.Config,
+            tabulate.main,
+            *folders,
+            "--figures",
+            "satisfaction",
+            "log_z",
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines() == [
         "|  | satisfaction | log Z | samples drawn | seconds |",
         "| --- | --- | --- | --- | --- |",

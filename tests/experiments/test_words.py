@@ -1,4 +1,5 @@
-"""What a whole word is, in scripts with spaces and without, and in spellings that only differ to a computer."""
+"""What a whole word is, in scripts with spaces and without, and in spellings that only differ to a
+computer."""
 
 import unicodedata
 

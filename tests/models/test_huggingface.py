@@ -51,8 +51,12 @@ def assert_same(params, expected):
 def test_the_model_is_whole(model):
     assert model.eos_id == 60
     assert model.tokenizer.decode([3, 14]) == "w3 w14"
-    assert jax.tree.structure(model.params) == jax.tree.structure(gpt2.init_params(model.config, jax.random.key(0)))
-    logits, cache = model.decode_fn(model.params, jnp.ones((2, 3), jnp.int32), model.init_cache(2, 5))
+    assert jax.tree.structure(model.params) == jax.tree.structure(
+        gpt2.init_params(model.config, jax.random.key(0))
+    )
+    logits, cache = model.decode_fn(
+        model.params, jnp.ones((2, 3), jnp.int32), model.init_cache(2, 5)
+    )
     assert logits.shape == (2, 61)
     assert int(cache.length) == 3
 
@@ -60,14 +64,21 @@ def test_the_model_is_whole(model):
 def test_tensors_without_the_prefix(folder, model):
     """As the first GPT-2 checkpoints on the hub have them, with buffers that are no parameters."""
     tensors = {name.removeprefix("transformer."): x for name, x in tensors_of(folder).items()}
-    write(folder, tensors | {"h.0.attn.bias": jnp.ones((1, 1, 24, 24)), "lm_head.weight": tensors["wte.weight"]})
+    write(
+        folder,
+        tensors
+        | {"h.0.attn.bias": jnp.ones((1, 1, 24, 24)), "lm_head.weight": tensors["wte.weight"]},
+    )
     assert_same(from_pretrained(folder).params, model.params)
 
 
 def test_sharded_files(folder, model):
     tensors = tensors_of(folder)
     names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, members in shards.items():
         safetensors.flax.save_file({name: tensors[name] for name in members}, folder / file)
     index = {"weight_map": {name: file for file, members in shards.items() for name in members}}
@@ -99,7 +110,11 @@ def test_round_trip(tmp_path, model, dtype):
     loaded = from_pretrained(str(tmp_path / "a" / "b"))
     assert loaded.config == model.config
     assert loaded.eos_id == model.eos_id
-    stored = model.params if dtype is None else jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params)
+    stored = (
+        model.params
+        if dtype is None
+        else jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), model.params)
+    )
     assert_same(loaded.params, stored)
     assert sorted(os.listdir(tmp_path / "a")) == ["b"]
 
@@ -149,7 +164,9 @@ def hub(monkeypatch, tmp_path):
         assert revision in (None, commit.name)
         for file in remote[name].rglob("*"):
             path = file.relative_to(remote[name])
-            if file.is_file() and any(fnmatch.fnmatch(path.as_posix(), pattern) for pattern in allow_patterns):
+            if file.is_file() and any(
+                fnmatch.fnmatch(path.as_posix(), pattern) for pattern in allow_patterns
+            ):
                 (commit / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, commit / path)
         return str(commit)
@@ -165,13 +182,20 @@ def test_a_name_that_the_hub_does_not_give_is_named(hub):
 
 
 def test_a_model_of_the_hub_is_that_of_its_whole_folder(hub, folder):
-    """Slow tokenizers have tokens in a file of their own, the end among them: without it, another token ends."""
+    """Slow tokenizers have tokens in a file of their own, the end among them: without it, another
+    token ends."""
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text(json.dumps({word: index for word, index in words.items() if index < 59}))
+    (folder / "vocab.json").write_text(
+        json.dumps({word: index for word, index in words.items() if index < 59})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "added_tokens.json").write_text(json.dumps({"<|stop|>": 59, "<|endoftext|>": 60}))
-    described = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|stop|>", "unk_token": "<|endoftext|>"}
+    described = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "eos_token": "<|stop|>",
+        "unk_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     (folder / "chat_template.jinja").write_text("one")
     (folder / "additional_chat_templates").mkdir()
@@ -181,14 +205,22 @@ def test_a_model_of_the_hub_is_that_of_its_whole_folder(hub, folder):
     assert had.eos_id == whole.eos_id == 59
     assert had.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
     assert had.tokenizer.chat_template == {"default": "one", "tools": "two"}
-    files = {path.name for path in (hub["cache"] / "owner" / "tiny" / "0123abc").rglob("*") if path.is_file()}
+    files = {
+        path.name
+        for path in (hub["cache"] / "owner" / "tiny" / "0123abc").rglob("*")
+        if path.is_file()
+    }
     assert files == {path.name for path in folder.rglob("*") if path.is_file()}
     assert hub["asked"] == [("owner/tiny", None), ("owner/tiny", "0123abc")]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model_type": "llama"}, "of type 'llama'"), ({"n_head": 0}, "n_head must be"), ({"n_inner": "x"}, "n_inner must be")],
+    [
+        ({"model_type": "llama"}, "of type 'llama'"),
+        ({"n_head": 0}, "n_head must be"),
+        ({"n_inner": "x"}, "n_inner must be"),
+    ],
 )
 def test_what_is_no_gpt2_is_not_downloaded(bare, hub, folder, changes, message):
     edit_config(folder, **changes)
@@ -215,7 +247,9 @@ def shard(folder, *, index=None, **files):
     (folder / "model.safetensors").unlink()
     for file, names in files.items():
         safetensors.flax.save_file({name: tensors[name] for name in names}, folder / file)
-    listed = {name: file for file, names in files.items() for name in names} if index is None else index
+    listed = (
+        {name: file for file, names in files.items() for name in names} if index is None else index
+    )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
 
 
@@ -249,52 +283,164 @@ def truncate(folder, size):
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
         (lambda f: edit_config(f, model_type="llama"), ValueError, "of type 'llama'"),
-        (lambda f: edit_config(f, reorder_and_upcast_attn=True), ValueError, "reorder_and_upcast_attn=True"),
-        (lambda f: edit_config(f, n_positions=99), ValueError, r"wpe.weight is \(24, 16\), not \(99, 16\)"),
-        (lambda f: edit_config(f, n_layer=3), ValueError, "lack 12 tensors of this GPT-2: h.2.attn.c_attn.bias"),
+        (
+            lambda f: edit_config(f, reorder_and_upcast_attn=True),
+            ValueError,
+            "reorder_and_upcast_attn=True",
+        ),
+        (
+            lambda f: edit_config(f, n_positions=99),
+            ValueError,
+            r"wpe.weight is \(24, 16\), not \(99, 16\)",
+        ),
+        (
+            lambda f: edit_config(f, n_layer=3),
+            ValueError,
+            "lack 12 tensors of this GPT-2: h.2.attn.c_attn.bias",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "has no tokenizer"),
-        (lambda f: (f / "tokenizer.json").write_text("{}"), ValueError, "The tokenizer in .* cannot be read, "),
-        (lambda f: (f / "tokenizer.json").write_text("["), ValueError, "The tokenizer in .* cannot be read, "),
-        (lambda f: (f / "tokenizer_config.json").write_text("[]"), ValueError, "The tokenizer in .* cannot be read, "),
-        (lambda f: edit_config(f, summary_type=3), ValueError, "The tokenizer in .* cannot be read, .*summary_type"),
-        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "not a whole safetensors file"),
+        (
+            lambda f: (f / "tokenizer.json").write_text("{}"),
+            ValueError,
+            "The tokenizer in .* cannot be read, ",
+        ),
+        (
+            lambda f: (f / "tokenizer.json").write_text("["),
+            ValueError,
+            "The tokenizer in .* cannot be read, ",
+        ),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text("[]"),
+            ValueError,
+            "The tokenizer in .* cannot be read, ",
+        ),
+        (
+            lambda f: edit_config(f, summary_type=3),
+            ValueError,
+            "The tokenizer in .* cannot be read, .*summary_type",
+        ),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            FileNotFoundError,
+            "neither model.safetensors nor",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"no"),
+            ValueError,
+            "not a whole safetensors file",
+        ),
         (
             lambda f: write(f, tensors_of(f) | {"lm_head.weight": jnp.zeros((61, 16))}),
             ValueError,
             "an lm_head that differs from wte",
         ),
-        (lambda f: (f / "config.json").write_text("[1]"), ValueError, "is a JSON list, not an object"),
+        (
+            lambda f: (f / "config.json").write_text("[1]"),
+            ValueError,
+            "is a JSON list, not an object",
+        ),
         (lambda f: (f / "config.json").write_text("[" * 100_000), ValueError, "is not JSON"),
-        (lambda f: (f / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}'), ValueError, "is not JSON"),
-        (lambda f: edit_config(f, n_head=0), ValueError, "of no GPT-2: n_head must be a whole number from 1 .* got 0"),
+        (
+            lambda f: (f / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}'),
+            ValueError,
+            "is not JSON",
+        ),
+        (
+            lambda f: edit_config(f, n_head=0),
+            ValueError,
+            "of no GPT-2: n_head must be a whole number from 1 .* got 0",
+        ),
         (lambda f: edit_config(f, n_layer=-1), ValueError, "n_layer must be a whole number"),
-        (lambda f: edit_config(f, n_embd="16"), ValueError, "n_embd must be a whole number from 1 .* got '16'"),
+        (
+            lambda f: edit_config(f, n_embd="16"),
+            ValueError,
+            "n_embd must be a whole number from 1 .* got '16'",
+        ),
         (lambda f: edit_config(f, n_layer=2.0), ValueError, "n_layer must be a whole number"),
         (lambda f: edit_config(f, n_layer=True), ValueError, "n_layer must be a whole number"),
         (lambda f: edit_config(f, n_layer=None), ValueError, "n_layer must be a whole number"),
-        (lambda f: edit_config(f, n_positions=[24]), ValueError, "n_positions must be a whole number"),
+        (
+            lambda f: edit_config(f, n_positions=[24]),
+            ValueError,
+            "n_positions must be a whole number",
+        ),
         (lambda f: edit_config(f, n_inner=0), ValueError, "n_inner must be a whole number"),
-        (lambda f: edit_config(f, vocab_size=10**12), ValueError, "vocab_size must be a whole number from 1 to 2147483647"),
-        (lambda f: edit_config(f, vocab_size=2**31 - 1), ValueError, r"wte.weight is \(61, 16\), not \(2147483647, 16\)"),
-        (lambda f: edit_config(f, n_layer=10**6), ValueError, "are 28 tensors, too few for n_layer=1000000 blocks"),
+        (
+            lambda f: edit_config(f, vocab_size=10**12),
+            ValueError,
+            "vocab_size must be a whole number from 1 to 2147483647",
+        ),
+        (
+            lambda f: edit_config(f, vocab_size=2**31 - 1),
+            ValueError,
+            r"wte.weight is \(61, 16\), not \(2147483647, 16\)",
+        ),
+        (
+            lambda f: edit_config(f, n_layer=10**6),
+            ValueError,
+            "are 28 tensors, too few for n_layer=1000000 blocks",
+        ),
         (lambda f: edit_config(f, n_head=3), ValueError, "n_embd must be a multiple of n_head"),
-        (lambda f: edit_config(f, layer_norm_epsilon="x"), ValueError, "layer_norm_epsilon must be a number"),
-        (lambda f: edit_config(f, layer_norm_epsilon=float("nan")), ValueError, "layer_norm_epsilon must be a number"),
-        (lambda f: edit_config(f, attn_pdrop=1.0), ValueError, "attn_pdrop must be a number from 0 to less than 1"),
-        (lambda f: edit_config(f, activation_function="swish"), ValueError, "activation_function must be one of"),
-        (lambda f: edit_config(f, activation_function=["gelu"]), ValueError, "activation_function must be one of"),
+        (
+            lambda f: edit_config(f, layer_norm_epsilon="x"),
+            ValueError,
+            "layer_norm_epsilon must be a number",
+        ),
+        (
+            lambda f: edit_config(f, layer_norm_epsilon=float("nan")),
+            ValueError,
+            "layer_norm_epsilon must be a number",
+        ),
+        (
+            lambda f: edit_config(f, attn_pdrop=1.0),
+            ValueError,
+            "attn_pdrop must be a number from 0 to less than 1",
+        ),
+        (
+            lambda f: edit_config(f, activation_function="swish"),
+            ValueError,
+            "activation_function must be one of",
+        ),
+        (
+            lambda f: edit_config(f, activation_function=["gelu"]),
+            ValueError,
+            "activation_function must be one of",
+        ),
         (
             lambda f: edit_config(f, num_attention_heads=4),
             ValueError,
             "two things of n_head: (2|4) and (num_attention_heads=4|n_head=2)",
         ),
-        (lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True), ValueError, "scale_attn_by_inverse_layer_idx=True"),
-        (lambda f: edit_config(f, scale_attn_weights=False), ValueError, "scale_attn_weights=False"),
-        (lambda f: edit_config(f, add_cross_attention=True), ValueError, "add_cross_attention=True"),
-        (lambda f: edit_config(f, quantization_config={"bits": 8}), ValueError, "quantization_config={'bits': 8}"),
-        (lambda f: edit_config(f, tie_word_embeddings=False), ValueError, "tie_word_embeddings=False and no lm_head.weight"),
-        (lambda f: edit_config(f, n_layer=1), ValueError, "have 12 tensors that this GPT-2 has not: h.1.attn.c_attn.bias"),
+        (
+            lambda f: edit_config(f, scale_attn_by_inverse_layer_idx=True),
+            ValueError,
+            "scale_attn_by_inverse_layer_idx=True",
+        ),
+        (
+            lambda f: edit_config(f, scale_attn_weights=False),
+            ValueError,
+            "scale_attn_weights=False",
+        ),
+        (
+            lambda f: edit_config(f, add_cross_attention=True),
+            ValueError,
+            "add_cross_attention=True",
+        ),
+        (
+            lambda f: edit_config(f, quantization_config={"bits": 8}),
+            ValueError,
+            "quantization_config={'bits': 8}",
+        ),
+        (
+            lambda f: edit_config(f, tie_word_embeddings=False),
+            ValueError,
+            "tie_word_embeddings=False and no lm_head.weight",
+        ),
+        (
+            lambda f: edit_config(f, n_layer=1),
+            ValueError,
+            "have 12 tensors that this GPT-2 has not: h.1.attn.c_attn.bias",
+        ),
         (
             lambda f: edit_config(f, vocab_size=60),
             ValueError,
@@ -305,7 +451,11 @@ def truncate(folder, size):
             ValueError,
             "finite in float32: wpe",
         ),
-        (lambda f: change(f, "transformer.ln_f.bias", lambda x: x.at[0].set(-jnp.inf)), ValueError, "finite in float32: ln_f"),
+        (
+            lambda f: change(f, "transformer.ln_f.bias", lambda x: x.at[0].set(-jnp.inf)),
+            ValueError,
+            "finite in float32: ln_f",
+        ),
         (
             lambda f: change(f, "transformer.wte.weight", lambda x: x.astype(jnp.int8)),
             ValueError,
@@ -322,7 +472,9 @@ def truncate(folder, size):
             "have 1 tensors that this GPT-2 has not: score.weight",
         ),
         (
-            lambda f: write(f, tensors_of(f) | {"transformer.h.0.attn.c_attn.lora_A.weight": jnp.zeros((4, 16))}),
+            lambda f: write(
+                f, tensors_of(f) | {"transformer.h.0.attn.c_attn.lora_A.weight": jnp.zeros((4, 16))}
+            ),
             ValueError,
             "this GPT-2 has not: h.0.attn.c_attn.lora_A.weight",
         ),
@@ -332,15 +484,43 @@ def truncate(folder, size):
             "have wpe.weight twice",
         ),
         (save_adapter, ValueError, "has an adapter .adapter_config.json., which fjax does not add"),
-        (lambda f: truncate(f, -1), ValueError, "model.safetensors is not a whole safetensors file"),
-        (lambda f: truncate(f, 100), ValueError, "model.safetensors is not a whole safetensors file"),
+        (
+            lambda f: truncate(f, -1),
+            ValueError,
+            "model.safetensors is not a whole safetensors file",
+        ),
+        (
+            lambda f: truncate(f, 100),
+            ValueError,
+            "model.safetensors is not a whole safetensors file",
+        ),
         (lambda f: truncate(f, 0), ValueError, "model.safetensors is not a whole safetensors file"),
-        (lack_one, ValueError, "does not have the tensors that the index says, as to transformer.h.0.attn.c_attn.bias"),
-        (have_one_more, ValueError, "does not have the tensors that the index says, as to transformer.h.0.attn.c_attn.bias"),
+        (
+            lack_one,
+            ValueError,
+            "does not have the tensors that the index says, as to transformer.h.0.attn.c_attn.bias",
+        ),
+        (
+            have_one_more,
+            ValueError,
+            "does not have the tensors that the index says, as to transformer.h.0.attn.c_attn.bias",
+        ),
         (lambda f: index_of(f, index={}), ValueError, "are 0 tensors, too few for n_layer=2"),
-        (lambda f: index_of(f, index=["a"]), ValueError, "has no weight_map from the names of tensors"),
-        (lambda f: index_of(f, index={"wte.weight": 1}), ValueError, "has no weight_map from the names of tensors"),
-        (lambda f: index_of(f, index={"wte.weight": "../a"}), ValueError, "has no weight_map from the names of tensors"),
+        (
+            lambda f: index_of(f, index=["a"]),
+            ValueError,
+            "has no weight_map from the names of tensors",
+        ),
+        (
+            lambda f: index_of(f, index={"wte.weight": 1}),
+            ValueError,
+            "has no weight_map from the names of tensors",
+        ),
+        (
+            lambda f: index_of(f, index={"wte.weight": "../a"}),
+            ValueError,
+            "has no weight_map from the names of tensors",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(bare, folder, spoil, kind, message):
@@ -369,7 +549,9 @@ ALIASES = {
 def test_other_names_of_sizes_are_read(folder, model):
     """transformers writes the names of GPT-2 and reads these too."""
     raw = json.loads((folder / "config.json").read_text())
-    raw = {ALIASES.get(name, name): value for name, value in raw.items()} | {"num_attention_heads": 4}
+    raw = {ALIASES.get(name, name): value for name, value in raw.items()} | {
+        "num_attention_heads": 4
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     loaded = from_pretrained(folder)
     assert loaded.config == gpt2.GPT2Config(**(vars(model.config) | {"n_head": 4}))
@@ -455,7 +637,13 @@ assert transformers.logging.get_verbosity() == logging.WARNING
 
 @pytest.mark.parametrize("chosen", [{}, {"TRANSFORMERS_NO_ADVISORY_WARNINGS": ""}])
 def test_nothing_is_said_of_a_torch_that_is_not_needed(chosen):
-    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"} | chosen
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    } | chosen
     code = SILENT.format(folder=str(TINY))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

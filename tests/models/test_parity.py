@@ -1,4 +1,5 @@
-"""The same numbers as transformers' torch GPT-2: logits, log-probabilities, gradients, greedy decoding, both folders."""
+"""The same numbers as transformers' torch GPT-2: logits, log-probabilities, gradients, greedy
+decoding, both folders."""
 
 import dataclasses
 from functools import partial
@@ -33,8 +34,18 @@ def compare(logits_fn, params, tokens, counted, expected):
 
 def continue_greedily(model, prompt, where=None, *, new_tokens=8):
     cache = model.init_cache(len(prompt), prompt.shape[1] + new_tokens)
-    draw = jax.jit(partial(sample, model.decode_fn, max_new_tokens=new_tokens, eos_id=model.eos_id, transform=greedy))
-    return draw(model.params, jax.random.key(0), jnp.asarray(prompt, jnp.int32), cache, where=where).tokens
+    draw = jax.jit(
+        partial(
+            sample,
+            model.decode_fn,
+            max_new_tokens=new_tokens,
+            eos_id=model.eos_id,
+            transform=greedy,
+        )
+    )
+    return draw(
+        model.params, jax.random.key(0), jnp.asarray(prompt, jnp.int32), cache, where=where
+    ).tokens
 
 
 def test_committed_answers_of_torch():
@@ -42,21 +53,32 @@ def test_committed_answers_of_torch():
     with np.load(make_fixtures.FOLDER / "tiny-gpt2-torch.npz") as expected:
         model = from_pretrained(TINY)
         compare(model.logits_fn, model.params, expected["tokens"], expected["counted"], expected)
-        np.testing.assert_array_equal(continue_greedily(model, expected["tokens"][:, :4]), expected["greedy"])
+        np.testing.assert_array_equal(
+            continue_greedily(model, expected["tokens"][:, :4]), expected["greedy"]
+        )
 
 
 @pytest.mark.parametrize(
-    ("shape", "scale"), [(make_fixtures.SHAPE, 4.0), (SMALL, 1.0)], ids=["tiny", "the shape of GPT-2 small"]
+    ("shape", "scale"),
+    [(make_fixtures.SHAPE, 4.0), (SMALL, 1.0)],
+    ids=["tiny", "the shape of GPT-2 small"],
 )
 def test_torch(shape, scale):
     pytest.importorskip("torch")
-    torch_model = make_fixtures.torch_gpt2(shape, eos_id=shape["vocab_size"] - 1, seed=1, scale=scale)
+    torch_model = make_fixtures.torch_gpt2(
+        shape, eos_id=shape["vocab_size"] - 1, seed=1, scale=scale
+    )
     tokens, counted = make_fixtures.batch(shape, rows=2, seed=1)
     expected = make_fixtures.torch_answers(torch_model, tokens, counted)
     config = gpt2.GPT2Config(**shape)
-    tensors = {name.removeprefix("transformer."): jnp.asarray(x.detach().numpy()) for name, x in torch_model.named_parameters()}
+    tensors = {
+        name.removeprefix("transformer."): jnp.asarray(x.detach().numpy())
+        for name, x in torch_model.named_parameters()
+    }
     like = jax.eval_shape(lambda: gpt2.init_params(config, jax.random.key(0)))
-    params = jax.tree.unflatten(jax.tree.structure(like), [tensors[name] for name in huggingface._named(like)])
+    params = jax.tree.unflatten(
+        jax.tree.structure(like), [tensors[name] for name in huggingface._named(like)]
+    )
     compare(gpt2.logits_fn(config), params, tokens, counted, expected)
 
 
@@ -68,13 +90,17 @@ def test_our_folder_opens_in_transformers(tmp_path):
     config = gpt2.GPT2Config(**make_fixtures.SHAPE)
     params = jax.tree.map(lambda x: 3 * x, gpt2.init_params(config, jax.random.key(7)))
     save_pretrained(tmp_path / "model", params, config, make_fixtures.make_tokenizer())
-    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    theirs, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens, _ = make_fixtures.batch(make_fixtures.SHAPE)
     with torch.no_grad():
         logits = theirs.eval()(torch.tensor(tokens)).logits.numpy()
     ours = from_pretrained(tmp_path / "model")
-    np.testing.assert_allclose(ours.logits_fn(ours.params, jnp.asarray(tokens, jnp.int32)), logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        ours.logits_fn(ours.params, jnp.asarray(tokens, jnp.int32)), logits, rtol=0, atol=1e-4
+    )
     assert {k: getattr(theirs.config, k) for k in make_fixtures.SHAPE} == make_fixtures.SHAPE
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("w3 w14").input_ids == [3, 14]

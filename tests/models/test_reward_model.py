@@ -35,7 +35,9 @@ def test_the_score_is_of_the_last_token_that_counts(model):
     changed = model.score_fn(model.params, jnp.where(where, tokens, 7), where)
     np.testing.assert_array_equal(scores, changed)
     for i, length in enumerate((6, 4, 2)):
-        alone = model.score_fn(model.params, tokens[i : i + 1, :length], jnp.ones((1, length), bool))
+        alone = model.score_fn(
+            model.params, tokens[i : i + 1, :length], jnp.ones((1, length), bool)
+        )
         np.testing.assert_allclose(scores[i], alone[0], rtol=1e-5)
     assert model.score_fn(model.params, tokens.at[1, 3].set(8), where)[1] != scores[1]
 
@@ -43,7 +45,8 @@ def test_the_score_is_of_the_last_token_that_counts(model):
 def test_a_folder_comes_back_whole(model, tmp_path):
     save_reward_model(tmp_path / "reward", model.params, model.config, model.tokenizer)
     loaded = load_reward_model(tmp_path / "reward")
-    embedding = loaded.params["transformer"]["wte"].pop("embedding")  # with a row for padding, which transformers needs
+    # with a row for padding, which transformers needs
+    embedding = loaded.params["transformer"]["wte"].pop("embedding")
     expected = {**model.params, "transformer": {**model.params["transformer"], "wte": {}}}
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
     np.testing.assert_array_equal(embedding[:61], model.params["transformer"]["wte"]["embedding"])
@@ -51,7 +54,9 @@ def test_a_folder_comes_back_whole(model, tmp_path):
     assert loaded.config.vocab_size == 62
     assert not embedding[61].any()
     loaded.params["transformer"]["wte"]["embedding"] = embedding
-    np.testing.assert_array_equal(loaded.score_fn(loaded.params, *batch()), model.score_fn(model.params, *batch()))
+    np.testing.assert_array_equal(
+        loaded.score_fn(loaded.params, *batch()), model.score_fn(model.params, *batch())
+    )
 
 
 def padded(tokenizer):
@@ -66,7 +71,8 @@ def padded_by_the_end(tokenizer):
 
 @pytest.mark.parametrize("prepare", [lambda tokenizer: tokenizer, padded, padded_by_the_end])
 def test_padding_is_a_token_of_its_own(model, tmp_path, prepare):
-    """What is saved again is not padded again, and the tokenizer that was given is left as it was."""
+    """What is saved again is not padded again, and the tokenizer that was given is left as it
+    was."""
     tokenizer = prepare(make_tokenizer())
     before = tokenizer.pad_token_id
     for folder in (tmp_path / "once", tmp_path / "twice"):
@@ -82,7 +88,9 @@ def test_padding_is_a_token_of_its_own(model, tmp_path, prepare):
 def test_an_embedding_with_a_row_to_spare_is_not_enlarged(model, tmp_path):
     config = dataclasses.replace(model.config, vocab_size=64)
     transformer = {**model.params["transformer"], "wte": {"embedding": jnp.ones((64, 16))}}
-    save_reward_model(tmp_path / "reward", {**model.params, "transformer": transformer}, config, model.tokenizer)
+    save_reward_model(
+        tmp_path / "reward", {**model.params, "transformer": transformer}, config, model.tokenizer
+    )
     loaded = load_reward_model(tmp_path / "reward")
     assert loaded.config == config
     np.testing.assert_array_equal(loaded.params["transformer"]["wte"]["embedding"], 1.0)
@@ -90,14 +98,22 @@ def test_an_embedding_with_a_row_to_spare_is_not_enlarged(model, tmp_path):
 
 @pytest.mark.parametrize("text_format", [None, *fjax.models.huggingface.TEXT_FORMATS])
 def test_the_folder_says_what_it_was_trained_on(model, tmp_path, text_format):
-    save_reward_model(tmp_path / "reward", model.params, model.config, model.tokenizer, text_format=text_format)
+    save_reward_model(
+        tmp_path / "reward", model.params, model.config, model.tokenizer, text_format=text_format
+    )
     assert load_reward_model(tmp_path / "reward").text_format == text_format
-    assert ("text_format" in (tmp_path / "reward" / "config.json").read_text()) is (text_format is not None)
+    assert ("text_format" in (tmp_path / "reward" / "config.json").read_text()) is (
+        text_format is not None
+    )
 
 
 def test_a_format_that_nobody_knows_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match=r"text_format must be one of text, end text, .* got 'bos text'"):
-        save_reward_model(tmp_path / "reward", model.params, model.config, model.tokenizer, text_format="bos text")
+    with pytest.raises(
+        ValueError, match=r"text_format must be one of text, end text, .* got 'bos text'"
+    ):
+        save_reward_model(
+            tmp_path / "reward", model.params, model.config, model.tokenizer, text_format="bos text"
+        )
     assert not (tmp_path / "reward").exists()
     save_reward_model(tmp_path / "reward", model.params, model.config, model.tokenizer)
     path = tmp_path / "reward" / "config.json"
@@ -114,10 +130,14 @@ def test_a_head_of_two_labels_or_with_more_beside_it_is_refused(model, tmp_path)
     safetensors.flax.save_file(tensors | {"score.bias": jnp.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"tensors that this GPT-2 has not: score.bias"):
         load_reward_model(folder)
-    safetensors.flax.save_file(tensors | {"score.weight": jnp.zeros((2, 16))}, folder / "model.safetensors")
+    safetensors.flax.save_file(
+        tensors | {"score.weight": jnp.zeros((2, 16))}, folder / "model.safetensors"
+    )
     with pytest.raises(ValueError, match=r"of shape \(1, 16\), and has one of shape \(2, 16\)"):
         load_reward_model(folder)
-    safetensors.flax.save_file(tensors | {"score.weight": jnp.full((1, 16), jnp.nan)}, folder / "model.safetensors")
+    safetensors.flax.save_file(
+        tensors | {"score.weight": jnp.full((1, 16), jnp.nan)}, folder / "model.safetensors"
+    )
     with pytest.raises(ValueError, match=r"not finite in float32: score.weight"):
         load_reward_model(folder)
 
@@ -129,7 +149,10 @@ def test_a_reward_model_is_no_language_model(model, tmp_path):
 
 
 def test_a_language_model_is_no_reward_model():
-    with pytest.raises(ValueError, match=r"is no reward model: it needs a score.weight of shape \(1, 16\), and has none"):
+    with pytest.raises(
+        ValueError,
+        match=r"is no reward model: it needs a score.weight of shape \(1, 16\), and has none",
+    ):
         load_reward_model(TINY)
 
 
@@ -149,7 +172,8 @@ def test_transformers_gives_the_same_scores(model, tmp_path):
 
 
 def test_transformers_gives_the_same_scores_to_a_padded_batch(model, tmp_path):
-    """Of texts of several lengths, some with the end token last. Were that the padding, those would be scored one early."""
+    """Of texts of several lengths, some with the end token last. Were that the padding, those would
+    be scored one early."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

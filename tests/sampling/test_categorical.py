@@ -1,4 +1,5 @@
-"""The inverse CDF in blocks: exact at both ends, never an impossible token, and the right frequencies."""
+"""The inverse CDF in blocks: exact at both ends, never an impossible token, and the right
+frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ def keys_of(n):
 
 
 def skewed_logits(vocabulary, seed=0):
-    """Some probable tokens, a long tail, and a fifth of the tokens impossible, the first and the last among them."""
+    """Some probable tokens, a long tail, and a fifth of the tokens impossible, the first and the
+    last among them."""
     rng = np.random.default_rng(seed)
     logits = 2.0 * rng.normal(size=vocabulary)
     logits[rng.random(vocabulary) < 0.2] = -np.inf
@@ -28,7 +30,17 @@ def skewed_logits(vocabulary, seed=0):
 
 @pytest.mark.parametrize("uniform", [0.0, 2**-23, 0.3, LARGEST_UNIFORM])
 @pytest.mark.parametrize(
-    "weights", [[1], [0, 1], [1, 0], [0, 0, 2, 0], [0, 1e-30, 0], [1, 1e-12, 0], [0, 1e-12, 1, 0], [3e38, 0.0, 1e-38]]
+    "weights",
+    [
+        [1],
+        [0, 1],
+        [1, 0],
+        [0, 0, 2, 0],
+        [0, 1e-30, 0],
+        [1, 1e-12, 0],
+        [0, 1e-12, 1, 0],
+        [3e38, 0.0, 1e-38],
+    ],
 )
 def test_no_weight_no_draw(weights, uniform):
     weights = np.asarray(weights, np.float32)
@@ -43,7 +55,8 @@ def test_ends_of_the_interval():
 
 
 def test_inverse_is_the_exact_one_away_from_the_steps():
-    """Against a running sum in float64, over a grid of uniforms; 1e-6 around each step is left to rounding."""
+    """Against a running sum in float64, over a grid of uniforms; 1e-6 around each step is left to
+    rounding."""
     weights = np.random.default_rng(1).random(300).astype(np.float32)
     cdf = np.cumsum(weights.astype(float)) / weights.sum(dtype=float)
     grid = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)
@@ -58,22 +71,29 @@ def test_log_prob_is_that_of_the_token(vocabulary):
     logits = skewed_logits(vocabulary)
     tokens, log_probs = jax.jit(jax.vmap(draw, (0, None)))(keys_of(64), logits)
     np.testing.assert_allclose(log_probs, jax.nn.log_softmax(logits)[tokens], atol=2e-6)
-    assert np.isfinite(log_probs).all()  # no impossible token, no column of the last block's padding
+    # no impossible token, no column of the last block's padding
+    assert np.isfinite(log_probs).all()
 
 
 def test_float32_suffices_at_the_vocabulary_of_gpt2():
     logits = np.random.default_rng(2).normal(size=50257, scale=3)
     exact = logits - np.logaddexp.reduce(logits)
-    tokens, log_probs = jax.jit(jax.vmap(draw, (0, None)))(keys_of(64), jnp.asarray(logits, jnp.float32))
+    tokens, log_probs = jax.jit(jax.vmap(draw, (0, None)))(
+        keys_of(64), jnp.asarray(logits, jnp.float32)
+    )
     np.testing.assert_allclose(log_probs, exact[tokens], atol=3e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 300])
 def test_frequencies(vocabulary):
-    """Chi-square with expected counts of at least 5; the seed is fixed, and 1e-4 is what a right sampler fails with."""
+    """Chi-square with expected counts of at least 5; the seed is fixed, and 1e-4 is what a right
+    sampler fails with."""
     n, logits = 100_000, skewed_logits(vocabulary, seed=3)
     tokens, _ = jax.jit(jax.vmap(draw, (0, None)))(keys_of(n), logits)
-    counts, expected = np.bincount(tokens, minlength=vocabulary), n * np.asarray(jax.nn.softmax(logits), float)
+    counts, expected = (
+        np.bincount(tokens, minlength=vocabulary),
+        n * np.asarray(jax.nn.softmax(logits), float),
+    )
     assert not counts[expected == 0].any()
     often = expected >= 5
     observed = [*counts[often], counts[~often].sum()]
@@ -119,7 +139,9 @@ def test_half_precision_is_computed_in_float32():
     logits = skewed_logits(300).astype(jnp.bfloat16)
     token, log_prob = jax.jit(draw)(jax.random.key(0), logits)
     assert log_prob.dtype == jnp.float32
-    np.testing.assert_allclose(log_prob, jax.nn.log_softmax(logits.astype(jnp.float32))[token], atol=2e-6)
+    np.testing.assert_allclose(
+        log_prob, jax.nn.log_softmax(logits.astype(jnp.float32))[token], atol=2e-6
+    )
 
 
 def test_double_precision(x64):

@@ -1,4 +1,5 @@
-"""The decoding loop: exact on a two-token-memory toy whose every outcome is listed, and on a small GPT-2."""
+"""The decoding loop: exact on a two-token-memory toy whose every outcome is listed, and on a small
+GPT-2."""
 
 import itertools
 import re
@@ -20,7 +21,8 @@ EOS, V, T = 0, 4, 3
 
 
 class Memory(NamedTuple):
-    """The toy's cache: which columns are filled, how many, and how many tokens each row really has."""
+    """The toy's cache: which columns are filled, how many, and how many tokens each row really
+    has."""
 
     where: jax.Array
     length: jax.Array
@@ -51,7 +53,8 @@ TRANSFORM = chain(temperature(0.8), top_k(40), top_p(0.9))
 
 @pytest.fixture(scope="module")
 def params():
-    """Random weights, large enough for the predictions to be far from uniform and to depend on the context."""
+    """Random weights, large enough for the predictions to be far from uniform and to depend on the
+    context."""
     return jax.tree.map(lambda x: 4.0 * x, gpt2.init_params(CONFIG, jax.random.key(1)))
 
 
@@ -59,8 +62,12 @@ def draw_gpt2(params, rng_key, prompt, *, where=None, row_ids=None, **options):
     settings = {"max_new_tokens": 10, "eos_id": EOS, "transform": TRANSFORM, **options}
 
     def run(params, rng_key, prompt, where, row_ids):
-        cache = gpt2.init_cache(CONFIG, *prompt.shape[:1], prompt.shape[1] + settings["max_new_tokens"])
-        return sample(DECODE, params, rng_key, prompt, cache, where=where, row_ids=row_ids, **settings)
+        cache = gpt2.init_cache(
+            CONFIG, *prompt.shape[:1], prompt.shape[1] + settings["max_new_tokens"]
+        )
+        return sample(
+            DECODE, params, rng_key, prompt, cache, where=where, row_ids=row_ids, **settings
+        )
 
     return jax.jit(run)(params, rng_key, prompt, where, row_ids)
 
@@ -68,7 +75,9 @@ def draw_gpt2(params, rng_key, prompt, *, where=None, row_ids=None, **options):
 def ragged_prompts(rows=6, columns=5, seed=5):
     rng = np.random.default_rng(seed)
     where = np.arange(columns)[None] >= columns - 1 - rng.integers(0, columns, (rows, 1))
-    return jnp.asarray(np.where(where, rng.integers(1, 300, (rows, columns)), EOS)), jnp.asarray(where)
+    return jnp.asarray(np.where(where, rng.integers(1, 300, (rows, columns)), EOS)), jnp.asarray(
+        where
+    )
 
 
 def outcomes():
@@ -89,13 +98,24 @@ def exact_log_prob(table, tokens, transform, first):
 
 @pytest.mark.parametrize("transform", [identity, chain(temperature(1.5), top_k(3)), top_p(0.85)])
 def test_frequencies_on_a_listed_space(table, transform):
-    """Chi-square over all outcomes with 5 or more expected; the threshold is the 1 - 1e-4 quantile, the seed fixed."""
+    """Chi-square over all outcomes with 5 or more expected; the threshold is the 1 - 1e-4 quantile,
+    the seed fixed."""
     n, prompt = 20_000, jnp.array([[2]])
-    draw = jax.jit(partial(sample, toy_decode, max_new_tokens=T, eos_id=EOS, transform=transform, samples_per_prompt=n))
+    draw = jax.jit(
+        partial(
+            sample,
+            toy_decode,
+            max_new_tokens=T,
+            eos_id=EOS,
+            transform=transform,
+            samples_per_prompt=n,
+        )
+    )
     samples = draw(table, jax.random.key(0), prompt, memory(1, 1 + T))
     space = list(outcomes())
     log_probs = np.array([exact_log_prob(table, tokens, transform, 2) for tokens in space])
-    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)  # prefixes included, the space is whole
+    # prefixes included, the space is whole
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)
 
     place = {tokens: i for i, tokens in enumerate(space)}
     rows = zip(np.asarray(samples.tokens), np.asarray(samples.lengths), strict=True)
@@ -108,24 +128,36 @@ def test_frequencies_on_a_listed_space(table, transform):
     assert statistic < stats.chi2.ppf(1 - 1e-4, often.sum())
 
 
-@pytest.mark.parametrize("transform", [identity, temperature(0.7), top_k(20), top_p(0.9), TRANSFORM])
+@pytest.mark.parametrize(
+    "transform", [identity, temperature(0.7), top_k(20), top_p(0.9), TRANSFORM]
+)
 def test_log_probs_equal_an_uncached_rescoring(params, transform):
     """With left-padded prompts, against the teacher-forced model under the same transform."""
     prompt, where = ragged_prompts()
-    samples = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=transform, samples_per_prompt=4)
+    samples = draw_gpt2(
+        params, jax.random.key(0), prompt, where=where, transform=transform, samples_per_prompt=4
+    )
     whole = jnp.concatenate([jnp.repeat(prompt, 4, 0), samples.tokens], 1)
     real = jnp.concatenate([jnp.repeat(where, 4, 0), samples.where], 1)
     logits = gpt2.logits_fn(CONFIG)(params, whole[:, :-1], real[:, :-1], start=prompt.shape[1] - 1)
-    rescored = jnp.take_along_axis(jax.nn.log_softmax(transform(logits)), samples.tokens[..., None], -1)[..., 0]
+    rescored = jnp.take_along_axis(
+        jax.nn.log_softmax(transform(logits)), samples.tokens[..., None], -1
+    )[..., 0]
     assert samples.log_probs.dtype == jnp.float32
-    np.testing.assert_allclose(samples.log_probs, jnp.where(samples.where, rescored, 0.0), atol=1e-5)
+    np.testing.assert_allclose(
+        samples.log_probs, jnp.where(samples.where, rescored, 0.0), atol=1e-5
+    )
     assert (samples.log_probs < -1e-3).any()
 
 
 def test_nothing_counts_after_the_end_and_the_end_counts(table):
-    draw = jax.jit(partial(sample, toy_decode, max_new_tokens=6, eos_id=EOS, pad_id=9, samples_per_prompt=200))
+    draw = jax.jit(
+        partial(sample, toy_decode, max_new_tokens=6, eos_id=EOS, pad_id=9, samples_per_prompt=200)
+    )
     samples = draw(table, jax.random.key(1), jnp.array([[1]]), memory(1, 7))
-    tokens, where, lengths = (np.asarray(x) for x in (samples.tokens, samples.where, samples.lengths))
+    tokens, where, lengths = (
+        np.asarray(x) for x in (samples.tokens, samples.where, samples.lengths)
+    )
     assert set(lengths[samples.finished]) > {1, 2, 3}
     for row in range(200):
         is_end = tokens[row] == EOS
@@ -134,11 +166,20 @@ def test_nothing_counts_after_the_end_and_the_end_counts(table):
         assert (tokens[row, lengths[row] :] == 9).all()
         assert where[row].tolist() == [True] * lengths[row] + [False] * (6 - lengths[row])
     assert not np.asarray(samples.log_probs)[~where].any()
-    assert np.asarray(samples.log_probs)[where].all()  # the end-of-sequence token has its own log-probability
+    # the end-of-sequence token has its own log-probability
+    assert np.asarray(samples.log_probs)[where].all()
 
 
 def test_padding_is_the_end_by_default(table):
-    samples = sample(toy_decode, table, jax.random.key(1), jnp.ones((50, 1), int), memory(50, 7), max_new_tokens=6, eos_id=EOS)
+    samples = sample(
+        toy_decode,
+        table,
+        jax.random.key(1),
+        jnp.ones((50, 1), int),
+        memory(50, 7),
+        max_new_tokens=6,
+        eos_id=EOS,
+    )
     assert (np.asarray(samples.tokens)[~np.asarray(samples.where)] == EOS).all()
     assert not samples.where.all()
 
@@ -163,10 +204,14 @@ def test_a_split_batch_gives_the_same_samples(params):
     prompt, where = ragged_prompts()
     whole = draw_gpt2(params, jax.random.key(0), prompt, where=where)
     for cut in (slice(0, 2), slice(2, 6), slice(5, 6)):
-        part = draw_gpt2(params, jax.random.key(0), prompt[cut], where=where[cut], row_ids=jnp.arange(6)[cut])
+        part = draw_gpt2(
+            params, jax.random.key(0), prompt[cut], where=where[cut], row_ids=jnp.arange(6)[cut]
+        )
         np.testing.assert_array_equal(part.tokens, whole.tokens[cut])
         np.testing.assert_allclose(part.log_probs, whole.log_probs[cut], atol=1e-5)
-    other = draw_gpt2(params, jax.random.key(0), prompt[:2], where=where[:2], row_ids=jnp.array([7, 8]))
+    other = draw_gpt2(
+        params, jax.random.key(0), prompt[:2], where=where[:2], row_ids=jnp.array([7, 8])
+    )
     assert (other.tokens != whole.tokens[:2]).any()
 
 
@@ -177,7 +222,9 @@ def test_devices_do_not_change_the_samples(table):
     whole = sample(toy_decode, table, jax.random.key(4), prompt, memory(4, 7), **options)
 
     def half(prompt, row_ids):
-        return sample(toy_decode, table, jax.random.key(4), prompt, memory(2, 7), row_ids=row_ids, **options)
+        return sample(
+            toy_decode, table, jax.random.key(4), prompt, memory(2, 7), row_ids=row_ids, **options
+        )
 
     halves = jax.pmap(half)(prompt.reshape(2, 2, 1), jnp.arange(4).reshape(2, 2))
     np.testing.assert_array_equal(halves.tokens.reshape(4, 6), whole.tokens)
@@ -194,19 +241,26 @@ def test_left_padding_changes_nothing(params):
 
 @pytest.mark.parametrize("padding", ["right", "both sides", "holes"])
 def test_prompts_may_be_padded_anywhere(params, padding):
-    """With ids that the vocabulary has not: the same samples as from the same prompts padded on the left."""
+    """With ids that the vocabulary has not: the same samples as from the same prompts padded on the
+    left."""
     lengths = np.array([1, 2, 3, 5, 4, 2])
     where = {
         "right": np.arange(6)[None] < lengths[:, None],
         "both sides": (np.arange(6)[None] >= 1) & (np.arange(6)[None] <= lengths[:, None]),
-        "holes": np.stack([np.random.default_rng(n).permutation(np.arange(6) < n) for n in lengths]),
+        "holes": np.stack(
+            [np.random.default_rng(n).permutation(np.arange(6) < n) for n in lengths]
+        ),
     }[padding]
     prompt = np.where(where, np.random.default_rng(3).integers(1, 300, (6, 6)), -100)
     left_where = np.sort(where, axis=1)
     left = np.full_like(prompt, EOS)
     left[left_where] = prompt[where]
-    expected = draw_gpt2(params, jax.random.key(2), jnp.asarray(left), where=jnp.asarray(left_where))
-    found = draw_gpt2(params, jax.random.key(2), jnp.asarray(prompt), where=jnp.asarray(where, jnp.int32))
+    expected = draw_gpt2(
+        params, jax.random.key(2), jnp.asarray(left), where=jnp.asarray(left_where)
+    )
+    found = draw_gpt2(
+        params, jax.random.key(2), jnp.asarray(prompt), where=jnp.asarray(where, jnp.int32)
+    )
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert np.isfinite(found.log_probs).all()
 
@@ -224,7 +278,8 @@ def test_any_padding_behind_the_end(params):
     plain = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=greedy)
     ends = jnp.asarray(plain.tokens[0, 1])
     plain, padded = (
-        draw_gpt2(params, jax.random.key(0), prompt, where=where, eos_id=int(ends), pad_id=pad) for pad in (None, -100)
+        draw_gpt2(params, jax.random.key(0), prompt, where=where, eos_id=int(ends), pad_id=pad)
+        for pad in (None, -100)
     )
     assert not plain.where.all()
     np.testing.assert_array_equal(padded.tokens, jnp.where(plain.where, plain.tokens, -100))
@@ -234,7 +289,13 @@ def test_any_padding_behind_the_end(params):
 def test_row_ids_of_few_bits_do_not_overflow(table):
     draw = partial(sample, toy_decode, max_new_tokens=6, eos_id=EOS, samples_per_prompt=3)
     first, second = (
-        draw(table, jax.random.key(0), jnp.ones((2, 1), int), memory(2, 7), row_ids=jnp.array([100, 14], dtype))
+        draw(
+            table,
+            jax.random.key(0),
+            jnp.ones((2, 1), int),
+            memory(2, 7),
+            row_ids=jnp.array([100, 14], dtype),
+        )
         for dtype in (jnp.int8, jnp.int32)
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -242,7 +303,8 @@ def test_row_ids_of_few_bits_do_not_overflow(table):
 
 @pytest.mark.parametrize("transform", [temperature(0.3), top_p(0.8), TRANSFORM])
 def test_half_precision_logits_are_rescored_as_they_were_drawn(table, transform):
-    """The sampler's log-probabilities are those of `make_log_prob_fn` under the same transform, of bfloat16 logits too."""
+    """The sampler's log-probabilities are those of `make_log_prob_fn` under the same transform, of
+    bfloat16 logits too."""
 
     def half_decode(table, tokens, cache, where=None):
         logits, cache = toy_decode(table, tokens, cache, where)
@@ -251,7 +313,14 @@ def test_half_precision_logits_are_rescored_as_they_were_drawn(table, transform)
     def half_logits(table, tokens, where=None, *, start=0):
         return table[jnp.arange(tokens.shape[1])[None], tokens][:, start:].astype(jnp.bfloat16)
 
-    draw = partial(sample, half_decode, max_new_tokens=6, eos_id=EOS, transform=transform, samples_per_prompt=50)
+    draw = partial(
+        sample,
+        half_decode,
+        max_new_tokens=6,
+        eos_id=EOS,
+        transform=transform,
+        samples_per_prompt=50,
+    )
     samples = draw(table, jax.random.key(1), jnp.array([[1]]), memory(1, 7))
     tokens, where = pack(jnp.ones((50, 1), int), samples.tokens, where=samples.where)
     rescored = make_log_prob_fn(half_logits, transform=transform)(table, tokens, where)
@@ -280,7 +349,9 @@ def test_float32_under_64_bits_draws_the_same(params, bare):
     expected = draw_gpt2(params, jax.random.key(0), prompt, where=where, samples_per_prompt=2)
     with jax.enable_x64(True):
         wide = jnp.asarray(prompt, jnp.int64)
-        found = draw_gpt2(params, jax.random.key(0), wide, where=where, samples_per_prompt=2, pad_id=np.int64(EOS))
+        found = draw_gpt2(
+            params, jax.random.key(0), wide, where=where, samples_per_prompt=2, pad_id=np.int64(EOS)
+        )
     chex.assert_trees_all_equal_dtypes(found, expected)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-5)
@@ -289,10 +360,13 @@ def test_float32_under_64_bits_draws_the_same(params, bare):
 def test_samples_of_a_prompt_equal_copies_of_it(params):
     prompt, where = ragged_prompts()
     shared = draw_gpt2(params, jax.random.key(0), prompt, where=where, samples_per_prompt=3)
-    copied = draw_gpt2(params, jax.random.key(0), jnp.repeat(prompt, 3, 0), where=jnp.repeat(where, 3, 0))
+    copied = draw_gpt2(
+        params, jax.random.key(0), jnp.repeat(prompt, 3, 0), where=jnp.repeat(where, 3, 0)
+    )
     np.testing.assert_array_equal(shared.tokens, copied.tokens)
     np.testing.assert_allclose(shared.log_probs, copied.log_probs, atol=1e-5)
-    assert len({tuple(row) for row in np.asarray(shared.tokens[:3]).tolist()}) == 3  # each has a key of its own
+    # each has a key of its own
+    assert len({tuple(row) for row in np.asarray(shared.tokens[:3]).tolist()}) == 3
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(table):
@@ -318,10 +392,14 @@ def test_a_prompt_is_read_once_for_all_its_samples(table):
 
 def test_greedy_follows_the_most_probable_token(params):
     prompt, where = ragged_prompts()
-    samples = draw_gpt2(params, jax.random.key(0), prompt, where=where, transform=greedy, max_new_tokens=6)
+    samples = draw_gpt2(
+        params, jax.random.key(0), prompt, where=where, transform=greedy, max_new_tokens=6
+    )
     tokens, real = prompt, where
     for step in range(6):
-        best = jnp.argmax(gpt2.logits_fn(CONFIG)(params, tokens, real, start=tokens.shape[1] - 1)[:, 0], -1)
+        best = jnp.argmax(
+            gpt2.logits_fn(CONFIG)(params, tokens, real, start=tokens.shape[1] - 1)[:, 0], -1
+        )
         best = jnp.where(samples.where[:, step], best, EOS)
         tokens = jnp.concatenate([tokens, best[:, None].astype(tokens.dtype)], 1)
         real = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
@@ -342,11 +420,22 @@ def test_one_compilation_for_all_keys_prompts_and_equal_transforms(table):
     @partial(jax.jit, static_argnames="transform")
     @chex.assert_max_traces(n=1)
     def draw(table, rng_key, prompt, transform):
-        return sample(toy_decode, table, rng_key, prompt, memory(2, 6), max_new_tokens=4, eos_id=EOS, transform=transform)
+        return sample(
+            toy_decode,
+            table,
+            rng_key,
+            prompt,
+            memory(2, 6),
+            max_new_tokens=4,
+            eos_id=EOS,
+            transform=transform,
+        )
 
     chex.clear_trace_counter()
     for seed in range(3):
-        samples = draw(table, jax.random.key(seed), jnp.full((2, 2), seed), chain(temperature(0.9), top_k(3)))
+        samples = draw(
+            table, jax.random.key(seed), jnp.full((2, 2), seed), chain(temperature(0.9), top_k(3))
+        )
     assert isinstance(samples, Samples)
 
 
@@ -354,19 +443,32 @@ def test_one_compilation_for_all_keys_prompts_and_equal_transforms(table):
     ("changes", "message"),
     [
         ({"prompt": jnp.zeros((2, 0), int)}, "at least one column"),
-        ({"max_new_tokens": 5}, "The cache has 6 columns, but a prompt of 2 and 5 new tokens need 7"),
+        (
+            {"max_new_tokens": 5},
+            "The cache has 6 columns, but a prompt of 2 and 5 new tokens need 7",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
         ({"eos_id": V}, f"one of the {V} tokens of the vocabulary, got {V}"),
         ({"eos_id": -1}, f"one of the {V} tokens of the vocabulary, got -1"),
         ({"pad_id": 2**31}, "pad_id must be an int32, as the tokens are; got 2147483648"),
         ({"row_ids": jnp.arange(3)}, "row_ids must have shape (2,) for this prompt, got (3,)"),
-        ({"where": jnp.ones((2, 1), bool)}, "where must have the shape of what it masks, [2, 2]; got [2, 1]"),
+        (
+            {"where": jnp.ones((2, 1), bool)},
+            "where must have the shape of what it masks, [2, 2]; got [2, 1]",
+        ),
         ({"cache": memory(3, 6)}, "The cache is for [3] rows, but the prompt has 2"),
     ],
 )
 def test_misuse_is_named_when_tracing(table, changes, message, bare):
-    arguments = {"prompt": jnp.ones((2, 2), int), "cache": memory(2, 6), "max_new_tokens": 4, "eos_id": EOS} | changes
+    arguments = {
+        "prompt": jnp.ones((2, 2), int),
+        "cache": memory(2, 6),
+        "max_new_tokens": 4,
+        "eos_id": EOS,
+    } | changes
     prompt, cache = arguments.pop("prompt"), arguments.pop("cache")
     with pytest.raises(ValueError, match=re.escape(message)):
-        jax.eval_shape(partial(sample, toy_decode, **arguments), table, jax.random.key(0), prompt, cache)
+        jax.eval_shape(
+            partial(sample, toy_decode, **arguments), table, jax.random.key(0), prompt, cache
+        )

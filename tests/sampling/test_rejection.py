@@ -1,4 +1,5 @@
-"""Quasi-rejection: what the estimates say of their own error, checked from both sides; exactness is in the catalogue."""
+"""Quasi-rejection: what the estimates say of their own error, checked from both sides; exactness is
+in the catalogue."""
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,16 @@ def proposals():
 
 
 def check_error(estimate: Estimate, truth: float):
-    """Over 3000 batches the spread of the values is what their errors say: the ratio of the variances is 1 ± 5 of its errors.
+    """Over 3000 batches the spread of the values is what their errors say: the ratio of the
+    variances is 1 ± 5 of its errors.
 
-    That ratio has a relative error of √(2/3000) = 2.6 %, to which comes 1 % for the bias of a ratio of means of 300.
+    That ratio has a relative error of √(2/3000) = 2.6 %, to which comes 1 % for the bias of a ratio
+    of means of 300.
     """
     value, error = np.asarray(estimate.value), np.asarray(estimate.std_error)
     assert value.var() / (error**2).mean() == pytest.approx(1, abs=5 * np.sqrt(2 / RUNS) + 0.01)
-    assert abs(value.mean() - truth) < 5 * value.std() / np.sqrt(RUNS) + 0.1 * value.std()  # a bias of order 1/n
+    # a bias of order 1/n
+    assert abs(value.mean() - truth) < 5 * value.std() / np.sqrt(RUNS) + 0.1 * value.std()
 
 
 def test_standard_errors_are_neither_too_small_nor_too_large(x64):
@@ -40,7 +44,8 @@ def test_standard_errors_are_neither_too_small_nor_too_large(x64):
     check_error(estimate.acceptance_rate, rate)
     check_error(estimate.tv_bound, bound)
     assert (estimate.acceptance_rate.ess == N).all()
-    # With log Z from elsewhere its error counts too: of a size with that of Z_β itself, so that neither could be missing.
+    # With log Z from elsewhere its error counts too: of a size with that of Z_β itself, so that
+    # neither could be missing.
     noise = 0.05
     log_z = np.log(z) + noise * np.random.default_rng(1).normal(size=RUNS)
 
@@ -55,7 +60,8 @@ def test_standard_errors_are_neither_too_small_nor_too_large(x64):
 
 
 def test_coins_fall_as_often_as_they_should():
-    """In half precision too, where a coin of bfloat16 would have 256 sides only. 5 standard errors."""
+    """In half precision too, where a coin of bfloat16 would have 256 sides only. 5 standard
+    errors."""
     log_score, log_q, rate, *_ = proposals()
     for dtype in (jnp.float32, jnp.bfloat16):
         scores = log_score.ravel().astype(dtype), log_q.ravel().astype(dtype)
@@ -72,4 +78,8 @@ def test_proposals_may_be_spread_over_devices():
         mesh=Mesh(np.array(jax.devices()[:4]), ("rows",)), in_specs=rows, out_specs=PartitionSpec(),
     )  # fmt: skip
     expected = estimate_rejection(log_score[0], log_q[0], log_beta=LOG_BETA)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), jax.jit(spread)(log_score[0], log_q[0]), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        jax.jit(spread)(log_score[0], log_q[0]),
+        expected,
+    )

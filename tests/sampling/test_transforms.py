@@ -10,8 +10,11 @@ from hypothesis.extra import numpy as hnp
 
 from fjax.sampling import chain, greedy, identity, temperature, top_k, top_p
 
-# Float32, coarse enough for ties and wide enough for tokens whose probability is 0; padded to one size, to compile once.
-COARSE = st.integers(-40, 40).map(lambda i: i / 4) | st.sampled_from([-np.inf, -1e4, 1e4, 1e30, -1e30, -0.0])
+# Float32, coarse enough for ties and wide enough for tokens whose probability is 0; padded to one
+# size, to compile once.
+COARSE = st.integers(-40, 40).map(lambda i: i / 4) | st.sampled_from(
+    [-np.inf, -1e4, 1e4, 1e30, -1e30, -0.0]
+)
 LOGITS = hnp.arrays(np.float32, 12, elements=COARSE).filter(lambda x: np.isfinite(x).any())
 
 
@@ -31,7 +34,8 @@ def reference_top_p(logits, p):
 
 def support(transform, logits):
     kept = np.asarray(jax.jit(transform)(jnp.asarray(logits)))
-    np.testing.assert_array_equal(kept[kept > -np.inf], logits[kept > -np.inf])  # what is kept is left as it was
+    # what is kept is left as it was
+    np.testing.assert_array_equal(kept[kept > -np.inf], logits[kept > -np.inf])
     return kept > -np.inf
 
 
@@ -74,8 +78,11 @@ def test_top_p_is_the_smallest_set_that_reaches_p():
 
 @pytest.mark.parametrize("transform", [top_k(2), top_p(0.6)])
 def test_ties_stay_together(transform):
-    """The second place is shared by three tokens, one of them through the two zeros of floating point."""
-    assert support(transform, np.array([0.0, 1.0, -0.0, -2.0, 0.0], np.float32)).tolist() == [True] * 3 + [False, True]
+    """The second place is shared by three tokens, one of them through the two zeros of floating
+    point."""
+    assert support(transform, np.array([0.0, 1.0, -0.0, -2.0, 0.0], np.float32)).tolist() == [
+        True
+    ] * 3 + [False, True]
 
 
 def test_what_leaves_the_model_as_it_is():
@@ -87,7 +94,9 @@ def test_what_leaves_the_model_as_it_is():
 
 def test_greedy_is_the_limit_of_temperature_zero():
     logits = jnp.array([[0.3, 2.0, 1.9], [1.0, -1.0, 0.5]])
-    np.testing.assert_allclose(jax.nn.softmax(greedy(logits)), jax.nn.softmax(temperature(1e-3)(logits)), atol=1e-30)
+    np.testing.assert_allclose(
+        jax.nn.softmax(greedy(logits)), jax.nn.softmax(temperature(1e-3)(logits)), atol=1e-30
+    )
     assert greedy(jnp.array([5.0, 5.0, 1.0])).tolist() == [0.0, -np.inf, -np.inf]
 
 
@@ -107,9 +116,12 @@ def test_equal_settings_give_one_function():
     assert top_p(0.9) is not top_p(0.8)
 
 
-@pytest.mark.parametrize("transform", [top_k(3), top_p(0.8), chain(temperature(0.7), top_k(4), top_p(0.9))])
+@pytest.mark.parametrize(
+    "transform", [top_k(3), top_p(0.8), chain(temperature(0.7), top_k(4), top_p(0.9))]
+)
 def test_gradient_is_that_of_the_truncated_softmax(transform):
-    """The set is held fixed: the gradient of a kept token's log-probability is one-hot minus probabilities."""
+    """The set is held fixed: the gradient of a kept token's log-probability is one-hot minus
+    probabilities."""
     logits = jnp.array([0.1, 2.0, 1.0, -1.0, 1.5])
     scale = (transform(logits) / logits)[1]
     gradient = jax.grad(lambda x: jax.nn.log_softmax(transform(x))[1])(logits)
@@ -117,13 +129,17 @@ def test_gradient_is_that_of_the_truncated_softmax(transform):
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("transform", [greedy, temperature(0.5), top_k(2), top_p(0.5), chain(top_k(3), top_p(0.9))])
+@pytest.mark.parametrize(
+    "transform", [greedy, temperature(0.5), top_k(2), top_p(0.5), chain(top_k(3), top_p(0.9))]
+)
 def test_under_vmap(transform):
     logits = jax.random.normal(jax.random.key(0), (3, 4, 9))
     np.testing.assert_array_equal(jax.vmap(jax.vmap(transform))(logits), transform(logits))
 
 
-@pytest.mark.parametrize("transform", [greedy, temperature(0.5), top_k(2), top_p(0.5), chain(top_k(3), top_p(0.9))])
+@pytest.mark.parametrize(
+    "transform", [greedy, temperature(0.5), top_k(2), top_p(0.5), chain(top_k(3), top_p(0.9))]
+)
 @pytest.mark.parametrize("logits", [[0.0, jnp.nan, 2.0, 1.0], [jnp.nan] * 4, [-jnp.inf] * 4])
 def test_what_is_no_distribution_does_not_become_one(transform, logits):
     """NaN is neither dropped nor chosen with certainty: whoever normalises gets NaN."""

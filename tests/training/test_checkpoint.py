@@ -1,4 +1,5 @@
-"""Exact resume, whole-or-nothing saves, other meshes, one writer and many lookers, and errors that say what differs."""
+"""Exact resume, whole-or-nothing saves, other meshes, one writer and many lookers, and errors that
+say what differs."""
 
 import json
 import os
@@ -33,7 +34,9 @@ def step(state, rng_key):
     drawn = jax.random.categorical(jax.random.fold_in(rng_key, state.step), log_pi, shape=(32,))
     log_q = log_pi[drawn]
     log_score = jnp.where((SPACE.tokens == 2).any(1)[drawn], log_q, -jnp.inf)
-    return TUNER.update(state, Rollout(SPACE.tokens[drawn], SPACE.where[drawn], log_q, log_score))[0]
+    return TUNER.update(state, Rollout(SPACE.tokens[drawn], SPACE.where[drawn], log_q, log_score))[
+        0
+    ]
 
 
 def run(state, steps):
@@ -137,8 +140,11 @@ with Checkpoints(sys.argv[1], keep=int(sys.argv[2])) as checkpoints:
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, delay):
-    """SIGKILL some milliseconds after a save has begun; what is found is whole, and not older than two saves."""
-    process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_EVER, tmp_path, "2"], stdout=subprocess.PIPE, text=True)
+    """SIGKILL some milliseconds after a save has begun; what is found is whole, and not older than
+    two saves."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVES_FOR_EVER, tmp_path, "2"], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     begun = next(int(line) for line in process.stdout if int(line) >= 3)
     time.sleep(delay)
@@ -156,7 +162,8 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path, delay):
 @pytest.fixture
 def writer(tmp_path):
     """A process in the middle of its saves."""
-    command = [sys.executable, "-c", SAVES_FOR_EVER, tmp_path, "50"]  # so many that none is gone before it is looked at
+    # so many that none is gone before it is looked at
+    command = [sys.executable, "-c", SAVES_FOR_EVER, tmp_path, "50"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "0\n"
@@ -166,7 +173,8 @@ def writer(tmp_path):
 
 
 def test_looking_harms_no_save_in_progress(tmp_path, writer):
-    """A look that cleaned up would delete what another process is about to finish, which dies of it."""
+    """A look that cleaned up would delete what another process is about to finish, which dies of
+    it."""
     assert writer.stdout is not None
     seen = set()
     for _ in range(8):
@@ -192,7 +200,9 @@ def test_who_looks_sees_what_others_save(tmp_path):
 def test_there_is_one_writer(tmp_path, writer):
     with (
         Checkpoints(tmp_path) as second,
-        pytest.raises(BlockingIOError, match=f"in use by process {writer.pid} on host {socket.gethostname()}"),
+        pytest.raises(
+            BlockingIOError, match=f"in use by process {writer.pid} on host {socket.gethostname()}"
+        ),
     ):
         second.save(10**6, {"w": jnp.zeros(2)})
     writer.kill()
@@ -209,17 +219,23 @@ def test_there_is_one_writer(tmp_path, writer):
         ("", True),
         ('{"host": "far', True),
         ("[]", True),
-        (json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "then"}), True),  # a number that is used again
+        # a number that is used again
+        (json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": "then"}), True),
         (json.dumps({"host": "far", "pid": 1, "since": "then"}), False),
     ],
-    ids=["empty", "torn", "no-lock", "here", "far"],  # fixed: the workers of pytest-xdist have other numbers
+    # fixed: the workers of pytest-xdist have other numbers
+    ids=["empty", "torn", "no-lock", "here", "far"],
 )
 def test_a_lock_that_was_left_behind(tmp_path, lock, free):
-    """On this host the kernel says that nobody has it. Of another host nothing is known, and the message says what to do."""
+    """On this host the kernel says that nobody has it. Of another host nothing is known, and the
+    message says what to do."""
     (tmp_path / "lock").write_text(lock)
     with Checkpoints(tmp_path) as checkpoints:
         if not free:
-            with pytest.raises(BlockingIOError, match=f"process 1 on host far, since then.*delete {tmp_path / 'lock'}"):
+            with pytest.raises(
+                BlockingIOError,
+                match=f"process 1 on host far, since then.*delete {tmp_path / 'lock'}",
+            ):
                 checkpoints.save(1, {"w": jnp.zeros(2)})
             (tmp_path / "lock").unlink()
         checkpoints.save(1, {"w": jnp.zeros(2)}, wait=True)
@@ -229,7 +245,9 @@ def test_a_lock_that_was_left_behind(tmp_path, lock, free):
 def test_without_kernel_locks_a_living_process_keeps_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("fjax.training._lock.fcntl", None)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": process.pid, "since": "then"}))
+    (tmp_path / "lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": process.pid, "since": "then"})
+    )
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(BlockingIOError, match=f"process {process.pid}"):
             checkpoints.save(1, {"w": jnp.zeros(2)})
@@ -238,14 +256,19 @@ def test_without_kernel_locks_a_living_process_keeps_its_lock(tmp_path, monkeypa
         checkpoints.save(1, {"w": jnp.zeros(2)}, wait=True)
 
 
-TREE = {"w": np.random.default_rng(0).normal(size=(37, 11)).astype(np.float32), "n": np.asarray(4, np.int32)}
+TREE = {
+    "w": np.random.default_rng(0).normal(size=(37, 11)).astype(np.float32),
+    "n": np.asarray(4, np.int32),
+}
 
 
 @pytest.fixture(scope="module")
 def two_saves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     with Checkpoints(folder, score=lambda metrics: metrics["distance"]) as checkpoints:
-        checkpoints.save(3, jax.tree.map(lambda x: jnp.asarray(x) * 2, TREE), metrics={"distance": 2.0})
+        checkpoints.save(
+            3, jax.tree.map(lambda x: jnp.asarray(x) * 2, TREE), metrics={"distance": 2.0}
+        )
         checkpoints.save(4, jax.tree.map(jnp.asarray, TREE), metrics={"distance": 1.5}, wait=True)
     return folder
 
@@ -257,7 +280,8 @@ def flip(data: bytes, source: random.Random) -> bytes:
 
 
 def changes(name: str, data: bytes) -> list[tuple[str, bytes | None]]:
-    """Single bits, most of them where the arrays are; and what a full disk, or a hasty hand, leaves of a file."""
+    """Single bits, most of them where the arrays are; and what a full disk, or a hasty hand, leaves
+    of a file."""
     flips = 16 if "ocdbt.process_0/d/" in name else 2
     source = random.Random(name.split("/d/")[0])  # the names of data files are random
     flipped = [(f"bit {i}", flip(data, source)) for i in range(flips)]
@@ -265,7 +289,8 @@ def changes(name: str, data: bytes) -> list[tuple[str, bytes | None]]:
 
 
 def test_a_damaged_checkpoint_is_called_damaged_or_restored_right(two_saves, tmp_path):
-    """Every file of one. Most of those without arrays in them are not needed; but nothing else is ever restored."""
+    """Every file of one. Most of those without arrays in them are not needed; but nothing else is
+    ever restored."""
     found = {"right": [], "damaged": []}
     folder = shutil.copytree(two_saves, tmp_path / "changed")
     for path in [path for path in sorted((folder / "4").rglob("*")) if path.is_file()]:
@@ -291,7 +316,8 @@ def test_a_damaged_checkpoint_is_called_damaged_or_restored_right(two_saves, tmp
 
 
 def test_metrics_that_are_damaged_win_nothing(two_saves, tmp_path):
-    """2.0 against 1.5; a single bit makes 1.5 into 3.5, and would make the other one the best without a word."""
+    """2.0 against 1.5; a single bit makes 1.5 into 3.5, and would make the other one the best
+    without a word."""
     folder = shutil.copytree(two_saves, tmp_path / "changed")
     path = folder / "4" / "record" / "data.json"
     path.write_text(path.read_text().replace('"distance": 1.5', '"distance": 3.5'))
@@ -314,18 +340,24 @@ def test_a_damaged_checkpoint_that_is_set_aside_makes_room_for_another(two_saves
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_checkpoints_from_before_there_were_records(tmp_path, damage):
-    """They have no digests: what they hold is restored as ever, and what cannot be restored has two explanations."""
+    """They have no digests: what they hold is restored as ever, and what cannot be restored has two
+    explanations."""
     from orbax.checkpoint import v1 as ocp
 
     with ocp.training.Checkpointer(str(tmp_path)) as old:
         for step, distance in ((1, 0.5), (2, 0.75)):
-            old.save_checkpointables(step, {"tree": TREE}, metrics={"distance": distance}, force=True)
+            old.save_checkpointables(
+                step, {"tree": TREE}, metrics={"distance": distance}, force=True
+            )
     if damage:
         (tmp_path / "2" / "tree" / "manifest.ocdbt").write_bytes(b"")
     with Checkpoints(tmp_path, score=lambda metrics: metrics["distance"]) as checkpoints:
         assert (checkpoints.latest, checkpoints.best) == (2, 1)
         if damage:
-            with pytest.raises(ValueError, match=r"another tree than the one asked for: .* saved run, or is damaged"):
+            with pytest.raises(
+                ValueError,
+                match=r"another tree than the one asked for: .* saved run, or is damaged",
+            ):
                 checkpoints.restore(TREE)
         else:
             np.testing.assert_array_equal(checkpoints.restore(TREE)["w"], TREE["w"])
@@ -333,27 +365,36 @@ def test_checkpoints_from_before_there_were_records(tmp_path, damage):
 
 def test_64_bits_survive_and_other_dtypes_are_cast(tmp_path):
     """The device would cut float64 to float32; seconds of a long run need more."""
-    tree = {"seconds": np.asarray(1234567.123456789), "w": jnp.arange(3.0), "key": jax.random.key(7)}
+    tree = {
+        "seconds": np.asarray(1234567.123456789),
+        "w": jnp.arange(3.0),
+        "key": jax.random.key(7),
+    }
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree, wait=True)
         same = checkpoints.restore(tree)
         assert same["seconds"].dtype == np.float64
         assert float(same["seconds"]) == 1234567.123456789
         assert (jax.random.key_data(same["key"]) == jax.random.key_data(tree["key"])).all()
-        other = checkpoints.restore(tree | {"seconds": jnp.float32(0), "w": jnp.zeros(3, jnp.bfloat16)})
+        other = checkpoints.restore(
+            tree | {"seconds": jnp.float32(0), "w": jnp.zeros(3, jnp.bfloat16)}
+        )
     assert (other["seconds"].dtype, other["w"].dtype) == (jnp.float32, jnp.bfloat16)
     assert other["w"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_a_save_that_fails_is_forgotten(tmp_path):
-    """A full disk, played by a limit on the size of files: the error is raised, and the step counts as not saved."""
+    """A full disk, played by a limit on the size of files: the error is raised, and the step counts
+    as not saved."""
     like = {"w": np.random.default_rng(0).normal(size=10**5)}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": np.arange(1e5)}, wait=True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
         try:
-            with pytest.raises(OSError, match=f"could not be written to {tmp_path}: File too large.$"):
+            with pytest.raises(
+                OSError, match=f"could not be written to {tmp_path}: File too large.$"
+            ):
                 checkpoints.save(2, like, wait=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -365,5 +406,7 @@ def test_a_save_that_fails_is_forgotten(tmp_path):
 def test_metrics_that_are_not_numbers_are_never_best(tmp_path):
     with Checkpoints(tmp_path, keep=1, score=lambda metrics: metrics["distance"]) as checkpoints:
         for step, distance in enumerate([float("nan"), 1.0, float("nan"), 2.0, float("inf")]):
-            checkpoints.save(step, {"i": jnp.int32(step)}, metrics={"distance": distance}, wait=True)
+            checkpoints.save(
+                step, {"i": jnp.int32(step)}, metrics={"distance": distance}, wait=True
+            )
         assert (checkpoints.best, checkpoints.steps) == (1, [1, 4])

@@ -1,4 +1,5 @@
-"""The tuner's gradient is the exact one, whole or in parts; and nothing is lost when a batch says nothing or too much."""
+"""The tuner's gradient is the exact one, whole or in parts; and nothing is lost when a batch says
+nothing or too much."""
 
 import functools
 import itertools
@@ -19,7 +20,8 @@ DESCENT = optax.sgd(1.0)
 
 
 def everything(small, log_p, *, log_z=0.7):
-    """Every sequence once, as if drawn uniformly: then a mean over the batch is the exact expectation, Z included."""
+    """Every sequence once, as if drawn uniformly: then a mean over the batch is the exact
+    expectation, Z included."""
     size = small.space.tokens.shape[0]
     return Rollout(*small.space, jnp.full(size, -np.log(size)), log_p + log_z)
 
@@ -51,7 +53,9 @@ def test_micro_batches_change_nothing(size, on_policy, x64):
     small = world()
     rollout = everything(small, small.log_p_hard)
     rollout = rollout._replace(log_q=small.log_pi) if on_policy else rollout
-    make = functools.partial(fdpg, small.log_prob_fn, DESCENT, divergence=jensen_shannon(), on_policy=on_policy)
+    make = functools.partial(
+        fdpg, small.log_prob_fn, DESCENT, divergence=jensen_shannon(), on_policy=on_policy
+    )
     whole, info = gradient(make(), small.params, rollout)
     parts, info_of_parts = gradient(make(microbatch_size=size), small.params, rollout)
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-13)
@@ -63,7 +67,9 @@ def test_on_policy_trusts_the_sampler(x64):
     rollout = everything(small, small.log_p)._replace(log_q=small.log_pi)
     make = functools.partial(fdpg, small.log_prob_fn, DESCENT, divergence=forward_kl())
     np.testing.assert_allclose(
-        gradient(make(on_policy=True), small.params, rollout)[0], gradient(make(), small.params, rollout)[0], atol=1e-12
+        gradient(make(on_policy=True), small.params, rollout)[0],
+        gradient(make(), small.params, rollout)[0],
+        atol=1e-12,
     )
 
 
@@ -102,7 +108,9 @@ def test_no_recompilation():
 def test_donating_the_state_leaves_the_base_model_alone():
     small = world()
     tuner = fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl())
-    jax.jit(tuner.update, donate_argnums=0)(tuner.init(small.params), everything(small, small.log_p))
+    jax.jit(tuner.update, donate_argnums=0)(
+        tuner.init(small.params), everything(small, small.log_p)
+    )
     assert np.isfinite(small.params).all()
 
 
@@ -121,7 +129,8 @@ def test_without_a_hit_nothing_moves_and_nothing_is_nan():
     assert info.finite
     assert np.isfinite(state.params).all()
     assert abs(state.params - small.params).max() > 1e-3
-    np.testing.assert_allclose(info.log_z.value, -np.log(2), atol=1e-5)  # 7 samples of mean 0, 7 of mean 1
+    # 7 samples of mean 0, 7 of mean 1
+    np.testing.assert_allclose(info.log_z.value, -np.log(2), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["infinite divergence", "broken score"])
@@ -129,7 +138,9 @@ def test_a_non_finite_gradient_is_reported_and_changes_nothing_but_the_step(kind
     small = world()
     tuner = fdpg(small.log_prob_fn, optax.adam(0.1), divergence=reverse_kl())
     state, _ = tuner.update(tuner.init(small.params), everything(small, small.log_p))
-    bad = everything(small, small.log_p_hard if kind == "infinite divergence" else small.log_p.at[2].set(jnp.nan))
+    bad = everything(
+        small, small.log_p_hard if kind == "infinite divergence" else small.log_p.at[2].set(jnp.nan)
+    )
     after, info = jax.jit(tuner.update)(state, bad)
     assert not info.finite
     assert int(after.step) == int(state.step) + 1
@@ -144,7 +155,9 @@ def test_clipping_makes_reverse_kl_finite_and_is_counted():
     _, info = gradient(tuner, small.params, rollout)
     unclipped = small.log_pi - small.log_p_hard + 1
     assert info.finite
-    np.testing.assert_allclose(info.clipped_fraction, np.mean((unclipped < clip[0]) | (unclipped > clip[1])), atol=1e-6)
+    np.testing.assert_allclose(
+        info.clipped_fraction, np.mean((unclipped < clip[0]) | (unclipped > clip[1])), atol=1e-6
+    )
     np.testing.assert_allclose(info.reward_mean, -np.clip(unclipped, *clip).mean(), atol=1e-5)
 
 
@@ -152,28 +165,36 @@ def test_clipping_makes_reverse_kl_finite_and_is_counted():
 def test_training_reaches_the_target(case, x64):
     """A tabular policy can be p itself; each step sees the whole space.
 
-    Without a baseline: leaving one out supposes independent draws, and here every sequence occurs exactly once.
+    Without a baseline: leaving one out supposes independent draws, and here every sequence occurs
+    exactly once.
     """
     small = world()
     # χ² falls from infinity: its first gradients are of another order than all later ones.
-    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(optax.cosine_decay_schedule(0.1, 400)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adam(optax.cosine_decay_schedule(0.1, 400))
+    )
     tuner = fdpg(small.log_prob_fn, optimizer, divergence=case.divergence, baseline=0.0)
     state = tuner.init(small.params)
     rollout = everything(small, small.log_p)
     state, info = jax.lax.scan(lambda state, _: tuner.update(state, rollout), state, length=400)
     assert info.divergence.value[0] > 0.01
     assert abs(info.divergence.value[-1]) < 0.02 * info.divergence.value[0]
-    np.testing.assert_allclose(small.log_prob_fn(state.params, *small.space), small.log_p, atol=2e-2)
+    np.testing.assert_allclose(
+        small.log_prob_fn(state.params, *small.space), small.log_p, atol=2e-2
+    )
 
 
 def known_z():
     """log Z = 0, for log_score = log p: what is left is the gradient's own bias."""
     zero = jnp.zeros(())
-    return RunningLogMean(lambda: zero, lambda state, _: state, lambda state: Estimate(state, zero, zero))
+    return RunningLogMean(
+        lambda: zero, lambda state, _: state, lambda state: Estimate(state, zero, zero)
+    )
 
 
 def expected_step(n, m, divergence, *, hard, with_strata, make=fdpg):
-    """The tuner's mean gradient over every batch of n samples of the policy and m of a base model, and the exact one."""
+    """The tuner's mean gradient over every batch of n samples of the policy and m of a base model,
+    and the exact one."""
     space = enumeration.sequences(3, 1, eos_id=0)
     log_prob_fn, _ = enumeration.tabular_log_prob_fn(3, 1)
     params = jnp.array([[0.5, -0.2, 0.1]])
@@ -187,21 +208,35 @@ def expected_step(n, m, divergence, *, hard, with_strata, make=fdpg):
     tuner = make(log_prob_fn, DESCENT, log_z=known_z(), **options)
 
     def gradient(rows):
-        batch = Rollout(space.tokens[rows], space.where[rows], log_q[rows], log_p[rows], None, strata if with_strata else None)
+        batch = Rollout(
+            space.tokens[rows],
+            space.where[rows],
+            log_q[rows],
+            log_p[rows],
+            None,
+            strata if with_strata else None,
+        )
         return params - tuner.update(tuner.init(params), batch)[0].params
 
     # Not compiled: many divergences, each used once.
-    exact = enumeration.exact_gradient(log_prob_fn, params, space, log_p, divergence=divergence or reverse_kl())
+    exact = enumeration.exact_gradient(
+        log_prob_fn, params, space, log_p, divergence=divergence or reverse_kl()
+    )
     return jnp.tensordot(weights, jax.vmap(gradient)(rows), 1), exact
 
 
 PAPER = [case for case in CASES[:4] if case.allows_zeros]
-BATCHES = [(2, 2, case) for case in CASES] + [(n, m, case) for n, m in [(2, 1), (4, 1)] for case in PAPER]
+BATCHES = [(2, 2, case) for case in CASES] + [
+    (n, m, case) for n, m in [(2, 1), (4, 1)] for case in PAPER
+]
 
 
-@pytest.mark.parametrize(("n", "m", "case"), BATCHES, ids=[f"{n}-{m}-{name(case)}" for n, m, case in BATCHES])
+@pytest.mark.parametrize(
+    ("n", "m", "case"), BATCHES, ids=[f"{n}-{m}-{name(case)}" for n, m, case in BATCHES]
+)
 def test_the_expected_step_on_a_stratified_batch_is_exact(n, m, case, x64):
-    """n samples of the policy and m of the base model, always so many: what a run with a defensive share has in each batch."""
+    """n samples of the policy and m of the base model, always so many: what a run with a defensive
+    share has in each batch."""
     found, exact = expected_step(n, m, case.divergence, hard=case.allows_zeros, with_strata=True)
     assert abs(exact).max() > 1e-3
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
@@ -226,7 +261,9 @@ def test_the_figures_of_a_step_by_hand(x64):
     rows = np.array([1, 3, 4, 6])
     log_q, log_score = np.log([0.1, 0.3, 0.2, 0.25]), np.append(np.log([0.2, 0.05, 0.5]), -np.inf)
     rollout = Rollout(*(x[rows] for x in small.space), jnp.asarray(log_q), jnp.asarray(log_score))
-    _, info = gradient(fdpg(small.log_prob_fn, DESCENT, divergence=divergence, clip=clip), small.params, rollout)
+    _, info = gradient(
+        fdpg(small.log_prob_fn, DESCENT, divergence=divergence, clip=clip), small.params, rollout
+    )
     log_pi = np.asarray(small.log_pi)[rows]
     ratio = np.exp(log_score - log_q)  # P/q
     z, rho = ratio.mean(), np.exp(log_pi - log_q)
@@ -251,7 +288,8 @@ def test_the_figures_of_a_step_by_hand(x64):
 
 
 def test_the_bounds_of_f_may_be_annealed_and_all_of_it_compiled():
-    """A traced clip, and parameters that are traced when the state is made: one program, the same figures as with numbers."""
+    """A traced clip, and parameters that are traced when the state is made: one program, the same
+    figures as with numbers."""
     small = world()
     rollout = everything(small, small.log_p, log_z=0.0)
 
@@ -265,7 +303,11 @@ def test_the_bounds_of_f_may_be_annealed_and_all_of_it_compiled():
     for clip in ((-0.5, 0.5), (-1.0, 2.0)):
         found, expected = (
             clipped(small.params, *clip),
-            gradient(fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl(), clip=clip), small.params, rollout),
+            gradient(
+                fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl(), clip=clip),
+                small.params,
+                rollout,
+            ),
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
         assert found[1].clipped_fraction > 0
@@ -275,7 +317,9 @@ def test_misuse_is_refused():
     small = world()
     with refused("microbatch_size must be at least 1"):
         fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl(), microbatch_size=0)
-    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=forward_kl(), baseline=surrogates.leave_one_out)
+    tuner = fdpg(
+        small.log_prob_fn, DESCENT, divergence=forward_kl(), baseline=surrogates.leave_one_out
+    )
     single = jax.tree.map(lambda x: x[:1], everything(small, small.log_p))
     with refused("at least 2 samples"):
         tuner.update(tuner.init(small.params), single)

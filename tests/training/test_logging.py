@@ -1,4 +1,5 @@
-"""JSON lines that survive infinities, resumes and kills; and what TensorBoard and W&B make of the same records."""
+"""JSON lines that survive infinities, resumes and kills; and what TensorBoard and W&B make of the
+same records."""
 
 import io
 import json
@@ -20,12 +21,28 @@ from fjax.training.logging import _last_line
 def test_round_trip_of_whatever_a_step_reports(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with JsonlLogger(path) as logger:
-        logger.log({"step": 1, "a": jnp.float32(0.5), "b": np.inf, "c": -np.inf, "finite": np.True_, "kind": "step"})
+        logger.log(
+            {
+                "step": 1,
+                "a": jnp.float32(0.5),
+                "b": np.inf,
+                "c": -np.inf,
+                "finite": np.True_,
+                "kind": "step",
+            }
+        )
         logger.log({"step": 2, "a": float("nan"), "list": [1, 2.5], "none": None})
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     first, second = read_jsonl(path)
-    assert first == {"step": 1, "a": 0.5, "b": math.inf, "c": -math.inf, "finite": True, "kind": "step"}
+    assert first == {
+        "step": 1,
+        "a": 0.5,
+        "b": math.inf,
+        "c": -math.inf,
+        "finite": True,
+        "kind": "step",
+    }
     assert math.isnan(second.pop("a"))
     assert second == {"step": 2, "list": [1, 2.5], "none": None}
 
@@ -55,11 +72,27 @@ def test_a_line_cut_off_by_a_kill_is_left_out_but_a_broken_one_is_named(tmp_path
 TEXTS = st.one_of(
     st.text(),
     st.text(alphabet="'-nainf", max_size=6),
-    st.sampled_from(["nan", "inf", "-inf", "'nan", "''-inf", "NaN", "Infinity", "\u2028", "\x85", "\ufeff", "\ud800"]),
+    st.sampled_from(
+        [
+            "nan",
+            "inf",
+            "-inf",
+            "'nan",
+            "''-inf",
+            "NaN",
+            "Infinity",
+            "\u2028",
+            "\x85",
+            "\ufeff",
+            "\ud800",
+        ]
+    ),
 )
 VALUES = st.recursive(
     st.one_of(TEXTS, st.floats(), st.integers(), st.booleans(), st.none()),
-    lambda values: st.one_of(st.lists(values, max_size=3), st.dictionaries(TEXTS, values, max_size=3)),
+    lambda values: st.one_of(
+        st.lists(values, max_size=3), st.dictionaries(TEXTS, values, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -75,7 +108,8 @@ def same(a, b) -> bool:
 
 @given(st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), max_size=4))
 def test_whatever_is_logged_is_read(tmp_path_factory, records):
-    """Texts stay texts, "nan" among them; numbers stay numbers, nested or not; and the file is JSON to everyone else."""
+    """Texts stay texts, "nan" among them; numbers stay numbers, nested or not; and the file is JSON
+    to everyone else."""
     path = tmp_path_factory.mktemp("any") / "any.jsonl"
     with JsonlLogger(path) as logger:
         for record in records:
@@ -108,7 +142,13 @@ def test_files_from_before_texts_were_told_from_numbers(tmp_path):
         (b'\xef\xbb\xbf{"step": 1}', [1]),  # a byte order mark
         (b'\xef\xbb\xbf{"step": 1}\n{"step": 2}\n', [1, 2]),
         (b'{"step": 1}\r\n\r\n{"step": 2}\r\n', [1, 2]),
-        (b'{"step": 1, "text": "' + b"x" * 200_000 + b'"}\n{"step": 2, "text": "' + b"y" * 200_000, [1]),
+        (
+            b'{"step": 1, "text": "'
+            + b"x" * 200_000
+            + b'"}\n{"step": 2, "text": "'
+            + b"y" * 200_000,
+            [1],
+        ),
     ],
 )
 def test_nothing_is_lost_behind_a_torn_line(tmp_path, there, kept, after_step):
@@ -170,7 +210,8 @@ def test_a_step_that_is_no_number_is_named(tmp_path):
 
 
 def test_opening_for_more_reads_the_end_alone():
-    """A run opens its files of samples at every evaluation; reading them whole would take longer each time."""
+    """A run opens its files of samples at every evaluation; reading them whole would take longer
+    each time."""
     line, read = b'{"step": 1, "text": "a film"}\n', []
 
     class Counted(io.BytesIO):
@@ -183,16 +224,30 @@ def test_opening_for_more_reads_the_end_alone():
 
 
 RECORDS = [
-    {"kind": "step", "step": 1, "log_z": jnp.float32(-4.5), "finite": np.True_, "clip": None, "list": [1, 2], "text": "great"},
+    {
+        "kind": "step",
+        "step": 1,
+        "log_z": jnp.float32(-4.5),
+        "finite": np.True_,
+        "clip": None,
+        "list": [1, 2],
+        "text": "great",
+    },
     {"kind": "evaluation", "step": 1, "entropy": 80, "reverse_kl": math.inf, "ess": math.nan},
     {"kind": "step", "step": 2, "log_z": np.float64(-4.25)},
 ]
-NUMBERS = {("step/log_z", 1): -4.5, ("step/finite", 1): 1, ("evaluation/entropy", 1): 80, ("step/log_z", 2): -4.25}
+NUMBERS = {
+    ("step/log_z", 1): -4.5,
+    ("step/finite", 1): 1,
+    ("evaluation/entropy", 1): 80,
+    ("step/log_z", 2): -4.25,
+}
 """Of the records: (name, step) -> what TensorBoard and W&B are to show."""
 
 
 def read_events(folder):
-    """(name, step) -> value, of all event files in turn; and the steps from which each hides those before it."""
+    """(name, step) -> value, of all event files in turn; and the steps from which each hides those
+    before it."""
     from tensorboardX.proto.event_pb2 import Event
 
     values, purged = {}, []
@@ -224,7 +279,8 @@ def test_a_resumed_run_hides_from_tensorboard_what_it_repeats(tmp_path):
 
 
 def read_wandb(folder):
-    """The records of a run's file: in blocks of 32 KiB, whole or in parts, each behind a header of 7 bytes."""
+    """The records of a run's file: in blocks of 32 KiB, whole or in parts, each behind a header of
+    7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
@@ -245,19 +301,30 @@ def test_wandb_without_network_or_account_keeps_the_finite_numbers(tmp_path, mon
 
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    with WandbLogger("fjax", tmp_path / "run", run_id="a-1", name="a", config={"steps": 2}, mode="offline") as logger:
-        for record in [*RECORDS, {"kind": "step", "step": 1, "log_z": -4.5}]:  # as a resumed run goes back
+    with WandbLogger(
+        "fjax", tmp_path / "run", run_id="a-1", name="a", config={"steps": 2}, mode="offline"
+    ) as logger:
+        # as a resumed run goes back
+        for record in [*RECORDS, {"kind": "step", "step": 1, "log_z": -4.5}]:
             logger.log(record)
-    wandb.teardown()  # what W&B does at the end of a process: its service writes the last of the file
+    # what W&B does at the end of a process: its service writes the last of the file
+    wandb.teardown()
     records = read_wandb(tmp_path / "run")
     (run,) = (record.run for record in records if record.HasField("run"))
     assert (run.run_id, run.project, run.display_name) == ("a-1", "fjax", "a")
     assert ("steps", "2") in [(item.key, item.value_json) for item in run.config.update]
-    assert ("*", "step") in [(record.metric.glob_name, record.metric.step_metric) for record in records]
+    assert ("*", "step") in [
+        (record.metric.glob_name, record.metric.step_metric) for record in records
+    ]
     items = [record.history.item for record in records if record.HasField("history")]
-    rows = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in items]
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in row}
+        for row in items
+    ]
     assert [row["step"] for row in rows] == [1, 1, 2, 1]
-    found = {(name, row["step"]): value for row in rows for name, value in row.items() if "/" in name}
+    found = {
+        (name, row["step"]): value for row in rows for name, value in row.items() if "/" in name
+    }
     assert found == NUMBERS
     assert capfd.readouterr() == ("", "")
 
@@ -269,7 +336,9 @@ def test_wandb_that_does_not_start_says_what_to_do(tmp_path, monkeypatch):
         raise wandb.Error("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(RuntimeError, match=r"could not be started: No API key configured\. Mode 'offline'"):
+    with pytest.raises(
+        RuntimeError, match=r"could not be started: No API key configured\. Mode 'offline'"
+    ):
         WandbLogger("fjax", tmp_path, run_id="a-1")
 
 

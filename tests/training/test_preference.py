@@ -1,4 +1,5 @@
-"""The offline tuner descends the mean loss, and DPO's optimum is the target of RL with a KL penalty."""
+"""The offline tuner descends the mean loss, and DPO's optimum is the target of RL with a KL
+penalty."""
 
 from functools import partial
 
@@ -29,7 +30,12 @@ def all_pairs(small):
     chosen, rejected = np.nonzero(~np.eye(7, dtype=bool))
     tokens, where = small.space
     pairs = PairBatch(
-        tokens[chosen], where[chosen], tokens[rejected], where[rejected], small.log_pi[chosen], small.log_pi[rejected]
+        tokens[chosen],
+        where[chosen],
+        tokens[rejected],
+        where[rejected],
+        small.log_pi[chosen],
+        small.log_pi[rejected],
     )
     return pairs, chosen, rejected
 
@@ -67,14 +73,16 @@ def test_micro_batches_change_nothing(size, x64):
     small = world()
     make = partial(preference_tuner, small.log_prob_fn, DESCENT, loss=LOSSES["dpo"])
     (whole, info), (parts, info_of_parts) = (
-        jax.jit(tuner.update)(tuner.init(moved(small)), some_pairs(small)) for tuner in (make(), make(microbatch_size=size))
+        jax.jit(tuner.update)(tuner.init(moved(small)), some_pairs(small))
+        for tuner in (make(), make(microbatch_size=size))
     )
     np.testing.assert_allclose(parts.params, whole.params, rtol=0, atol=1e-13)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), info_of_parts, info)
 
 
 def bradley_terry(small, beta, rewards):
-    """DPO on all pairs, each weighted with the probability that people who have these rewards choose so."""
+    """DPO on all pairs, each weighted with the probability that people who have these rewards
+    choose so."""
     pairs, chosen, rejected = all_pairs(small)
     probability = jax.nn.sigmoid(rewards[chosen] - rewards[rejected])
 
@@ -85,7 +93,8 @@ def bradley_terry(small, beta, rewards):
 
 
 def test_the_optimum_of_dpo_is_the_target_of_rl_with_a_kl_penalty(x64):
-    """p ∝ a·exp(r/β) from exact Bradley–Terry preferences: the gradient vanishes there, and descent from a ends there."""
+    """p ∝ a·exp(r/β) from exact Bradley–Terry preferences: the gradient vanishes there, and descent
+    from a ends there."""
     small, beta = world(), 0.7
     rewards = jnp.asarray(np.random.default_rng(2).normal(size=7))
     log_p = jax.nn.log_softmax(small.log_pi + rewards / beta)

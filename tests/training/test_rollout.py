@@ -1,4 +1,5 @@
-"""The door of the tuners: what does not belong together is named, what is only written otherwise is taken, dtypes are kept."""
+"""The door of the tuners: what does not belong together is named, what is only written otherwise is
+taken, dtypes are kept."""
 
 from functools import partial
 
@@ -25,8 +26,12 @@ def make(name, log_prob_fn=None, optimizer=DESCENT, **options):
         return ppo(log_prob_fn or token_log_prob_fn, optimizer, minibatches=1, **options)
     log_prob_fn = log_prob_fn or SEQUENCE_LOG_PROB_FN
     if name == "preference":
-        return preference_tuner(log_prob_fn, optimizer, loss=partial(preferences.dpo, beta=0.3), **options)
-    return (rloo if name == "rloo" else partial(fdpg, divergence=total_variation()))(log_prob_fn, optimizer, **options)
+        return preference_tuner(
+            log_prob_fn, optimizer, loss=partial(preferences.dpo, beta=0.3), **options
+        )
+    return (rloo if name == "rloo" else partial(fdpg, divergence=total_variation()))(
+        log_prob_fn, optimizer, **options
+    )
 
 
 def batch_for(name, dtype=None):
@@ -71,17 +76,40 @@ WRONG_ROLLOUTS = {
 def test_arrays_that_do_not_belong_together_are_refused_with_their_shapes(name, change, message):
     tuner, rollout = make(name), batch_for(name)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(tuner.update, tuner.init(world().params), rollout._replace(**change(rollout)))
+        jax.eval_shape(
+            tuner.update, tuner.init(world().params), rollout._replace(**change(rollout))
+        )
 
 
 WRONG_PAIRS = {
-    "log_a [6, 1]": (lambda p: {"chosen_log_a": p.chosen_log_a[:, None]}, r"A PairBatch has .*chosen_log_a \[6, 1\]"),
-    "fewer rejected": (lambda p: {"rejected_tokens": p.rejected_tokens[1:]}, r"A PairBatch has .*rejected_tokens \[5, 2\]"),
-    "longer rejected": (lambda p: {"rejected_tokens": jnp.zeros((6, 3), jnp.int32)}, r"same T.*rejected_tokens \[6, 3\]"),
-    "where a pair": (lambda p: {"chosen_where": p.chosen_where[:, 0]}, r"A PairBatch has .*chosen_where \[6\]"),
-    "where of floats": (lambda p: {"rejected_where": p.rejected_where * 1.0}, "rejected_where must be booleans"),
-    "tokens of floats": (lambda p: {"rejected_tokens": p.rejected_tokens * 1.0}, "rejected_tokens must be integers"),
-    "no pairs": (lambda p: jax.tree.map(lambda x: x[:0], p)._asdict(), r"N being at least 1.*chosen_tokens \[0, 2\]"),
+    "log_a [6, 1]": (
+        lambda p: {"chosen_log_a": p.chosen_log_a[:, None]},
+        r"A PairBatch has .*chosen_log_a \[6, 1\]",
+    ),
+    "fewer rejected": (
+        lambda p: {"rejected_tokens": p.rejected_tokens[1:]},
+        r"A PairBatch has .*rejected_tokens \[5, 2\]",
+    ),
+    "longer rejected": (
+        lambda p: {"rejected_tokens": jnp.zeros((6, 3), jnp.int32)},
+        r"same T.*rejected_tokens \[6, 3\]",
+    ),
+    "where a pair": (
+        lambda p: {"chosen_where": p.chosen_where[:, 0]},
+        r"A PairBatch has .*chosen_where \[6\]",
+    ),
+    "where of floats": (
+        lambda p: {"rejected_where": p.rejected_where * 1.0},
+        "rejected_where must be booleans",
+    ),
+    "tokens of floats": (
+        lambda p: {"rejected_tokens": p.rejected_tokens * 1.0},
+        "rejected_tokens must be integers",
+    ),
+    "no pairs": (
+        lambda p: jax.tree.map(lambda x: x[:0], p)._asdict(),
+        r"N being at least 1.*chosen_tokens \[0, 2\]",
+    ),
 }
 
 
@@ -102,7 +130,10 @@ def test_a_policy_that_returns_another_shape_is_refused(name, returned):
         return {"[B, 1]": log_pi[:, None], "[]": log_pi.sum(), "a pair": (log_pi, log_pi)}[returned]
 
     tuner = make(name, log_prob_fn)
-    with pytest.raises(ValueError, match=rf"must return one log-probability a {'token' if name == 'ppo' else 'sequence'}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"must return one log-probability a {'token' if name == 'ppo' else 'sequence'}",
+    ):
         jax.eval_shape(tuner.update, tuner.init(world().params), batch_for(name))
 
 
@@ -112,7 +143,9 @@ def test_a_policy_that_returns_another_shape_is_refused(name, returned):
 def test_numpy_and_integer_masks_are_taken(name, size):
     """Without `jax.jit`, as in a notebook."""
     expected, expected_info = update(name, batch_for(name), microbatch_size=size)
-    batch = jax.tree.map(lambda x: np.asarray(x, np.int64 if x.dtype == bool else x.dtype), batch_for(name))
+    batch = jax.tree.map(
+        lambda x: np.asarray(x, np.int64 if x.dtype == bool else x.dtype), batch_for(name)
+    )
     tuner = make(name, microbatch_size=size)
     state, info = tuner.update(tuner.init(np.asarray(world().params)), batch)
     np.testing.assert_allclose(state.params, expected.params, atol=1e-6)
@@ -120,7 +153,10 @@ def test_numpy_and_integer_masks_are_taken(name, size):
 
 
 UNCALLED = {
-    "divergence": (lambda: fdpg(SEQUENCE_LOG_PROB_FN, DESCENT, divergence=fjax.jensen_shannon), "jensen_shannon"),
+    "divergence": (
+        lambda: fdpg(SEQUENCE_LOG_PROB_FN, DESCENT, divergence=fjax.jensen_shannon),
+        "jensen_shannon",
+    ),
     "optimizer": (lambda: rloo(SEQUENCE_LOG_PROB_FN, optax.adam), "adam"),
     "log_z": (lambda: ppo(token_log_prob_fn, DESCENT, log_z=running_log_mean), "running_log_mean"),
     "optimizer of pairs": (lambda: make("preference", optimizer=optax.adam), "adam"),
@@ -133,7 +169,9 @@ def test_a_part_that_was_not_called_is_named(construct, function):
         construct()
 
 
-@pytest.mark.parametrize("options", [{"num_contexts": 0}, {"microbatch_size": 2.0}, {"microbatch_size": -3}])
+@pytest.mark.parametrize(
+    "options", [{"num_contexts": 0}, {"microbatch_size": 2.0}, {"microbatch_size": -3}]
+)
 @each_online
 def test_numbers_of_how_many_are_whole_and_positive(name, options):
     with refused(rf"{next(iter(options))} must be at least 1, a whole number; got"):
@@ -148,25 +186,33 @@ def test_a_leaf_that_is_not_trained_is_named(name):
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_counting_a_column_that_nothing_predicts_is_reported(column):
-    """Column 0 of a language model has no prediction: log π is NaN, ``finite`` False, and nothing moves."""
+    """Column 0 of a language model has no prediction: log π is NaN, ``finite`` False, and nothing
+    moves."""
 
     def uniform(params, tokens, where=None, *, start=0):
         return params[tokens[:, start:]]
 
     tuner = fdpg(fjax.make_log_prob_fn(uniform), DESCENT, divergence=reverse_kl())
-    tokens, where = jnp.array([[0, 1, 2], [0, 2, 0]]), jnp.zeros((2, 3), bool).at[:, column:].set(True)
+    tokens, where = (
+        jnp.array([[0, 1, 2], [0, 2, 0]]),
+        jnp.zeros((2, 3), bool).at[:, column:].set(True),
+    )
     state = tuner.init(jnp.zeros((3, 3)))
     # Where the mask is known, `make_log_prob_fn` refuses it; compiled, it is not.
-    state, info = jax.jit(tuner.update)(state, Rollout(tokens, where, jnp.zeros(2), jnp.array([0.0, 1.0])))
+    state, info = jax.jit(tuner.update)(
+        state, Rollout(tokens, where, jnp.zeros(2), jnp.array([0.0, 1.0]))
+    )
     assert bool(info.finite) == (column > 0)
     assert bool((state.params == 0).all()) == (column == 0)
 
 
-# bfloat16 has 8 bits: each part is rounded by 2⁻⁹ of itself, and parts of both signs are larger than their sum.
+# bfloat16 has 8 bits: each part is rounded by 2⁻⁹ of itself, and parts of both signs are larger
+# than their sum.
 @pytest.mark.parametrize("size", [1, 8])
 @each_tuner
 def test_micro_batches_of_half_precision_parameters_change_nothing(name, size):
-    """Added up in bfloat16, the small parts of a large sum would be lost: up to 22 % of the gradient."""
+    """Added up in bfloat16, the small parts of a large sum would be lost: up to 22 % of the
+    gradient."""
     batch = batch_for(name)
     rows = np.random.default_rng(0).integers(len(batch[0]), size=512)
     batch = jax.tree.map(lambda x: x[rows], batch)
@@ -176,7 +222,8 @@ def test_micro_batches_of_half_precision_parameters_change_nothing(name, size):
         return function(params.astype(jnp.float32), tokens, where)
 
     def gradient(**options):
-        tuner = make(name, in_float32, optax.trace(0.0), **options)  # its state is the gradient, before it is added up
+        # its state is the gradient, before it is added up
+        tuner = make(name, in_float32, optax.trace(0.0), **options)
         start = tuner.init(world().params.astype(jnp.bfloat16))
         state, _ = jax.jit(tuner.update)(start, batch)
         return np.asarray(state.opt_state.trace, np.float32)
@@ -204,7 +251,9 @@ def test_the_norm_of_a_half_precision_gradient_does_not_overflow():
         return jax.lax.stop_gradient(log_pi) + 10_000 * (log_pi - jax.lax.stop_gradient(log_pi))
 
     tuner = fdpg(steep, DESCENT, divergence=reverse_kl())
-    _, info = jax.jit(tuner.update)(tuner.init(world().params.astype(jnp.float16)), batch_for("fdpg"))
+    _, info = jax.jit(tuner.update)(
+        tuner.init(world().params.astype(jnp.float16)), batch_for("fdpg")
+    )
     assert info.finite
     assert info.grad_norm > 300
 
@@ -216,7 +265,9 @@ def test_float32_in_64_bit_mode_and_the_state_keeps_its_dtypes(name, size, dtype
     """`jax.lax.scan` raises if an update changes any."""
     params, batch = world().params.astype(dtype), batch_for(name)
     with jax.enable_x64(True):
-        tuner = make(name, optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 10)), microbatch_size=size)
+        tuner = make(
+            name, optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 10)), microbatch_size=size
+        )
         start = tuner.init(params)
         state, info = jax.lax.scan(lambda state, _: tuner.update(state, batch), start, length=2)
         jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, start)
@@ -231,7 +282,9 @@ def test_an_optimizer_that_answers_in_another_dtype_does_not_change_the_state(na
     def update(grads, state, params=None):
         return grads, jax.tree.map(lambda s, g: s.astype(jnp.float32) + g, state, grads)
 
-    tuner = make(name, optimizer=optax.GradientTransformation(lambda p: p.astype(jnp.bfloat16), update))
+    tuner = make(
+        name, optimizer=optax.GradientTransformation(lambda p: p.astype(jnp.bfloat16), update)
+    )
     state = tuner.init(world().params)
     after = jax.eval_shape(tuner.update, state, batch_for(name))[0]
     assert after.opt_state.dtype == jnp.bfloat16
@@ -243,13 +296,16 @@ def test_weak_types_do_not_change_from_step_to_step(name):
     tuner = make(name)
     state = tuner.init(jnp.broadcast_to(jnp.asarray(0.5), params.shape))
     after = jax.eval_shape(tuner.update, state, batch_for(name))[0]
-    assert jax.tree.map(lambda x: (x.dtype, x.weak_type), after) == jax.tree.map(lambda x: (x.dtype, x.weak_type), state)
+    assert jax.tree.map(lambda x: (x.dtype, x.weak_type), after) == jax.tree.map(
+        lambda x: (x.dtype, x.weak_type), state
+    )
 
 
 @pytest.mark.parametrize("size", [None, 4])
 @each_tuner
 def test_samples_that_are_spread_over_devices(name, size):
-    """Under explicit sharding, where JAX asks of each array how it lies; the same step as on one device."""
+    """Under explicit sharding, where JAX asks of each array how it lies; the same step as on one
+    device."""
 
     def token_fn(params, tokens, where):
         found = jnp.einsum("btv,v->bt", jax.nn.one_hot(tokens, 3), jax.nn.log_softmax(params))
