@@ -11,8 +11,8 @@ import numpy as np
 
 import fjax
 from fjax import estimators
-from fjax._typing import Params
 from fjax.metrics import bleu, distinct_n, rouge, self_bleu
+from fjax.types import Params
 
 from ._programs import AnyArray, Batch, Programs
 from ._prompts import Prompts

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fjax._typing import Params
 from fjax.models import PretrainedModel
 from fjax.training import Checkpoints, JsonlLogger, Logger, read_jsonl
+from fjax.types import Params
 
 from . import _display, _evaluate, _plots, _report
 from ._endings import AskedToStop, Stop, graceful_stop

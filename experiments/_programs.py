@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fjax
-from fjax._typing import LogProbFn, Params
 from fjax.estimators import log_mixture
 from fjax.models import PretrainedModel
 from fjax.training import ppo, rloo
+from fjax.types import LogProbFn, Params
 
 from ._prompts import Prompts
 from ._run_folder import RunError

@@ -13,7 +13,7 @@ import jax
 import optax
 
 import fjax
-from fjax._typing import Params
+from fjax.types import Params
 
 from ._arguments import FolderOrName, check_numbers
 from ._run_folder import RunError

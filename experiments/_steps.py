@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fjax
-from fjax._typing import Params
 from fjax.estimators import estimate_mean
+from fjax.types import Params
 
 from ._evaluate import Features, Target, prompts_of
 from ._programs import Batch, Programs

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fjax._typing import Array
+from fjax.types import Array
 
 
 def one_axis(**arrays: Array | None) -> tuple:

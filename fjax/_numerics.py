@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from fjax._typing import Array, Bool, Float
+from fjax.types import Array, Bool, Float
 
 ArrayOrNone = TypeVar("ArrayOrNone", bound=Array | None)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec, auto_axes, use_abstract_mesh
 
-from fjax._typing import Array
+from fjax.types import Array
 
 
 def spread_as(rows: Array, function: Callable[..., Any], *args: Any) -> Any:

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax._checks import as_mask, float_dtype, one_axis
-from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.divergences import FDivergence, exact_divergence
 from fjax.surrogates import Baseline, surrogate_loss
+from fjax.types import Array, Bool, Float, Int, LogProbFn, Params
 
 __all__ = [
     "Space",

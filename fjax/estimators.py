@@ -31,9 +31,9 @@ from fjax._numerics import (
     mean_and_error,
     weighted,
 )
-from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
 from fjax.surrogates import score_weights
+from fjax.types import Array, Bool, Float, Int
 
 __all__ = [
     "Estimate",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fjax._checks import as_mask, float_dtype, predicted
 from fjax._sharding import spread_as
-from fjax._typing import Array, Bool, Float, Int, LogitsFn, LogProbFn, Params
+from fjax.types import Array, Bool, Float, Int, LogitsFn, LogProbFn, Params
 
 __all__ = [
     "make_log_prob_fn",

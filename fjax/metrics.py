@@ -13,8 +13,8 @@ import numpy as np
 
 from fjax._checks import as_mask
 from fjax._optional import import_optional
-from fjax._typing import Array, Bool, Int
 from fjax.estimators import Estimate, estimate_mean
+from fjax.types import Array, Bool, Int
 
 __all__ = ["Rouge", "bleu", "distinct_n", "rouge", "self_bleu"]
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from fjax._checks import is_concrete, made, one_axis, one_number, positive, same_shape
-from fjax._typing import Array, Float
 from fjax.divergences import FDivergence, exact_divergence
+from fjax.types import Array, Float
 
 __all__ = ["chi_po", "dpo", "exo", "exo_pair", "f_dpo", "f_po", "ipo"]
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from fjax._checks import as_mask, is_concrete, made, one_axis, one_number, same_shape
 from fjax._numerics import continued, deviations, gather, in_range, keep, weighted
-from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence
+from fjax.types import Array, Bool, Float, Int
 
 __all__ = [
     "Baseline",

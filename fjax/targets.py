@@ -19,7 +19,7 @@ import numpy as np
 
 from fjax._checks import float_dtype, positive, same_shape
 from fjax._numerics import ess_of, gather
-from fjax._typing import Array, Bool, Float, Int
+from fjax.types import Array, Bool, Float, Int
 
 __all__ = [
     "MomentFit",

@@ -25,7 +25,7 @@ MATHEMATICS = LIBRARIES | {f"fjax.{module}" for module in COLUMN}
 # under.
 FORBIDDEN = {
     "fjax": {"experiments", "tests", "torch"},
-    "fjax._typing": MATHEMATICS,
+    "fjax.types": MATHEMATICS,
     "fjax._numerics": MATHEMATICS,
     "fjax.divergences": MATHEMATICS,
     "fjax.targets": MATHEMATICS,

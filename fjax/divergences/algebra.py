@@ -8,7 +8,7 @@ import numpy as np
 
 from fjax._checks import is_concrete, made, one_number
 from fjax._numerics import times_exp
-from fjax._typing import Array, Float
+from fjax.types import Array, Float
 
 from .core import FDivergence, made_once
 

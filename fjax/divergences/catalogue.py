@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fjax._checks import is_concrete, one_number
 from fjax._numerics import times_exp, wright_omega
-from fjax._typing import Array, Float
+from fjax.types import Array, Float
 
 from .core import Elementwise, FDivergence, made_once
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fjax._checks import as_mask, float_dtype, is_concrete, made, one_axis
 from fjax._numerics import continued, times_exp
-from fjax._typing import Array, Bool, Float, Int
+from fjax.types import Array, Bool, Float, Int
 
 Options = ParamSpec("Options")
 Elementwise = Callable[[Float[Array, "*n"]], Float[Array, "*n"]]

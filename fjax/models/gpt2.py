@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from fjax._checks import as_mask, is_concrete
 from fjax._sharding import spread_as
-from fjax._typing import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
+from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax._typing import Array, DecodeFn, LogitsFn, Params, ScoreFn
 from fjax.models import gpt2
+from fjax.types import Array, DecodeFn, LogitsFn, Params, ScoreFn
 
 # What is read first, since it says whether the rest is worth a download; and all that has a part in
 # model and tokenizer.

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from fjax._checks import made, one_axis, one_number, positive
 from fjax._numerics import gather
-from fjax._typing import Array, Float
 from fjax.divergences import FDivergence
 from fjax.policy_gradients.kl import flat_at_one
 from fjax.surrogates import score_weights
+from fjax.types import Array, Float
 
 _FARTHEST = 80.0  # sinh of it is still a float32
 

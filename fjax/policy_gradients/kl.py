@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fjax._checks import as_token_arrays, made, same_shape
-from fjax._typing import Array, Bool, Float, Int
 from fjax.divergences import FDivergence, reverse_kl
 from fjax.surrogates import score_weights
+from fjax.types import Array, Bool, Float, Int
 
 MAX_EXPONENT = 80.0  # e^80 is still a float32
 

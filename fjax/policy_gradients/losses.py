@@ -15,8 +15,8 @@ from fjax._checks import (
     same_shape,
 )
 from fjax._numerics import centred, count, gather
-from fjax._typing import Array, Bool, Float, Int
 from fjax.policy_gradients.kl import MAX_EXPONENT
+from fjax.types import Array, Bool, Float, Int
 
 _Clip = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 

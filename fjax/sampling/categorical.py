@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from fjax._checks import float_dtype
-from fjax._typing import Array, Float, Int, PRNGKeyArray
+from fjax.types import Array, Float, Int, PRNGKeyArray
 
 __all__ = ["draw"]
 

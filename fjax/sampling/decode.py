@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from fjax._checks import as_mask, float_dtype
 from fjax._sharding import spread_as
-from fjax._typing import Array, Bool, DecodeFn, Float, Int, Params, PRNGKeyArray
 from fjax.sampling.categorical import draw
 from fjax.sampling.transforms import Transform, identity
+from fjax.types import Array, Bool, DecodeFn, Float, Int, Params, PRNGKeyArray
 
 __all__ = ["Samples", "sample"]
 

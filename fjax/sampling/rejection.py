@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from fjax._checks import one_axis, one_number, same_shape
 from fjax._numerics import gather, mean_and_error
-from fjax._typing import Array, Float, PRNGKeyArray
 from fjax.estimators import Estimate, effective_sample_size
+from fjax.types import Array, Float, PRNGKeyArray
 
 __all__ = ["RejectionEstimate", "accept", "estimate_rejection", "log_acceptance"]
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fjax._typing import Array, Bool, Float
+from fjax.types import Array, Bool, Float
 
 __all__ = ["Transform", "chain", "greedy", "identity", "temperature", "top_k", "top_p"]
 

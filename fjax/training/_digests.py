@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fjax._typing import PyTree
+from fjax.types import PyTree
 
 
 def name_leaves(tree: PyTree) -> dict[str, Any]:

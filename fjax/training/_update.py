@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 from fjax._checks import float_dtype
-from fjax._typing import Array, Bool, Float, Int, Params
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
 from fjax.surrogates import leave_one_out, pseudo_rewards
 from fjax.training.rollout import Rollout, together
 from fjax.training.state import TrainState
+from fjax.types import Array, Bool, Float, Int, Params
 
 
 class StepInfo(NamedTuple):

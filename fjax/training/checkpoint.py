@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fjax._typing import PyTree
 from fjax.training._digests import describe_arrays, digest_text, name_leaves
 from fjax.training._lock import FolderLock
+from fjax.types import PyTree
 
 RECORD = "record"
 """What is saved beside the tree: its arrays' dtypes, shapes and digests, and the metrics."""

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 
 from fjax._checks import one_number
-from fjax._typing import Array, Float, LogProbFn, Params
 from fjax.divergences import FDivergence
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import Baseline, centred_weights, leave_one_out, score_weights
@@ -31,6 +30,7 @@ from fjax.training._update import (
 )
 from fjax.training.rollout import Rollout, checked_rollout
 from fjax.training.state import TrainState, advance, first_state
+from fjax.types import Array, Float, LogProbFn, Params
 
 
 def fdpg(

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from fjax import policy_gradients
-from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.divergences import reverse_kl
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import leave_one_out
@@ -36,6 +35,7 @@ from fjax.training._update import (
 )
 from fjax.training.rollout import Rollout, checked_rollout, together
 from fjax.training.state import TrainState, advance, first_state
+from fjax.types import Array, Bool, Float, Int, LogProbFn, Params
 
 TokenLogProbFn = Callable[[Params, Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
 """(params, tokens, where) -> log-probability of each token, 0 where not counted."""

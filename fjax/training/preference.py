@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from fjax._checks import as_mask, same_shape
-from fjax._typing import Array, Bool, Float, Int, LogProbFn, Params
 from fjax.training._update import as_log_probs, check_options, norm, pull_back
 from fjax.training.rollout import checked_tokens, together
 from fjax.training.state import TrainState, advance, first_state
+from fjax.types import Array, Bool, Float, Int, LogProbFn, Params
 
 PairLoss = Callable[
     [Float[Array, "N"], Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]], Float[Array, "N"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax._checks import as_mask, float_dtype, is_concrete
-from fjax._typing import Array, Bool, Float, Int
+from fjax.types import Array, Bool, Float, Int
 
 
 class Rollout(NamedTuple):

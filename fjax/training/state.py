@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fjax._typing import Array, Bool, Int, Params
+from fjax.types import Array, Bool, Int, Params
 
 
 class TrainState(NamedTuple):
