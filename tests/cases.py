@@ -177,8 +177,8 @@ def refused(message: str):
     checked = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(ValueError, match=message):
-            yield
+        with pytest.raises(ValueError, match=message) as refusal:
+            yield refusal
     finally:
         jaxtyping.config.update("jaxtyping_disable", checked)
 

@@ -303,7 +303,7 @@ def test_28_no_policy_beats_the_regularised_optimum(case):
         for _ in range(5):
             other = jnp.exp(best) * np.exp(scale * rng.normal(size=6)) + 1e-9 * scale
             assert objective(jnp.log(other / other.sum())) <= top + 1e-9
-    if f.name in ("reverse_kl", "alpha_1"):
+    if f.name in ("reverse_kl", "alpha=1"):
         log_score = targets.reward_tilted(log_a, rewards, beta=beta)
         np.testing.assert_allclose(best, jax.nn.log_softmax(log_score), atol=1e-9)
         assert top == pytest.approx(beta * float(enumeration.exact_log_z(log_score)), rel=1e-9)

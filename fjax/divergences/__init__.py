@@ -29,6 +29,7 @@ from .catalogue import (
     triangular_discrimination,
 )
 from .core import Elementwise, FDivergence, exact_divergence
+from .naming import by_name, names
 
 __all__ = [
     "Elementwise",
@@ -37,6 +38,7 @@ __all__ = [
     "alpha_from_amari",
     "alpha_from_cressie_read",
     "alpha_from_f_dpo",
+    "by_name",
     "chi2_mix",
     "dual",
     "exact_divergence",
@@ -46,6 +48,7 @@ __all__ = [
     "jeffreys",
     "jensen_shannon",
     "mixture",
+    "names",
     "neyman_chi2",
     "pearson_chi2",
     "reverse_kl",

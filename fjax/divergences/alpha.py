@@ -14,7 +14,7 @@ from fjax._checks import is_concrete, one_number
 from fjax._numerics import times_exp
 from fjax.types import Array, Float
 
-from .core import FDivergence, made_once
+from .core import FDivergence, made_once, named
 
 _TERMS = 18
 
@@ -48,12 +48,11 @@ def alpha_divergence(alpha: float | Float[Array, ""]) -> FDivergence:
     Source: Cichocki and Amari 2010, section 2.
     """
     one_number(alpha=alpha)
-    known = is_concrete(alpha)
-    if known and not math.isfinite(alpha):
+    if is_concrete(alpha) and not math.isfinite(alpha):
         raise ValueError(f"alpha must be finite, got {alpha}.")
     of_inverse = _generator(1 - alpha)
     return FDivergence(
-        f"alpha_{alpha:g}" if known else "alpha",
+        named("alpha", alpha),
         generator=_generator(alpha),
         derivative=lambda log_t: _power(log_t, alpha - 1),
         integrand=lambda log_t: of_inverse(-log_t),  # f(t)/t is the f of 1-α, at 1/t

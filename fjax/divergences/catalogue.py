@@ -11,7 +11,7 @@ from fjax._checks import is_concrete, one_number
 from fjax._numerics import times_exp, wright_omega
 from fjax.types import Array, Float
 
-from .core import Elementwise, FDivergence, made_once
+from .core import Elementwise, FDivergence, made_once, named
 
 
 @made_once
@@ -121,8 +121,7 @@ def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
     Source: Lin 1991, section 4; Nielsen 2020 for the skewed form.
     """
     one_number(weight=weight)
-    known = is_concrete(weight)
-    if known and not 0 < weight < 1:
+    if is_concrete(weight) and not 0 < weight < 1:
         raise ValueError(
             f"The weight of a Jensen–Shannon divergence is between 0 and 1, both excluded; got "
             f"{weight}."
@@ -130,7 +129,7 @@ def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
     log_weight, log_rest = _logs(weight)
     slope_at_infinity = -weight * log_weight
     return FDivergence(
-        f"generalized_jensen_shannon_{weight:g}" if known else "generalized_jensen_shannon",
+        named("generalized_jensen_shannon", weight),
         # f(t) = m KL(Bernoulli(λt/m) ‖ Bernoulli(λ)): what one sample of m tells about which of the
         # two it came from.
         generator=lambda log_t: _times(1 - weight, weight, log_t, _coin_information(log_t, weight)),

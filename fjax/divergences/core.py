@@ -22,7 +22,7 @@ class FDivergence(NamedTuple):
     """One f, as elementwise functions.
 
     Attributes:
-        name: what tables and plots call it.
+        name: what tables and plots call it; `by_name` finds those of the library by it.
         generator: log_t -> f(t).
         derivative: log_t -> f'(t), and f'(∞) at +inf. The policy gradient is E_π[f'(t) ∇log π].
         integrand: log_t -> f(t)/t in closed form, and f'(∞) at +inf: D_f(π‖p) = E_π[f(t)/t].
@@ -91,6 +91,19 @@ def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDiverg
         return remembered(*options)
 
     return maker
+
+
+def named(family: str, parameter: float | Float[Array, ""]) -> str:
+    """``alpha=0.5``, to every digit that the parameter has; of a traced one the family alone.
+
+    >>> named("alpha", 0.5), named("alpha", 1.0), named("alpha", 1 / 3)
+    ('alpha=0.5', 'alpha=1', 'alpha=0.3333333333333333')
+    """
+    if not is_concrete(parameter):
+        return family
+    number = float(parameter) + 0.0  # -0.0 is 0
+    short = f"{number:g}"
+    return f"{family}={short if float(short) == number else repr(number)}"
 
 
 def _as_static(option):
