@@ -82,9 +82,29 @@ MUTANTS: tuple[Mutant, ...] = (
         ("standard error with n for n - 1", "squares.sum() / (n - 1) / n", "squares.sum() / n / n"),
     ),
     *_of(
-        "fjax/estimators.py",
+        "fjax/estimators/divergence.py",
         "tests/test_estimators.py",
         ("error of D_f forgets that of Z", "terms + slope * (jnp.exp(log_p - log_q) - 1)", "terms"),
+        (
+            "the policy is the worse proposal",
+            "log_pi - log_proposal, log_score - log_q",
+            "log_proposal - log_pi, log_score - log_q",
+        ),
+    ),
+    *_of(
+        "fjax/estimators/contexts.py",
+        "tests/test_estimates_over_contexts.py",
+        ("a ratio has the error of its numerator", "top - value * bottom", "top"),
+        ("ties count whole", "0.5 * (mine[:, :, None] ==", "1.0 * (mine[:, :, None] =="),
+        (
+            "unknown contexts count",
+            "value[~np.isnan(value) & ~np.isneginf(value)]",
+            "np.nan_to_num(value, neginf=0.0)",
+        ),
+    ),
+    *_of(
+        "fjax/estimators/means.py",
+        "tests/test_estimators.py",
         (
             "error of a weighted mean without its correction",
             "/ (1 - 1 / jnp.maximum(ess, 1))",

@@ -432,3 +432,31 @@ def test_log_z_of_a_whole_space_is_the_exact_one(x64):
     assert float(estimate.value) == pytest.approx(
         float(enumeration.exact_log_z(small.log_q - 2)), rel=1e-12
     )
+
+
+def test_the_proposal_gain_is_the_difference_of_two_divergences(x64):
+    """Every sequence as often as q says, which makes sums over samples sums over the space."""
+    w = world()
+    counts = np.random.default_rng(0).integers(1, 20, size=7)
+    rows, log_q = np.repeat(np.arange(7), counts), np.log(counts / counts.sum())
+    log_pi, log_r = w.log_pi, w.log_q
+    for log_p in (w.log_p, w.log_p_hard):
+        gain = estimators.estimate_proposal_gain(
+            log_pi[rows], log_r[rows], 0.7 + log_p[rows], jnp.asarray(log_q)[rows]
+        )
+        to_r, to_pi = (
+            divergences.exact_divergence(x, log_p, divergence=divergences.forward_kl())
+            for x in (log_r, log_pi)
+        )
+        assert float(gain.value) == pytest.approx(float(to_r - to_pi), rel=1e-12)
+        exchanged = estimators.estimate_proposal_gain(
+            log_r[rows], log_pi[rows], log_p[rows], jnp.asarray(log_q)[rows]
+        )
+        assert float(exchanged.value) == pytest.approx(-float(gain.value), rel=1e-12)
+        assert float(exchanged.std_error) == pytest.approx(float(gain.std_error), rel=1e-12)
+
+
+def test_without_a_sample_of_the_target_nothing_is_gained():
+    zeros = jnp.zeros(3)
+    gain = estimators.estimate_proposal_gain(zeros + 1, zeros, zeros - jnp.inf, zeros)
+    assert (float(gain.value), float(gain.std_error), float(gain.ess)) == (0, np.inf, 0)
