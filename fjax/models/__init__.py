@@ -1,9 +1,9 @@
-"""Language models as pure functions, and their Hugging Face folders."""
+"""Language models as pure functions, the families of them, and their Hugging Face folders."""
 
 from fjax.models import gpt2
+from fjax.models.base import Family, KVCache, LanguageModel, PretrainedModel, RewardModel
+from fjax.models.families import FAMILIES
 from fjax.models.huggingface import (
-    PretrainedModel,
-    RewardModel,
     from_pretrained,
     load_reward_model,
     save_pretrained,
@@ -11,6 +11,10 @@ from fjax.models.huggingface import (
 )
 
 __all__ = [
+    "FAMILIES",
+    "Family",
+    "KVCache",
+    "LanguageModel",
     "PretrainedModel",
     "RewardModel",
     "from_pretrained",

@@ -11,9 +11,9 @@ vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from fjax._checks import as_mask, is_concrete
-from fjax._sharding import spread_as
-from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
+from fjax.models import causal
+from fjax.models.base import Family, KVCache
+from fjax.types import Array, DecodeFn, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -100,7 +100,22 @@ class GPT2Config:
                 f"{self.activation_function!r}."
             )
 
-    def computes_as(self, other: "GPT2Config") -> bool:
+    @property
+    def max_length(self) -> int:
+        """Columns that it can read: ``n_positions``."""
+        return self.n_positions
+
+    @property
+    def width(self) -> int:
+        """D of the hidden states: ``n_embd``."""
+        return self.n_embd
+
+    @property
+    def depth(self) -> int:
+        """Blocks: ``n_layer``."""
+        return self.n_layer
+
+    def computes_as(self, other: object) -> bool:
         """Whether both compute the same function of the same parameters.
 
         Dropout and the initial scale, which only training sees, may differ, and so may the
@@ -110,7 +125,7 @@ class GPT2Config:
         >>> small.computes_as(GPT2Config(n_inner=4 * 768, attn_pdrop=0.0)), small.computes_as(GPT2Config(n_layer=6))
         (True, False)
         """
-        return self._normal() == other._normal()
+        return isinstance(other, GPT2Config) and self._normal() == other._normal()
 
     def _normal(self) -> "GPT2Config":
         return dataclasses.replace(
@@ -122,23 +137,6 @@ class GPT2Config:
             resid_pdrop=0.0,
             initializer_range=0.0,
         )
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens read so far. Every leaf but ``length`` has the batch on axis 0.
-
-    Attributes:
-        keys: one ``[B, H, S, K]`` array a layer; S is the capacity, prompt and new tokens together.
-        values: the same for the values.
-        where: ``[B, S]``, True where a column holds a real token (False: left padding, or not yet
-            filled).
-        length: columns filled so far, the same for every row.
-    """
-
-    keys: tuple[Float[Array, "B H S K"], ...]
-    values: tuple[Float[Array, "B H S K"], ...]
-    where: Bool[Array, "B S"]
-    length: Int[Array, ""]
 
 
 class _Attention(nn.Module):
@@ -160,7 +158,7 @@ class _Attention(nn.Module):
             k_BxHxTxK = append(cached[0], k_BxHxTxK.astype(cached[0].dtype))
             v_BxHxTxK = append(cached[1], v_BxHxTxK.astype(cached[1].dtype))
         scores = jnp.einsum(
-            "bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=_wide(self.dtype)
+            "bhtk,bhsk->bhts", q_BxHxTxK, k_BxHxTxK, preferred_element_type=causal.wide(self.dtype)
         )
         scores = scores / jnp.sqrt(jnp.asarray(width // heads, scores.dtype))
         # The finite minimum, not -inf: a padded query sees no key at all and must not turn into
@@ -224,7 +222,9 @@ class _GPT2(nn.Module):
         self.embd_dropout = nn.Dropout(self.config.embd_pdrop)
 
     def __call__(self, tokens_BxT, where_BxT, cache, deterministic):
-        positions_BxT, mask_BxTxS, where_BxS, length = _columns(tokens_BxT, where_BxT, cache)
+        positions_BxT, mask_BxTxS, where_BxS, length = causal.attention_mask(
+            tokens_BxT, where_BxT, cache
+        )
         x_BxTxD = self.wte(tokens_BxT) + self.wpe(positions_BxT)
         x_BxTxD = self.embd_dropout(x_BxTxD, deterministic=deterministic)
         kept = []
@@ -236,28 +236,6 @@ class _GPT2(nn.Module):
             keys, values = zip(*kept, strict=True)
             cache = KVCache(keys, values, where_BxS, length + tokens_BxT.shape[1])
         return self.ln_f(x_BxTxD), cache
-
-
-def _columns(tokens_BxT, where_BxT, cache):
-    """Positions of the new tokens, who may see whom, and the mask of real columns, in or out of a
-    cache.
-    """
-    if where_BxT is None:
-        where_BxT = jnp.ones_like(tokens_BxT, bool)
-    if cache is None:
-        where_BxS, length, seen_B = where_BxT, jnp.int32(0), 0
-    else:
-        seen_B = cache.where.sum(-1, dtype=jnp.int32)[:, None]
-        where_BxS = jax.lax.dynamic_update_slice_in_dim(
-            cache.where, where_BxT, cache.length, axis=1
-        )
-        length = cache.length
-    # Counting real tokens, not columns, makes left padding exact; padding itself reads position 0,
-    # unseen by all.
-    positions_BxT = jnp.maximum(seen_B + jnp.cumsum(where_BxT, -1, dtype=jnp.int32) - 1, 0)
-    query_Tx1 = length + jnp.arange(tokens_BxT.shape[1])[:, None]
-    causal_1xTxS = (jnp.arange(where_BxS.shape[1])[None, :] <= query_Tx1)[None]
-    return positions_BxT, causal_1xTxS & where_BxS[:, None, :], where_BxS, length
 
 
 def _dense(module, name, features, *, residual=False):
@@ -273,54 +251,20 @@ def _layer_norm(module, name):
 
 
 def _head(params, hidden_BxTxD):
-    """Logits in float32 through the tied embedding, whatever the compute dtype."""
-    embedding_VxD = params["wte"]["embedding"].astype(hidden_BxTxD.dtype)
-    return jnp.einsum(
-        "btd,vd->btv", hidden_BxTxD, embedding_VxD, preferred_element_type=_wide(hidden_BxTxD.dtype)
-    )
+    return causal.project(hidden_BxTxD, params["wte"]["embedding"])
 
 
-def _wide(dtype):
-    # Softmax and logits are float32 at least; in float64 nothing is rounded on the way.
-    return jnp.promote_types(dtype, jnp.float32)
+def _hidden_fn(config, dtype):
+    model = _GPT2(config, dtype)
 
-
-def _real(config, tokens, where):
-    """The tokens as int32, which of them are real, and which of these the vocabulary has not: their
-    predictions are NaN.
-
-    What is not real may hold any id, and is read as token 0, which nobody sees.
-    """
-    if jnp.ndim(tokens) != 2:
-        raise ValueError(
-            f"tokens must be [B, T], got {list(jnp.shape(tokens))}; one sequence is tokens[None]."
+    def hidden(params, tokens, where, cache, dropout_key):
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        found = model.apply(
+            {"params": params}, tokens, where, cache, dropout_key is None, rngs=rngs
         )
-    tokens = jnp.asarray(tokens)
-    where = jnp.ones_like(tokens, bool) if where is None else as_mask(where, tokens)
-    tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
-    unknown = where & ((tokens < 0) | (tokens >= config.vocab_size))
-    return jnp.where(where & ~unknown, tokens, 0).astype(jnp.int32), where, unknown
+        return cast(tuple[Array, KVCache], found)
 
-
-def _check_room(tokens, cache):
-    rows, columns = cache.where.shape
-    # Where the length is traced, a full cache is found by the program, which then gives NaN.
-    filled = int(cache.length) if is_concrete(cache.length) else 0
-    if tokens.shape[1] == 0 or tokens.shape[0] != rows or filled + tokens.shape[1] > columns:
-        raise ValueError(
-            f"The cache has {rows} rows and {columns} columns, {filled} of them known to be "
-            f"filled, and cannot take tokens of shape {list(tokens.shape)}; make it with "
-            f"init_cache for all rows, and for prompt and new tokens together."
-        )
-
-
-def _check_positions(config, time):
-    if time > config.n_positions:
-        raise ValueError(
-            f"This GPT-2 has n_positions={config.n_positions} but was given {time} columns (prompt "
-            f"and new tokens "
-            "together); shorten the prompt or ask for fewer new tokens."
-        )
+    return hidden
 
 
 def init_params(
@@ -361,12 +305,15 @@ def init_cache(
     >>> init_cache(tiny, 3, 8).keys[0].shape
     (3, 2, 8, 2)
     """
-    _check_positions(config, length)
-    shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
-    # One buffer a leaf, never a shared one: the cache is donated to the decoding program.
-    keys = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
-    values = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
-    return KVCache(keys, values, jnp.zeros((batch_size, length), bool), jnp.int32(0))
+    causal.check_length(config, length)
+    return causal.empty_cache(
+        batch_size,
+        length,
+        layers=config.n_layer,
+        heads=config.n_head,
+        head_width=config.n_embd // config.n_head,
+        dtype=dtype,
+    )
 
 
 def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn:
@@ -392,34 +339,7 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
     >>> logits_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), start=2).shape
     (3, 3, 11)
     """
-    model = _GPT2(config, dtype)
-
-    def apply(
-        params: Params,
-        tokens: Int[Array, "B T"],
-        where: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
-        *,
-        start: int = 0,
-        dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B U V"]:
-        tokens, where, unknown = _real(config, tokens, where)
-        _check_positions(config, tokens.shape[1])
-        return spread_as(tokens, run, params, tokens, where, unknown, start, dropout_key)
-
-    def run(params, tokens, where, unknown, start, dropout_key):
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        hidden, _ = model.apply(
-            {"params": params}, tokens, where, None, dropout_key is None, rngs=rngs
-        )
-        logits = _head(params, hidden[:, start:])
-        # NaN in the logits and nowhere before, so that what is not counted of them has gradient 0,
-        # not 0 · NaN. In a branch: a select over the vocabulary would be paid by every scoring.
-        nan_from_there = partial(
-            jnp.where, jnp.cumsum(unknown, axis=1)[:, start:, None] > 0, jnp.nan
-        )
-        return jax.lax.cond(unknown.any(), nan_from_there, lambda logits: logits, logits)
-
-    return apply
+    return causal.logits_fn(config, _hidden_fn(config, dtype), _head)
 
 
 def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
@@ -443,27 +363,7 @@ def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2; transformers'
     GPT2ForSequenceClassification.
     """
-    model = _GPT2(config, dtype)
-
-    def apply(
-        params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"] | Int[Array, "B T"]
-    ) -> Float[Array, "B"]:
-        tokens, where, unknown = _real(config, tokens, where)
-        _check_positions(config, tokens.shape[1])
-        return spread_as(tokens, run, params, tokens, where, unknown)
-
-    def run(params, tokens, where, unknown):
-        hidden, _ = cast(
-            tuple[Array, None],
-            model.apply({"params": params["transformer"]}, tokens, where, None, True),
-        )
-        last = tokens.shape[1] - 1 - jnp.argmax(where[:, ::-1], axis=1)
-        pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        kernel = params["score"]["kernel"].astype(pooled.dtype)
-        scores = jnp.matmul(pooled, kernel, preferred_element_type=_wide(pooled.dtype))[:, 0]
-        return jnp.where(where.any(1) & ~unknown.any(1), scores, jnp.nan)
-
-    return apply
+    return causal.score_fn(config, _hidden_fn(config, dtype))
 
 
 def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn:
@@ -490,26 +390,72 @@ def decode_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> DecodeFn
     >>> logits.shape, int(cache.length)
     ((3, 11), 5)
     """
-    model = _GPT2(config, dtype)
+    return causal.decode_fn(config, _hidden_fn(config, dtype), _head)
 
-    def apply(
-        params: Params,
-        tokens: Int[Array, "B T"],
-        cache: KVCache,
-        where: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        tokens, where, unknown = _real(config, tokens, where)
-        _check_room(tokens, cache)
-        # One past the vocabulary is looked up as NaN, and stays in the cache for the tokens that
-        # follow.
-        tokens = jnp.where(unknown, config.vocab_size, tokens)
-        return spread_as(tokens, run, params, tokens, where, cache)
 
-    def run(params, tokens, where, cache):
-        hidden, longer = cast(
-            tuple[Array, KVCache], model.apply({"params": params}, tokens, where, cache, True)
-        )
-        valid = where[:, -1:] & (longer.length <= cache.where.shape[1])
-        return jnp.where(valid, _head(params, hidden[:, -1:])[:, 0], jnp.nan), longer
+# Options of transformers' GPT-2 that change the function, none of them used by a published
+# checkpoint of OpenAI's.
+_SUPPORTED = {
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "scale_attn_weights": True,
+    "quantization_config": None,
+}
+# Common names of sizes, which transformers' GPT-2 reads beside its own.
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
-    return apply
+
+def _read_config(raw: Mapping[str, Any]) -> GPT2Config:
+    for name, supported in _SUPPORTED.items():
+        if raw.get(name, supported) != supported:
+            raise ValueError(f"it has {name}={raw[name]!r:.80}.")
+    names = {field.name: field.name for field in dataclasses.fields(GPT2Config)} | _ALIASES
+    chosen = {}
+    for name, value in raw.items():
+        field = names.get(name)
+        if field in chosen and chosen[field] != value:
+            raise ValueError(
+                f"it says two things of {field}: {chosen[field]!r} and {name}={value!r}."
+            )
+        if field is not None:
+            chosen[field] = value
+    return GPT2Config(**chosen)
+
+
+def _write_config(config: GPT2Config) -> dict[str, Any]:
+    described = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    return described | dataclasses.asdict(config)
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    """``h_3/attn/c_attn/kernel`` is ``transformer.h.3.attn.c_attn.weight``."""
+    parts = [f"h.{part[2:]}" if part.startswith("h_") else part for part in path]
+    return ".".join(["transformer", *parts[:-1], "bias" if parts[-1] == "bias" else "weight"])
+
+
+FAMILY = Family(
+    name="GPT-2",
+    model_types=("gpt2",),
+    config_type=GPT2Config,
+    read_config=_read_config,
+    write_config=_write_config,
+    init_params=init_params,
+    tensor_name=_tensor_name,
+    logits_fn=logits_fn,
+    decode_fn=decode_fn,
+    init_cache=init_cache,
+    prefix="transformer.",
+    tied=lambda config: {"lm_head.weight": "wte.weight"},
+    # the causal mask, which the first checkpoints have among their weights
+    buffers=r"h\.\d+\.attn\.(masked_)?bias",
+    embedding="transformer.wte.weight",
+    score_fn=score_fn,
+    score_architecture="GPT2ForSequenceClassification",
+)
+"""GPT-2 as `fjax.from_pretrained` reads it."""

@@ -267,9 +267,9 @@ def test_dropout_only_with_a_key(params):
 
 
 def test_more_columns_than_positions_are_refused(params):
-    with refused("n_positions=12 but was given 13 columns"):
+    with refused("This model has 12 positions but was given 13 columns"):
         gpt2.logits_fn(CONFIG)(params, tokens_of(columns=13))
-    with refused("n_positions=12 but was given 13 columns"):
+    with refused("This model has 12 positions but was given 13 columns"):
         gpt2.init_cache(CONFIG, 1, 13)
 
 

@@ -332,7 +332,7 @@ def truncate(folder, size):
         (
             lambda f: write(f, tensors_of(f) | {"lm_head.weight": jnp.zeros((61, 16))}),
             ValueError,
-            "an lm_head that differs from wte",
+            "a lm_head.weight that differs from wte.weight",
         ),
         (
             lambda f: (f / "config.json").write_text("[1]"),
@@ -348,7 +348,7 @@ def truncate(folder, size):
         (
             lambda f: edit_config(f, n_head=0),
             ValueError,
-            "of no GPT-2: n_head must be a whole number from 1 .* got 0",
+            "of no GPT-2 that fjax computes: n_head must be a whole number from 1 .* got 0",
         ),
         (lambda f: edit_config(f, n_layer=-1), ValueError, "n_layer must be a whole number"),
         (
@@ -378,7 +378,7 @@ def truncate(folder, size):
         (
             lambda f: edit_config(f, n_layer=10**6),
             ValueError,
-            "are 28 tensors, too few for n_layer=1000000 blocks",
+            "are 28 tensors, too few for 1000000 blocks",
         ),
         (lambda f: edit_config(f, n_head=3), ValueError, "n_embd must be a multiple of n_head"),
         (
@@ -505,7 +505,7 @@ def truncate(folder, size):
             ValueError,
             "does not have the tensors that the index says, as to transformer.h.0.attn.c_attn.bias",
         ),
-        (lambda f: index_of(f, index={}), ValueError, "are 0 tensors, too few for n_layer=2"),
+        (lambda f: index_of(f, index={}), ValueError, "are 0 tensors, too few for 2 blocks"),
         (
             lambda f: index_of(f, index=["a"]),
             ValueError,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fjax import from_pretrained, make_log_prob_fn, sample, save_pretrained
-from fjax.models import gpt2, huggingface
+from fjax.models import gpt2
+from fjax.models.huggingface.tensors import named_tensors
 from fjax.sampling import greedy
 from tests import make_fixtures
 
@@ -23,12 +24,12 @@ def compare(logits_fn, params, tokens, counted, expected):
     tokens, counted = jnp.asarray(tokens, jnp.int32), jnp.asarray(counted)
     log_prob_fn = make_log_prob_fn(logits_fn)
     log_pi, pull_back = jax.vjp(lambda params: log_prob_fn(params, tokens, counted), params)
-    gradients = huggingface._named(pull_back(jnp.ones_like(log_pi))[0])
+    gradients = named_tensors(gpt2.FAMILY, pull_back(jnp.ones_like(log_pi))[0])
     np.testing.assert_allclose(logits_fn(params, tokens), expected["logits"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(log_pi, expected["sequence_log_probs"], rtol=0, atol=1e-3)
     for key in expected:
         if key.startswith("gradient"):
-            ours, theirs = gradients[key.removeprefix("gradient ")], expected[key]
+            ours, theirs = gradients["transformer." + key.removeprefix("gradient ")], expected[key]
             assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), key
 
 
@@ -71,13 +72,10 @@ def test_torch(shape, scale):
     tokens, counted = make_fixtures.batch(shape, rows=2, seed=1)
     expected = make_fixtures.torch_answers(torch_model, tokens, counted)
     config = gpt2.GPT2Config(**shape)
-    tensors = {
-        name.removeprefix("transformer."): jnp.asarray(x.detach().numpy())
-        for name, x in torch_model.named_parameters()
-    }
+    tensors = {name: jnp.asarray(x.detach().numpy()) for name, x in torch_model.named_parameters()}
     like = jax.eval_shape(lambda: gpt2.init_params(config, jax.random.key(0)))
     params = jax.tree.unflatten(
-        jax.tree.structure(like), [tensors[name] for name in huggingface._named(like)]
+        jax.tree.structure(like), [tensors[name] for name in named_tensors(gpt2.FAMILY, like)]
     )
     compare(gpt2.logits_fn(config), params, tokens, counted, expected)
 

@@ -1,0 +1,114 @@
+"""The folder of a model: here or on the hub, and the family that its config.json is of."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fjax.models.base import Family, ModelConfig
+
+__all__ = ["open_folder", "read_json"]
+
+# What is read first, since it says whether the rest is worth a download; and all that has a part in
+# model and tokenizer.
+_KIND = ["config.json", "adapter_config.json"]
+_FILES = [
+    *_KIND,
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+]
+
+
+def open_folder(
+    name_or_path: str | Path, families: Sequence[Family]
+) -> tuple[Path, Family, ModelConfig]:
+    """The folder, the family of the model in it, and its configuration; of a name on the hub,
+    config.json is had and looked at before the other files.
+    """
+    local = _local(name_or_path)
+    folder = _download(str(name_or_path), _KIND) if local is None else local
+    family, config = _read_config(folder, families)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} has an adapter (adapter_config.json), which fjax does not add to the "
+            f"weights. Merge it with peft's merge_and_unload, and save the whole model."
+        )
+    if local is None:  # by the commit, so that all files are of one
+        folder = _download(str(name_or_path), _FILES, revision=folder.name)
+    return folder, family, config
+
+
+def _local(name_or_path: str | Path) -> Path | None:
+    """A folder that is there; None for what must be a name on the hub."""
+    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if name and folder.is_dir():  # the path of no name is the current folder
+        return folder
+    # Names on the hub are `model` or `owner/model`; all else is meant as a path.
+    if (
+        isinstance(name_or_path, Path)
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or not name
+    ):
+        raise FileNotFoundError(
+            f"There is no folder {name or repr(name)}; give the folder of a model, or a name on "
+            f"the hub."
+        )
+    return None
+
+
+def _download(name: str, files: list[str], *, revision: str | None = None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=files, revision=revision)
+        )
+    # the hub's client has a dozen of its own kinds, all of which mean the same here
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is neither a local folder nor a model that the Hugging Face hub gave "
+            f"({type(error).__name__}). Check the "
+            "spelling and the connection, or download it where there is one and give its folder."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a model's folder, or an error that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} has no {path.name}, so it is not the folder of a model."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is a JSON {type(found).__name__}, not an object.")
+    return found
+
+
+def _read_config(folder: Path, families: Sequence[Family]) -> tuple[Family, ModelConfig]:
+    raw = read_json(folder / "config.json")
+    found = raw.get("model_type")
+    family = next((family for family in families if found in family.model_types), None)
+    if family is None:
+        known = sorted(name for family in families for name in family.model_types)
+        raise ValueError(
+            f"{folder} holds a model of type {found!r}, which is none of those that are known: "
+            f"{', '.join(known)}. A family of your own is passed as "
+            f"families=(mine, *fjax.models.FAMILIES)."
+        )
+    try:
+        return family, family.read_config(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"The config.json in {folder} is of no {family.name} that fjax computes: {error}"
+        ) from error

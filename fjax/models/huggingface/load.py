@@ -1,0 +1,108 @@
+"""A language model or a reward model from a folder, or from the hub by its name."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fjax.models.base import TEXT_FORMATS, Family, LanguageModel, RewardModel
+from fjax.models.families import FAMILIES
+from fjax.models.huggingface.folders import open_folder, read_json
+from fjax.models.huggingface.save import save_pretrained
+from fjax.models.huggingface.tensors import load_params
+from fjax.models.huggingface.tokenizers import end_ids, load_tokenizer
+
+__all__ = ["from_pretrained", "load_reward_model"]
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    families: Sequence[Family] = FAMILIES,
+) -> LanguageModel:
+    """Loads a language model from a local folder or by its name on the Hugging Face hub.
+
+    Weights are read from ``model.safetensors``, or from the shards that
+    ``model.safetensors.index.json`` lists, with or without the prefix of a model with a head
+    (``transformer.``), in whatever precision they are stored.
+
+    A sequence ends at the tokenizer's end-of-sequence token, which is ``eos_id``, and at those that
+    ``eos_token_id`` of generation_config.json names or, where that file names none, of config.json.
+
+    Args:
+        name_or_path: a folder, or a name such as ``gpt2``, ``gpt2-xl``, ``distilgpt2``.
+        dtype: of the computation: bfloat16 on accelerators. Softmax and logits are float32 all the
+            same.
+        param_dtype: of the parameters. Keep float32 for training.
+        families: the kinds of models to choose from, the first that knows the folder's
+            ``model_type``. One of your own: ``families=(mine, *fjax.models.FAMILIES)``.
+
+    Raises:
+        FileNotFoundError: if the folder, or a file in it, is not there, or the hub does not have or
+            give it.
+        ValueError: if it is of no family, is a variant that computes something else, lacks tensors
+            or has others (named), or tensors that are no finite floats, or if its tokenizer has ids
+            that it has not.
+    """
+    folder, family, config = open_folder(name_or_path, families)
+    tokenizer = load_tokenizer(folder, config)
+    eos_ids = end_ids(folder, tokenizer, config.vocab_size)
+    params, _ = load_params(folder, family, config, param_dtype)
+    return LanguageModel(
+        config,
+        params,
+        tokenizer,
+        family.logits_fn(config, dtype=dtype),
+        family.decode_fn(config, dtype=dtype),
+        partial(family.init_cache, config, dtype=dtype),
+        max_length=config.max_length,
+        bos_id=eos_ids[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        eos_ids=eos_ids,
+        save=partial(
+            save_pretrained,
+            config=config,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            families=(family,),
+        ),
+    )
+
+
+def load_reward_model(
+    name_or_path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    families: Sequence[Family] = FAMILIES,
+) -> RewardModel:
+    """Loads a model with a scalar head, as `save_reward_model` or transformers' class for sequence
+    classification with one label wrote it.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+        families: see `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: if the folder, or a file in it, is not there.
+        ValueError: if it has no scalar head, is of a family without one, or anything else that
+            `from_pretrained` refuses.
+    """
+    folder, family, config = open_folder(name_or_path, families)
+    if family.score_fn is None:
+        raise ValueError(f"{folder} holds a {family.name}, and that family has no reward models.")
+    text_format = read_json(folder / "config.json").get("text_format")
+    if text_format not in (None, *TEXT_FORMATS):
+        raise ValueError(
+            f"{folder} has text_format={text_format!r} in its config.json; fjax knows "
+            f"{', '.join(TEXT_FORMATS)}."
+        )
+    tokenizer = load_tokenizer(folder, config)
+    params, score = load_params(folder, family, config, param_dtype, head=True)
+    params = {"transformer": params, "score": {"kernel": score}}
+    return RewardModel(config, params, tokenizer, family.score_fn(config, dtype=dtype), text_format)

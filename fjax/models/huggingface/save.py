@@ -1,0 +1,184 @@
+"""A language model or a reward model as a folder that transformers opens."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from fjax.models.base import TEXT_FORMATS, Family
+from fjax.models.families import FAMILIES
+from fjax.models.huggingface.tensors import named_tensors, write_tensors
+from fjax.models.huggingface.tokenizers import import_transformers, with_padding
+from fjax.types import Array, Params
+
+__all__ = ["save_pretrained", "save_reward_model"]
+
+
+def save_pretrained(
+    path: str | Path,
+    params: Params,
+    config: Any,
+    tokenizer: Any,
+    *,
+    dtype: DTypeLike | None = None,
+    eos_ids: Sequence[int] | None = None,
+    families: Sequence[Family] = FAMILIES,
+) -> None:
+    """Writes a folder that transformers opens: ``AutoModelForCausalLM.from_pretrained(path)``.
+
+    All files are written beside the folder first and moved in one by one when they are whole; other
+    files in it stay. A `LanguageModel` that was loaded has this as ``model.save(path, params)``.
+
+    Args:
+        path: the folder; made if it is not there.
+        params: of the model.
+        config: of the same model; its class says which family it is of.
+        tokenizer: of transformers.
+        dtype: to store floats in; None keeps each as it is.
+        eos_ids: the tokens that end a sequence, if it is not the tokenizer's alone.
+        families: to find that of ``config`` in.
+
+    Raises:
+        OSError: if it cannot be written; an earlier model in the folder is then untouched.
+        ValueError: if the configuration is of none of the families.
+    """
+    family = _family_of(config, families)
+    ids = _special_ids(tokenizer, eos_ids)
+    _write(
+        Path(path),
+        named_tensors(family, params),
+        family.write_config(config) | ids,
+        tokenizer,
+        dtype,
+        generation=ids,
+    )
+
+
+def save_reward_model(
+    path: str | Path,
+    params: Params,
+    config: Any,
+    tokenizer: Any,
+    *,
+    dtype: DTypeLike | None = None,
+    text_format: str | None = None,
+    families: Sequence[Family] = FAMILIES,
+) -> None:
+    """Writes a folder that transformers opens as its class for sequence classification with one
+    label.
+
+    transformers scores the last token that is not padding. A tokenizer without a padding token, or
+    with the end-of-sequence token as such, which would hide the end of a text, is therefore written
+    with a padding token of its own, and the embedding with a row of zeros for it: batches then have
+    the scores of single texts.
+
+    Args:
+        path: the folder; made if it is not there.
+        params: see `RewardModel`.
+        config: of the same model; its class says which family it is of.
+        tokenizer: of transformers.
+        dtype: to store floats in; None keeps each as it is.
+        text_format: see `RewardModel`; kept in config.json.
+        families: to find that of ``config`` in.
+
+    Raises:
+        OSError: if it cannot be written; an earlier model in the folder is then untouched.
+        ValueError: if the text format is none of `TEXT_FORMATS`, or the configuration of no family
+            that has reward models.
+    """
+    if text_format not in (None, *TEXT_FORMATS):
+        raise ValueError(
+            f"text_format must be one of {', '.join(TEXT_FORMATS)}, got {text_format!r}."
+        )
+    family = _family_of(config, families)
+    if family.embedding is None or family.score_architecture is None:
+        raise ValueError(f"{family.name} is a family without reward models.")
+    tensors = named_tensors(family, params["transformer"])
+    # Contiguous, for safetensors writes memory as it lies.
+    tensors["score.weight"] = jnp.array(params["score"]["kernel"].T)
+    tokenizer = with_padding(tokenizer)
+    more = max(tokenizer.pad_token_id + 1 - config.vocab_size, 0)
+    tensors[family.embedding] = jnp.pad(tensors[family.embedding], ((0, more), (0, 0)))
+    config = dataclasses.replace(config, vocab_size=config.vocab_size + more)
+    described = family.write_config(config) | _special_ids(tokenizer, None)
+    described |= {"architectures": [family.score_architecture], "num_labels": 1}
+    described |= {"pad_token_id": tokenizer.pad_token_id}
+    described |= {} if text_format is None else {"text_format": text_format}
+    _write(Path(path), tensors, described, tokenizer, dtype)
+
+
+def _family_of(config: Any, families: Sequence[Family]) -> Family:
+    found = [family for family in families if isinstance(config, family.config_type)]
+    if not found:
+        known = ", ".join(family.config_type.__name__ for family in families)
+        raise ValueError(
+            f"config is a {type(config).__name__}, and must be one of {known}, or of a family that "
+            f"is passed as families=(mine, *fjax.models.FAMILIES)."
+        )
+    return found[0]
+
+
+def _special_ids(tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:
+    ends = [tokenizer.eos_token_id] if eos_ids is None else list(eos_ids)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+    }
+
+
+def _write(
+    path: Path,
+    tensors: Mapping[str, Array],
+    described: Mapping[str, Any],
+    tokenizer: Any,
+    dtype: DTypeLike | None,
+    *,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dtype is not None:
+        tensors = {name: leaf.astype(dtype) for name, leaf in tensors.items()}
+    stored = str(next(iter(tensors.values())).dtype)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        new = Path(temporary)
+        _write_config(new, dict(described) | {"dtype": stored})
+        # Several ends are written where transformers looks for them first, and one too where the
+        # file of another model would say otherwise.
+        here = path / "generation_config.json"
+        if generation and (isinstance(generation["eos_token_id"], list) or here.is_file()):
+            _write_json(new / here.name, generation)
+        tokenizer.save_pretrained(temporary)
+        write_tensors(new / "model.safetensors", tensors)
+        # safetensors makes its file readable by its owner only.
+        shutil.copymode(new / "config.json", new / "model.safetensors")
+        path.mkdir(exist_ok=True)
+        _move_all(new, path)
+
+
+def _write_config(folder: Path, fields: dict[str, Any]) -> None:
+    """config.json, with what transformers adds to it for a model that it knows."""
+    known = import_transformers()
+    if fields["model_type"] in known.CONFIG_MAPPING:
+        kind = fields.pop("model_type")
+        known.AutoConfig.for_model(kind, **fields).save_pretrained(folder)
+    else:
+        _write_json(folder / "config.json", fields)
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_all(source: Path, path: Path) -> None:
+    for new in sorted(source.iterdir()):
+        # of chat templates: those of an earlier tokenizer are not this one's
+        if (path / new.name).is_dir():
+            shutil.rmtree(path / new.name)
+        os.replace(new, path / new.name)
