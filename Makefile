@@ -11,7 +11,7 @@ ARGS ?=
 DEMO_ARGS ?= --word great --samples 128 --steps 90 --eval-every 45
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench mutants clean
+.PHONY: help demo test lint format docs bench mutants clean
 
 ifeq ($(filter cpu cuda12 cuda13 tpu,$(JAX)),)
 $(error JAX=$(JAX) is not a build of jax that fjax knows; choose cpu, cuda12, cuda13 or tpu)
@@ -32,6 +32,7 @@ stamp = $(VENV)/.fjax-$(1)-$(JAX)-$(KEY)
 EXTRAS_demo := experiments
 EXTRAS_test := experiments,test
 EXTRAS_lint := experiments,test,lint
+EXTRAS_docs := docs
 
 # An environment whose interpreter has gone, after an upgrade of Python say, counts as absent.
 ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
@@ -39,7 +40,7 @@ ABSENT := absent
 else ifneq ($(PYTHON),)
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifneq ($(call version,$(PY)),$(call version,$(PYTHON)))
-ifneq ($(filter demo test lint format bench mutants,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test lint format docs bench mutants,$(MAKECMDGOALS)),)
 $(error $(VENV) has Python $(call version,$(PY)), not $(PYTHON): add VENV=another-folder, or `make clean` first)
 endif
 endif
@@ -65,6 +66,9 @@ lint: $(call stamp,lint) ## Style (ruff) and types (pyright)
 format: $(call stamp,lint) ## Mend what ruff can mend
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
+
+docs: $(call stamp,docs) ## The site of docs/, into build/site; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(call stamp,demo) ## Time of each phase on this machine
 	$(PY) -m experiments.bench $(ARGS)

@@ -3,6 +3,7 @@ described, no link is broken."""
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from experiments import kl_gradients
 from tests.make_api_page import MODULES, page
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MATHEMATICS = MODULES[:8]
 
 
@@ -25,7 +26,11 @@ def names(module: str) -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("bare")  # as whoever pastes them runs them
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PAGES if ">>>" in path.read_text()],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_examples_run(path):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     parser = doctest.DocTestParser()
@@ -87,3 +92,48 @@ def test_tests_that_the_derivations_name_exist():
     text = (ROOT / "docs" / "derivations.md").read_text()
     for name in re.findall(r"`(?:[\w/.]+::)?(test_\w+)`", text):
         assert f"def {name}(" in everything, name
+
+
+def site(name: str):
+    """A module of docs/site, which is no package: MkDocs loads its files by their path."""
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "docs/site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_module_has_its_page_in_the_reference():
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs/reference").glob("*.md")}
+    for module in (*MODULES, "types"):
+        assert f"::: fjax.{module}\n" in pages[module]
+
+
+def test_what_a_page_would_fetch_from_elsewhere_is_seen():
+    pages = site("pages")
+    local = (
+        '<a href="https://x.org">x</a><link rel="canonical" href="https://x.org"><img src="a.png">'
+    )
+    assert pages.fetched(local) == []
+    for loading in (
+        '<script src="https://cdn.org/a.js">',
+        '<link rel="preconnect" href="//fonts.org">',
+        '<img alt="" src="http://x.org/a.png">',
+        '<style>@import url("https://fonts.org/a.css")</style>',
+        '<p style="background: url(https://x.org/a.png)">',
+    ):
+        assert len(pages.fetched(local + loading)) == 1, loading
+
+
+def test_links_of_the_repository_are_led_to_the_pages_of_the_site():
+    pages = site("pages")
+
+    def led(link, source):
+        uri = source.removeprefix("docs/")
+        return pages.new_place(link, source=ROOT / source, uri=uri)
+
+    assert (
+        led("../experiments/compare/README.md", "docs/findings.md")
+        == "experiments/compare/README.md"
+    )
+    assert led("../findings.md#a", "docs/how-to/x.md") == "../findings.md#a"
+    assert led("../../docs/figures/x.png", "experiments/compare/README.md") == "../../figures/x.png"
