@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_examples_run(path):
     assert doctest.DocTestRunner(optionflags=flags).run(test, out=output.append).failed == 0, (
         "".join(output)
     )
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "docs/examples").glob("*.py")), ids=lambda p: p.stem
+)
+def test_a_model_of_ones_own_is_aligned(script):
+    """Of plain functions, Flax NNX and Equinox, as the how-to has it."""
+    if script.stem == "equinox_model":
+        pytest.importorskip("equinox")  # of the extra `test`
+    found = runpy.run_path(str(script))
+    assert found["before"] < 0.2
+    assert found["after"] > 0.6
+    assert found["info"].finite
 
 
 def test_the_readme_has_an_example_without_flax():
