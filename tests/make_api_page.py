@@ -1,5 +1,5 @@
-"""Writes docs/api.md, every public name with the first line of its docstring: python -m
-tests.make_api_page."""
+"""Writes docs/api.md, every public name with the first line of its docstring, and the rules in
+docs/layers.md: python -m tests.make_api_page."""
 
 import importlib
 import inspect
@@ -9,12 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 import fjax
+from tests.test_architecture import FORBIDDEN, ONE_HOME
 
 MODULES = (
     "divergences", "targets", "estimators", "surrogates", "policy_gradients", "preferences", "enumeration", "testing",
     "log_probs", "metrics", "sampling", "models", "training",
 )  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
+LAYERS = PAGE.with_name("layers.md")
+RULES = ("<!-- made by python -m tests.make_api_page -->", "<!-- end -->")
 HEAD = """# All names
 
 The first line of each docstring; `help(fjax.surrogate_loss)` has the rest: formula, shapes, errors, an example, the source.
@@ -68,5 +71,26 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def layers(text: str) -> str:
+    """The page of the layers with the table of what must not be imported as it is enforced."""
+    owners: dict[frozenset[str], list[str]] = {}
+    for owner, forbidden in FORBIDDEN.items():
+        owners.setdefault(frozenset(forbidden), []).append(owner)
+    rows = [
+        (", ".join(f"`{owner}`" for owner in owned), ", ".join(f"`{f}`" for f in sorted(forbidden)))
+        for forbidden, owned in owners.items()
+    ]
+    rows += [(f"all but `{home}`", f"`{library}`") for library, home in ONE_HOME.items()]
+    table = ["| module | must not import |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
+    begin, end = RULES
+    return (
+        f"{text.partition(begin)[0]}{begin}\n\n"
+        + "\n".join(table)
+        + f"\n\n{end}"
+        + text.partition(end)[2]
+    )
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    LAYERS.write_text(layers(LAYERS.read_text()))

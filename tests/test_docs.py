@@ -13,7 +13,7 @@ import pytest
 
 import fjax
 from experiments import kl_gradients
-from tests.make_api_page import MODULES, page
+from tests.make_api_page import LAYERS, MODULES, layers, page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,6 +78,11 @@ def test_the_page_of_all_names_is_what_its_script_makes():
     assert text == page()
     for name in [*fjax.__all__, *(name for module in MODULES for name in names(module))]:
         assert f"`{name}`" in text, name
+
+
+def test_the_rules_of_the_layers_are_those_that_are_enforced():
+    text = LAYERS.read_text()
+    assert text == layers(text), "python -m tests.make_api_page"
 
 
 @pytest.mark.parametrize("module", MATHEMATICS)
