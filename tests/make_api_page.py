@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -76,11 +77,8 @@ def layers(text: str) -> str:
     owners: dict[frozenset[str], list[str]] = {}
     for owner, forbidden in FORBIDDEN.items():
         owners.setdefault(frozenset(forbidden), []).append(owner)
-    rows = [
-        (", ".join(f"`{owner}`" for owner in owned), ", ".join(f"`{f}`" for f in sorted(forbidden)))
-        for forbidden, owned in owners.items()
-    ]
-    rows += [(f"all but `{home}`", f"`{library}`") for library, home in ONE_HOME.items()]
+    rows = [(_names(owned), _names(sorted(forbidden))) for forbidden, owned in owners.items()]
+    rows += [(f"all but {_names([home])}", _names([library])) for library, home in ONE_HOME.items()]
     table = ["| module | must not import |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
     begin, end = RULES
     return (
@@ -89,6 +87,11 @@ def layers(text: str) -> str:
         + f"\n\n{end}"
         + text.partition(end)[2]
     )
+
+
+def _names(modules: Iterable[str]) -> str:
+    """Those of fjax without its name, as CONTRIBUTING has them."""
+    return ", ".join(f"`{module.removeprefix('fjax.')}`" for module in modules)
 
 
 if __name__ == "__main__":
