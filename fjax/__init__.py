@@ -16,8 +16,10 @@ from . import (
     divergences,
     enumeration,
     estimators,
+    moments,
     policy_gradients,
     preferences,
+    rejection,
     surrogates,
     targets,
 )
@@ -31,8 +33,9 @@ from .divergences import (
     total_variation,
 )
 from .estimators import Estimate, effective_sample_size, estimate_divergence, estimate_log_z
+from .moments import fit_coefficients
 from .surrogates import leave_one_out, score_weights, surrogate_loss
-from .targets import exponential_family, fit_coefficients, pointwise, reward_tilted
+from .targets import exponential_family, pointwise, reward_tilted
 
 # What type checkers and editors read for the names of _LAZY; a test holds the two together.
 if TYPE_CHECKING:
@@ -76,9 +79,11 @@ __all__ = [
     "make_log_prob_fn",
     "metrics",
     "models",
+    "moments",
     "pointwise",
     "policy_gradients",
     "preferences",
+    "rejection",
     "reverse_kl",
     "reward_tilted",
     "sample",

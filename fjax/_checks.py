@@ -142,6 +142,59 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
     return *(jnp.where(mask, x, 0.0) for x in kept), mask
 
 
+def by_feature(features: Array, **of_each: Array) -> tuple[Array, Array]:
+    """Features ``[N, K]``, and what there is one of for each, in a common dtype of at least
+    float32.
+
+    Args:
+        features: one row a sample.
+        of_each: one array, by the name that the caller's users know it by.
+
+    Raises:
+        ValueError: if they are not of these shapes.
+
+    >>> [x.dtype.name for x in by_feature(jnp.zeros((3, 2), bool), moments=jnp.zeros(2))]
+    ['float32', 'float32']
+    """
+    ((name, values),) = of_each.items()
+    if (
+        np.ndim(features) != 2
+        or np.ndim(values) != 1
+        or np.shape(features)[1] != np.shape(values)[0]
+    ):
+        raise ValueError(
+            f"features must be [N, K], one row a sample, and {name} [K], one a feature; got "
+            f"{_shape(features)} and {_shape(values)}. For several contexts, map the function over "
+            f"them with jax.vmap."
+        )
+    dtype = float_dtype(features, values)
+    return jnp.asarray(features, dtype), jnp.asarray(values, dtype)
+
+
+def one_a_row(features: Array, **arrays: Array) -> Array:
+    """One number for each row of the features, in a dtype that holds both.
+
+    Args:
+        features: ``[N, K]``.
+        arrays: one array, by the name that the caller's users know it by.
+
+    Raises:
+        ValueError: if there is not one a row.
+
+    >>> one_a_row(jnp.zeros((3, 2)), log_weights=jnp.zeros(2))
+    Traceback (most recent call last):
+    ValueError: log_weights must be one number a row of features, which are [3, 2]; got [2]. ...
+    """
+    ((name, values),) = arrays.items()
+    if np.shape(values) != features.shape[:1]:
+        raise ValueError(
+            f"{name} must be one number a row of features, which are {_shape(features)}; got "
+            f"{_shape(values)}. For several "
+            "contexts, map the function over them with jax.vmap."
+        )
+    return jnp.asarray(values, float_dtype(features, values))
+
+
 def is_concrete(value: object) -> bool:
     """Whether the number can be looked at: not while a transformation traces it, as an annealed β
     under `jax.jit` is.

@@ -13,7 +13,8 @@ import fjax
 from tests.test_architecture import FORBIDDEN, ONE_HOME
 
 MODULES = (
-    "divergences", "targets", "estimators", "surrogates", "policy_gradients", "preferences", "enumeration", "testing",
+    "divergences", "targets", "moments", "estimators", "surrogates", "policy_gradients", "preferences", "rejection",
+    "enumeration", "testing",
     "log_probs", "metrics", "sampling", "models", "training",
 )  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"

@@ -117,14 +117,18 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
-        "fjax/targets.py",
+        "fjax/moments.py",
         "tests/test_targets.py tests/test_catalogue_gradients.py",
         (
             "log Z of a fit without λ·μ̄",
-            "log_z=log_tilted + _dot(soft, moments)",
+            "log_z=log_tilted + dot(soft, moments)",
             "log_z=log_tilted",
         ),
         ("a ridge of 1e-2", "return 1e-9 if dtype == jnp.float64 else 1e-5", "return 1e-2"),
+    ),
+    *_of(
+        "fjax/targets.py",
+        "tests/test_targets.py tests/test_catalogue_gradients.py",
         ("reward times β", "log_a + rewards / beta", "log_a + rewards * beta"),
     ),
     *_of(
@@ -147,12 +151,17 @@ MUTANTS: tuple[Mutant, ...] = (
         ("χPO clips at R", "-2 * max_reward, 2 * max_reward", "-max_reward, max_reward"),
     ),
     *_of(
-        "fjax/sampling/rejection.py",
-        "tests/sampling",
+        "fjax/rejection.py",
+        "tests/test_rejection.py",
         (
             "three times the error of the acceptance rate",
             "acceptance = Estimate(value, error,",
             "acceptance = Estimate(value, 3 * error,",
+        ),
+        (
+            "β of one proposal more",
+            "possible & (accepted < wanted)",
+            "possible & (accepted < wanted + 1)",
         ),
         (
             "the bound forgets the error of log Z",

@@ -29,6 +29,8 @@ FORBIDDEN = {
     "fjax._numerics": MATHEMATICS,
     "fjax.divergences": MATHEMATICS,
     "fjax.targets": MATHEMATICS,
+    "fjax.moments": MATHEMATICS,
+    "fjax.rejection": MATHEMATICS,
     "fjax.estimators": MATHEMATICS,
     "fjax.surrogates": MATHEMATICS,
     "fjax.preferences": MATHEMATICS,

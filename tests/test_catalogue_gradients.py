@@ -21,7 +21,7 @@ from fjax import (
     surrogates,
     targets,
 )
-from fjax.sampling import accept, estimate_rejection, log_acceptance
+from fjax.rejection import accept, estimate_rejection, log_acceptance
 from tests.cases import CASES, each, each_target, name, with_inverse, world
 from tests.catalogue import distributions, equal, examples, float64, of, seeds
 

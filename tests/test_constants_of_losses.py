@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fjax import divergences, policy_gradients, preferences, targets
-from fjax.sampling import accept, estimate_rejection, log_acceptance
+from fjax.rejection import accept, estimate_rejection, log_acceptance
 
 JS, KL = divergences.jensen_shannon(), divergences.reverse_kl()
 N, T = 5, 3

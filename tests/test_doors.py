@@ -22,10 +22,10 @@ from fjax import (
     estimators,
     policy_gradients,
     preferences,
+    rejection,
     surrogates,
     targets,
 )
-from fjax.sampling import rejection
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -202,6 +202,7 @@ DOORS |= {
         lambda log_score, log_q: rejection.accept(jax.random.key(0), log_score, log_q, log_beta=0.5).astype(jnp.float32),
         "log_score", "log_q",
     ),
+    "choose_log_beta": samples(partial(rejection.choose_log_beta, acceptance_rate=0.3), "log_score", "log_q"),
     "estimate_rejection": samples(partial(rejection.estimate_rejection, log_beta=0.5), "log_score", "log_q"),
 }  # fmt: skip
 # what takes a state, or an option that may be an array

@@ -14,12 +14,13 @@ from fjax import (
     divergences,
     enumeration,
     estimators,
+    moments,
     policy_gradients,
     preferences,
+    rejection,
     surrogates,
     targets,
 )
-from fjax.sampling import rejection
 
 DEVICES, N, T, K = 8, 6, 4, 2
 F = divergences.jensen_shannon()
@@ -101,6 +102,9 @@ CALLS = {
     estimators.estimate_mean: (estimators.estimate_mean, ("rewards", "log_pi")),
     estimators.estimate_kl_to_base: (estimators.estimate_kl_to_base, ("log_pi", "log_a", "log_q")),
     estimators.estimate_entropy: (estimators.estimate_entropy, ("log_pi", "log_q")),
+    estimators.estimate_proposal_gain: (
+        estimators.estimate_proposal_gain, ("log_pi", "log_a", "log_score", "log_q")
+    ),
     estimators.log_mixture: (partial(estimators.log_mixture, base_fraction=0.25), ("log_pi", "log_a")),
     estimators.init_log_mean: (lambda x: jax.tree.map(lambda y: y + 0 * x[0], estimators.init_log_mean().count), ("log_pi",)),
     estimators.update_log_mean: (
@@ -167,6 +171,7 @@ CALLS = {
         ), ("listed_p",),
     ),
     rejection.log_acceptance: (partial(rejection.log_acceptance, log_beta=0.0), ("log_score", "log_q")),
+    rejection.choose_log_beta: (partial(rejection.choose_log_beta, acceptance_rate=0.3), ("log_score", "log_q")),
     rejection.estimate_rejection: (partial(rejection.estimate_rejection, log_beta=0.0), ("log_score", "log_q")),
     rejection.accept: (lambda a, b: rejection.accept(jax.random.key(0), a, b, log_beta=0.0) * 1.0, ("log_score", "log_q")),
 }  # fmt: skip
@@ -174,7 +179,8 @@ CALLS = {
 # function
 HOST = {
     "sequences", "tabular_log_prob_fn", "exact_gradient", "expected_gradient", "expected_surrogate_gradient",
-    "alpha_from_amari", "alpha_from_cressie_read", "alpha_from_f_dpo",
+    "alpha_from_amari", "alpha_from_cressie_read", "alpha_from_f_dpo", "by_name", "names",
+    "estimate_mean_over_contexts", "estimate_ratio", "estimate_win_rate", "over_contexts",
 }  # fmt: skip
 
 
@@ -182,6 +188,7 @@ def public_functions():
     for module in (
         divergences,
         targets,
+        moments,
         estimators,
         surrogates,
         policy_gradients,

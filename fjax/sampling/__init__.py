@@ -2,9 +2,9 @@
 continuations.
 """
 
+from fjax.rejection import RejectionEstimate, accept, estimate_rejection, log_acceptance
 from fjax.sampling.categorical import draw
 from fjax.sampling.decode import Samples, sample
-from fjax.sampling.rejection import RejectionEstimate, accept, estimate_rejection, log_acceptance
 from fjax.sampling.transforms import Transform, chain, greedy, identity, temperature, top_k, top_p
 
 __all__ = [

@@ -1,5 +1,5 @@
-"""Quasi-rejection: what the estimates say of their own error, checked from both sides; exactness is
-in the catalogue."""
+"""Quasi-rejection: what the estimates say of their own error, checked from both sides, and the β of
+a wished rate; exactness is in the catalogue."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fjax.estimators import Estimate
-from fjax.sampling import accept, estimate_rejection, log_acceptance
+from fjax.rejection import accept, choose_log_beta, estimate_rejection, log_acceptance
+from tests.cases import refused
 
 RUNS, N = 3000, 300
 LOG_BETA = 0.2
@@ -83,3 +84,53 @@ def test_proposals_may_be_spread_over_devices():
         jax.jit(spread)(log_score[0], log_q[0]),
         expected,
     )
+
+
+def acceptance(log_score, log_q, log_beta) -> float:
+    return float(jnp.exp(log_acceptance(log_score, log_q, log_beta=log_beta)).mean())
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.01, 0.1, 0.3, 0.5, 0.6])
+def test_beta_is_that_of_the_wished_rate(rate, x64):
+    """Exactly, on the proposals that it is chosen from; a third have P = 0, others are equal."""
+    rng = np.random.default_rng(0)
+    for size in (3, 60, 999):
+        log_score = np.where(np.arange(size) % 3 == 0, -np.inf, 4 * rng.normal(size=size))
+        log_score[1::6] = log_score[1]
+        logs = jnp.asarray(log_score), jnp.asarray(rng.normal(size=size))
+        log_beta = jax.jit(choose_log_beta)(*logs, acceptance_rate=rate)
+        assert acceptance(*logs, log_beta) == pytest.approx(rate, rel=1e-10)
+
+
+def test_beta_of_weights_that_are_all_equal_or_far_apart(x64):
+    zeros = jnp.zeros(5)
+    assert float(choose_log_beta(zeros, zeros, acceptance_rate=0.2)) == pytest.approx(np.log(5))
+    far = jnp.array([800.0, 0.0, -800.0, -1600.0])
+    for rate in (0.1, 0.25, 0.3, 0.5, 0.6, 0.9):
+        log_beta = choose_log_beta(far, jnp.zeros(4), acceptance_rate=rate)
+        assert acceptance(far, jnp.zeros(4), log_beta) == pytest.approx(rate, rel=1e-12)
+
+
+def test_a_rate_that_cannot_be_reached_accepts_all_that_can_be():
+    log_score = jnp.array([0.5, -jnp.inf, -1.5, -jnp.inf])
+    for rate in (0.5, 0.51, 1.0):
+        log_beta = choose_log_beta(log_score, jnp.zeros(4), acceptance_rate=rate)
+        assert float(log_beta) == -1.5
+        assert acceptance(log_score, jnp.zeros(4), log_beta) == 0.5
+    assert np.isnan(choose_log_beta(jnp.full(3, -jnp.inf), jnp.zeros(3), acceptance_rate=0.1))
+
+
+def test_a_beta_from_some_proposals_has_about_its_rate_on_others():
+    """Within 5 standard errors √(rate/n), of both halves."""
+    log_score, log_q, *_ = proposals()
+    rates = []
+    for i in range(40):
+        log_beta = choose_log_beta(log_score[i], log_q[i], acceptance_rate=0.2)
+        rates.append(acceptance(log_score[-1 - i], log_q[-1 - i], log_beta))
+    assert abs(np.mean(rates) - 0.2) < 5 * np.sqrt(2 * 0.2 / N / 40)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, np.nan, np.inf])
+def test_a_rate_that_is_none_is_refused(rate):
+    with refused("acceptance_rate is above 0 and at most 1"):
+        choose_log_beta(jnp.zeros(2), jnp.zeros(2), acceptance_rate=rate)
