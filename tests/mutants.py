@@ -184,7 +184,12 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             "the end is not counted",
             "lengths=progress.lengths + ~ended",
-            "lengths=progress.lengths + ~(ended | (drawn == eos_id))",
+            "lengths=progress.lengths + ~(ended | (drawn == ends[0]))",
+        ),
+        (
+            "only the first of several ends is one",
+            "(drawn == end for end in ends)",
+            "(drawn == end for end in ends[:1])",
         ),
         (
             "tokens after the end have probabilities",

@@ -2,17 +2,19 @@
 every row has ended.
 
 The sampler knows no model. It is given a ``DecodeFn`` and an empty cache, and keeps to itself what
-is easily got wrong: which tokens count (all up to the end-of-sequence token *and that token*), and
+is easily got wrong: which tokens count (all up to an end-of-sequence token *and that token*), and
 the log-probability of each under the distribution that it was really drawn from, after temperature
 and truncation. So ``log_q`` needs no second pass.
 """
 
-from collections.abc import Callable
-from functools import partial
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fjax._checks import as_mask, float_dtype
 from fjax._sharding import spread_as
@@ -33,9 +35,9 @@ class Samples(NamedTuple):
 
     Attributes:
         tokens: the new tokens; padding after the end.
-        where: True up to and including the end-of-sequence token.
+        where: True up to and including the token that ended the row.
         log_probs: of each token under the distribution it was drawn from; 0 where not counted.
-        finished: whether the row drew the end-of-sequence token.
+        finished: whether the row drew a token that ends it.
     """
 
     tokens: Int[Array, "B T"]
@@ -75,7 +77,7 @@ def sample(
     cache: Any,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     transform: Transform = identity,
     samples_per_prompt: int = 1,
     row_ids: Int[Array, "B"] | None = None,
@@ -83,7 +85,7 @@ def sample(
     where: Bool[Array, "B P"] | Int[Array, "B P"] | None = None,
 ) -> Samples:
     """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` until each row has drawn
-    ``eos_id``.
+    ``eos_id``, or one of them where there are several.
 
     Callers jit: ``jax.jit(partial(sample, decode_fn, max_new_tokens=40, eos_id=0))``. One program
     then holds the prefill and the loop, which ends as soon as all rows have. Making the cache
@@ -104,7 +106,8 @@ def sample(
             on axis 0, scalars aside; if it has a field ``where`` of ``[B, columns]``, its size is
             checked.
         max_new_tokens: T, static.
-        eos_id: the token that ends a row, static.
+        eos_id: the token that ends a row, or several that do (``model.eos_ids``), static. Where one
+            is needed for padding, it is the first.
         transform: of the logits, static: `temperature`, `top_k`, `top_p`, `greedy` or a `chain` of
             them.
         samples_per_prompt: n continuations of every prompt from one prefill; those of prompt c are
@@ -121,7 +124,8 @@ def sample(
 
     Raises:
         ValueError: at trace time, for an empty prompt, a cache of another batch or too few columns,
-            an ``eos_id`` outside the vocabulary, or shapes that do not belong together.
+            an ``eos_id`` outside the vocabulary or none at all, or shapes that do not belong
+            together.
 
     A model that counts upwards, and ends at 3:
 
@@ -133,13 +137,14 @@ def sample(
     >>> samples.tokens.tolist(), samples.lengths.tolist()
     ([[1, 2, 3, 3], [2, 3, 3, 3]], [3, 2])
     """
-    prompt, pad_id = jnp.asarray(prompt), int(eos_id if pad_id is None else pad_id)
+    ends = _ends(eos_id)
+    prompt, pad_id = jnp.asarray(prompt), int(ends[0] if pad_id is None else pad_id)
     _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, pad_id)
     where = as_mask(where, prompt)
     if where is not None:
-        prompt, where = spread_as(prompt, _pad_left, prompt, where, eos_id)
+        prompt, where = spread_as(prompt, _pad_left, prompt, where, ends[0])
     logits, cache = decode_fn(params, prompt, cache, where)
-    if not 0 <= eos_id < logits.shape[-1]:
+    if not all(0 <= end < logits.shape[-1] for end in ends):
         raise ValueError(
             f"eos_id must be one of the {logits.shape[-1]} tokens of the vocabulary, got {eos_id}."
         )
@@ -149,7 +154,7 @@ def sample(
     logits, cache, row_keys = spread_as(
         prompt, partial(_copy_rows, n=samples_per_prompt), logits, cache, rng_key, ids
     )
-    advance = _make_step(transform, eos_id, pad_id, row_keys)
+    advance = _make_step(transform, ends, pad_id, row_keys)
 
     def is_unfinished(carry):
         progress, _ = carry
@@ -169,7 +174,7 @@ def sample(
 
 
 def _make_step(
-    transform: Transform, eos_id: int, pad_id: int, row_keys: Array
+    transform: Transform, ends: tuple[int, ...], pad_id: int, row_keys: Array
 ) -> Callable[[_Progress, Float[Array, "B V"]], _Progress]:
     """Draws one token a row from the logits and notes it down, unless the row has ended."""
 
@@ -188,10 +193,17 @@ def _make_step(
             tokens=progress.tokens.at[:, step].set(jnp.where(ended, pad_id, drawn)),
             log_probs=progress.log_probs.at[:, step].set(jnp.where(ended, 0.0, log_probs)),
             lengths=progress.lengths + ~ended,
-            finished=ended | (drawn == eos_id),
+            finished=ended | reduce(operator.or_, (drawn == end for end in ends)),
         )
 
     return advance
+
+
+def _ends(eos_id: int | Sequence[int]) -> tuple[int, ...]:
+    ids = np.atleast_1d(eos_id)
+    if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"eos_id must be a token id or a sequence of them, got {eos_id!r}.")
+    return tuple(ids.tolist())
 
 
 def _no_progress(logits: Float[Array, "B V"], max_new_tokens: int, pad_id: int) -> _Progress:

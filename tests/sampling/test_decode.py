@@ -36,7 +36,7 @@ def memory(rows, columns):
 def toy_decode(table, tokens, cache, where=None):
     """Logits from the last token and from how many came before; ``table`` is ``[steps, V, V]``."""
     where = jnp.ones(tokens.shape, bool) if where is None else where
-    filled = jax.lax.dynamic_update_slice(cache.where, where, (0, cache.length))
+    filled = jax.lax.dynamic_update_slice_in_dim(cache.where, where, cache.length, axis=1)
     real = cache.real + where.sum(-1, dtype=jnp.int32)
     return table[real - 1, tokens[:, -1]], Memory(filled, cache.length + tokens.shape[1], real)
 
@@ -80,11 +80,11 @@ def ragged_prompts(rows=6, columns=5, seed=5):
     )
 
 
-def outcomes():
+def outcomes(ends=(EOS,)):
     """All finished sequences of at most T tokens, and all unfinished prefixes of exactly T."""
     for length in range(1, T + 1):
         for tokens in itertools.product(range(V), repeat=length):
-            if EOS not in tokens[:-1] and (tokens[-1] == EOS or length == T):
+            if not set(ends) & set(tokens[:-1]) and (tokens[-1] in ends or length == T):
                 yield tokens
 
 
@@ -112,15 +112,19 @@ def test_frequencies_on_a_listed_space(table, transform):
         )
     )
     samples = draw(table, jax.random.key(0), prompt, memory(1, 1 + T))
-    space = list(outcomes())
+    compare_with_the_listed_space(samples, list(outcomes()), table, transform, 1e-5)
+
+
+def compare_with_the_listed_space(samples, space, table, transform, tolerance):
+    n = len(samples.tokens)
     log_probs = np.array([exact_log_prob(table, tokens, transform, 2) for tokens in space])
     # prefixes included, the space is whole
-    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=tolerance)
 
     place = {tokens: i for i, tokens in enumerate(space)}
     rows = zip(np.asarray(samples.tokens), np.asarray(samples.lengths), strict=True)
     drawn = np.array([place[tuple(tokens[:length].tolist())] for tokens, length in rows])
-    np.testing.assert_allclose(samples.sequence_log_probs, log_probs[drawn], atol=1e-5)
+    np.testing.assert_allclose(samples.sequence_log_probs, log_probs[drawn], atol=tolerance)
     counts, expected = np.bincount(drawn, minlength=len(space)), n * np.exp(log_probs)
     assert not counts[expected == 0].any()
     often = expected >= 5
@@ -168,6 +172,36 @@ def test_nothing_counts_after_the_end_and_the_end_counts(table):
     assert not np.asarray(samples.log_probs)[~where].any()
     # the end-of-sequence token has its own log-probability
     assert np.asarray(samples.log_probs)[where].all()
+
+
+def test_a_sequence_ends_at_any_of_several_tokens(table, x64):
+    """In float64: the finished sequences and prefixes of two ends have the listed log-probabilities
+    to 1e-12, and are drawn as often as these say. Order and repetition matter to padding alone."""
+    table = jnp.asarray(table, jnp.float64)
+    draw = partial(sample, toy_decode, max_new_tokens=T, samples_per_prompt=5000)
+    arguments = table, jax.random.key(0), jnp.array([[2]]), memory(1, 1 + T)
+    samples = jax.jit(partial(draw, eos_id=(EOS, 3)))(*arguments)
+    assert samples.log_probs.dtype == jnp.float64
+    compare_with_the_listed_space(samples, list(outcomes((EOS, 3))), table, identity, 1e-12)
+    tokens, lengths = np.asarray(samples.tokens), np.asarray(samples.lengths)
+    last = tokens[np.arange(5000), lengths - 1]
+    assert np.asarray(samples.finished).tolist() == np.isin(last, (EOS, 3)).tolist()
+    assert set(last[lengths < T]) == {EOS, 3}
+    assert (tokens[~np.asarray(samples.where)] == EOS).all()
+    other = jax.jit(partial(draw, eos_id=[3, 3, EOS]))(*arguments)
+    assert (np.asarray(other.tokens)[~np.asarray(other.where)] == 3).all()
+    jax.tree.map(np.testing.assert_array_equal, other[1:], samples[1:])
+
+
+@pytest.mark.parametrize("one", [(EOS,), [EOS], np.array([EOS])])
+def test_one_end_in_a_sequence_is_the_same_program(table, one, bare):
+    programs = [
+        jax.jit(partial(sample, toy_decode, max_new_tokens=T, eos_id=eos_id))
+        .lower(table, jax.random.key(0), jnp.array([[2]]), memory(1, 1 + T))
+        .as_text()
+        for eos_id in (EOS, one)
+    ]
+    assert programs[0] == programs[1]
 
 
 def test_padding_is_the_end_by_default(table):
@@ -451,6 +485,10 @@ def test_one_compilation_for_all_keys_prompts_and_equal_transforms(table):
         ({"samples_per_prompt": 0}, "samples_per_prompt=0"),
         ({"eos_id": V}, f"one of the {V} tokens of the vocabulary, got {V}"),
         ({"eos_id": -1}, f"one of the {V} tokens of the vocabulary, got -1"),
+        ({"eos_id": (EOS, V)}, f"one of the {V} tokens of the vocabulary, got (0, {V})"),
+        ({"eos_id": ()}, "eos_id must be a token id or a sequence of them, got ()"),
+        ({"eos_id": [[0]]}, "eos_id must be a token id or a sequence of them, got [[0]]"),
+        ({"eos_id": 0.0}, "eos_id must be a token id or a sequence of them, got 0.0"),
         ({"pad_id": 2**31}, "pad_id must be an int32, as the tokens are; got 2147483648"),
         ({"row_ids": jnp.arange(3)}, "row_ids must have shape (2,) for this prompt, got (3,)"),
         (
