@@ -49,6 +49,11 @@ FORBIDDEN = {
         "fjax.targets",
         "fjax.surrogates",
     },
+    # A family is known where it is listed, and nowhere else.
+    "fjax.models.base": {"fjax.models"},
+    "fjax.models.causal": {"fjax.models.families", "fjax.models.gpt2", "fjax.models.huggingface"},
+    "fjax.models.gpt2": {"fjax.models.families", "fjax.models.huggingface"},
+    "fjax.models.huggingface": {"fjax.models.gpt2"},
 }
 # Libraries with one home in fjax: a release that breaks them is then mended in one file.
 ONE_HOME = {"transformers": "fjax.models.huggingface", "safetensors": "fjax.models.huggingface"}

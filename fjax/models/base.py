@@ -151,7 +151,9 @@ class Family(NamedTuple):
     """What there is to know of one kind of model: its configuration, its tensors, its functions.
 
     Parameters are a tree of dicts whose leaves have the layout of the checkpoint's tensors; a
-    product with a transposed kernel costs nothing more. So only names have to be translated.
+    product with a transposed kernel costs nothing more. So only names have to be translated. What
+    causal decoders share, from padding to the cache, is in `fjax.models.causal`; a family is a file
+    like `fjax.models.gpt2`.
 
     Attributes:
         name: in messages, as ``"GPT-2"``.

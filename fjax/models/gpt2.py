@@ -400,7 +400,6 @@ _SUPPORTED = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
     "scale_attn_weights": True,
-    "quantization_config": None,
 }
 # Common names of sizes, which transformers' GPT-2 reads beside its own.
 _ALIASES = {

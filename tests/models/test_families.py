@@ -105,6 +105,11 @@ def test_a_family_of_ones_own_is_loaded_sampled_scored_trained_and_saved(bag, tm
     assert_same(fjax.from_pretrained(tmp_path / "tuned", families=(BAG,)).params, state.params)
 
 
+def test_nothing_is_said_of_a_kind_that_transformers_does_not_know(bag, capfd):
+    fjax.from_pretrained(bag, families=(BAG,))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_type_that_no_family_has_is_answered_with_those_that_exist(bag):
     with pytest.raises(ValueError, match=r"of type 'bag', which is none of .* known: gpt2\. "):
         fjax.from_pretrained(bag)

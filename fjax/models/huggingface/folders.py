@@ -106,6 +106,11 @@ def _read_config(folder: Path, families: Sequence[Family]) -> tuple[Family, Mode
             f"{', '.join(known)}. A family of your own is passed as "
             f"families=(mine, *fjax.models.FAMILIES)."
         )
+    if raw.get("quantization_config") is not None:
+        raise ValueError(
+            f"{folder} holds quantised weights, which fjax does not read: "
+            f"quantization_config={raw['quantization_config']!r:.80}. Save the model dequantised."
+        )
     try:
         return family, family.read_config(raw)
     except ValueError as error:

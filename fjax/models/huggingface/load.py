@@ -47,6 +47,8 @@ def from_pretrained(
         ValueError: if it is of no family, is a variant that computes something else, lacks tensors
             or has others (named), or tensors that are no finite floats, or if its tokenizer has ids
             that it has not.
+
+    `save_pretrained` has an example that writes a folder and reads it.
     """
     folder, family, config = open_folder(name_or_path, families)
     tokenizer = load_tokenizer(folder, config)

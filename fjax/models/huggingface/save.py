@@ -48,6 +48,22 @@ def save_pretrained(
     Raises:
         OSError: if it cannot be written; an earlier model in the folder is then untouched.
         ValueError: if the configuration is of none of the families.
+
+    A tiny model with two words, written and read:
+
+    >>> import jax, tempfile
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from fjax.models import from_pretrained, gpt2
+    >>> words = Tokenizer(models.WordLevel({"yes": 0, "no": 1, "<end>": 2}, unk_token="<end>"))
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    >>> config = gpt2.GPT2Config(vocab_size=3, n_positions=8, n_embd=4, n_layer=1, n_head=2)
+    >>> params = gpt2.init_params(config, jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(folder, params, config, tokenizer)
+    ...     model = from_pretrained(folder)
+    >>> model.config == config, model.max_length, model.eos_ids
+    (True, 8, (2,))
     """
     family = _family_of(config, families)
     ids = _special_ids(tokenizer, eos_ids)

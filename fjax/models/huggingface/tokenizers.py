@@ -36,8 +36,12 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         raise FileNotFoundError(
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt)."
         )
+    transformers = import_transformers()
+    # Of a kind that transformers does not know it would say so, at every loading.
+    known = read_json(folder / "config.json").get("model_type") in transformers.CONFIG_MAPPING
+    options = {} if known else {"config": transformers.PretrainedConfig()}
     try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     # whatever its files may have in them, each reader of theirs has errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
