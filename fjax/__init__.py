@@ -1,5 +1,4 @@
-"""fjax aligns language models by minimising an f-divergence between the model and an explicit
-target distribution.
+"""fjax moves language models to an explicit target, by minimising an f-divergence.
 
     ∇D_f(π‖p) = E_{x~π}[ f'(π(x)/p(x)) ∇log π(x) ]
 

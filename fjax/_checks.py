@@ -1,5 +1,4 @@
-"""The door of every public function that takes arrays: shapes are checked here, and the dtype of
-the computation chosen.
+"""The door of every public function that takes arrays: shapes and dtypes.
 
 Broadcasting would turn ``[C, N]``, or ``[N]`` beside ``[N, 1]``, into wrong numbers without a word.
 Shapes are static, so the checks cost nothing once compiled, and hold under `jit`, `vmap` and
@@ -17,8 +16,9 @@ from fjax.types import Array
 
 
 def one_axis(**arrays: Array | None) -> tuple:
-    """The arrays as one number a sample, each ``[N]``, in a common dtype of at least float32; None
-    stays None.
+    """The arrays as one number a sample, each ``[N]``, in one dtype of at least float32.
+
+    None stays None.
 
     Args:
         arrays: by the names that the caller's users know them by.
@@ -40,8 +40,9 @@ def one_axis(**arrays: Array | None) -> tuple:
 
 
 def same_shape(**arrays: Array | None) -> tuple:
-    """The arrays of an elementwise function, all of one shape, in a common dtype of at least
-    float32; None stays None.
+    """The arrays of an elementwise function, all of one shape, in one dtype.
+
+    That is float32 at least. None stays None.
 
     Args:
         arrays: by the names that the caller's users know them by.
@@ -65,8 +66,7 @@ def same_shape(**arrays: Array | None) -> tuple:
 
 
 def float_dtype(*arrays: Array):
-    """What these are computed in: the widest of their dtypes, and float32 where that is narrower or
-    not a float.
+    """What these are computed in: the widest of their dtypes, and at least float32.
 
     >>> float_dtype(jnp.zeros(1, jnp.int8)).name, float_dtype(jnp.zeros(1, bool), jnp.zeros(1, jnp.float16)).name
     ('float32', 'float32')
@@ -81,8 +81,9 @@ def as_mask(where: None, like: Array, *, name: str = ...) -> None: ...
 @overload
 def as_mask(where: Array | None, like: Array, *, name: str = ...) -> Array | None: ...
 def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array | None:
-    """``where`` as booleans of the shape of ``like``; integers count where they are not 0. None
-    stays None.
+    """``where`` as booleans of the shape of ``like``; None stays None.
+
+    Integers count where they are not 0.
 
     Args:
         where: True = counted.
@@ -113,8 +114,7 @@ def as_mask(where: Array | None, like: Array, *, name: str = "where") -> Array |
 
 
 def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
-    """The arrays ``[N, T]`` in a common dtype, 0 where ``where`` does not count, and ``where`` as
-    booleans after them.
+    """The arrays ``[N, T]`` in a common dtype, 0 where not counted; then ``where``.
 
     What is not counted may be anything, NaN included: replaced before a formula sees it, it reaches
     no gradient either.
@@ -143,8 +143,9 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
 
 
 def by_feature(features: Array, **of_each: Array) -> tuple[Array, Array]:
-    """Features ``[N, K]``, and what there is one of for each, in a common dtype of at least
-    float32.
+    """Features ``[N, K]``, and what there is one of for each, in a common dtype.
+
+    That is float32 at least.
 
     Args:
         features: one row a sample.
@@ -196,15 +197,14 @@ def one_a_row(features: Array, **arrays: Array) -> Array:
 
 
 def is_concrete(value: object) -> bool:
-    """Whether the number can be looked at: not while a transformation traces it, as an annealed β
-    under `jax.jit` is.
-    """
+    """Whether the number can be looked at: not while a transformation traces it."""
     return not isinstance(value, Tracer)
 
 
 def positive(**values: float | Array) -> None:
-    """Options such as β: one number each, above 0 and finite. Of one that is traced only the shape
-    can be checked.
+    """Options such as β: one number each, above 0 and finite.
+
+    Of one that is traced only the shape can be checked.
 
     Args:
         values: by the names that the caller's users know them by.
@@ -225,8 +225,9 @@ def positive(**values: float | Array) -> None:
 
 
 def one_number(**values: float | Array) -> None:
-    """Options that are one number each, traced or not; an array of them would be broadcast against
-    the samples.
+    """Options that are one number each, traced or not.
+
+    An array of them would be broadcast against the samples.
 
     Args:
         values: by the names that the caller's users know them by.

@@ -31,8 +31,9 @@ def times_exp(x: Float[Array, "*n"], s: Float[Array, "*n"]) -> Float[Array, "*n"
 
 
 def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """``x · exp(log_weight)`` through logarithms: infinite only where the product is, and 0 wins
-    over inf.
+    """``x · exp(log_weight)`` through logarithms: infinite only where the product is.
+
+    0 wins over inf.
 
     Neither factor alone may over- or underflow: x = 1e30 with a weight of e^-100 is e^-31, not 0.
     Not for gradients.
@@ -45,8 +46,9 @@ def weighted(x: Float[Array, "*n"], log_weight: Float[Array, "*n"]) -> Float[Arr
 def continued(
     function: Callable[[Float[Array, "*m"]], Float[Array, "*m"]], log_t: Float[Array, "*n"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """An elementwise function of t as x · exp(s), (x, s): finite for finite log_t, where the
-    function itself overflows.
+    """An elementwise function of t as x · exp(s), with x and s finite for finite log_t.
+
+    So it goes on where the function itself overflows.
 
     What grows beyond the floats has become a power of t long before, to any precision, and is
     continued as that power from halfway there. So its product with a weight is infinite only where
@@ -72,9 +74,7 @@ def in_range(x: Float[Array, "*n"]) -> Bool[Array, "*n"]:
 
 
 def count(x: Float[Array, "N"], where: Bool[Array, "N"] | None) -> Float[Array, ""]:
-    """How many entries ``where`` counts, as a float of the dtype of x; all of them if it is
-    None.
-    """
+    """How many entries ``where`` counts, as a float of x's dtype; all if it is None."""
     return jnp.asarray(x.shape[0], x.dtype) if where is None else where.sum(dtype=x.dtype)
 
 
@@ -88,8 +88,9 @@ def keep(
 def deviations(
     x: Float[Array, "N"], where: Bool[Array, "N"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, "N"]]:
-    """An entry c, and how far each one counted is from it: to be averaged in place of x, as mean =
-    c + mean deviation.
+    """An entry c, and how far each counted one is from it.
+
+    To be averaged in place of x, as mean = c + mean deviation.
 
     So equal entries deviate by exactly 0, and so do all that differ by rounding only (four units in
     the last place), which would come out at full size where something is divided by their spread.
@@ -109,8 +110,9 @@ def deviations(
 
 
 def centred(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> Float[Array, "N"]:
-    """The entries minus the mean of those counted, exactly 0 where all are equal but for rounding;
-    not counted is 0.
+    """The entries minus the mean of those counted; 0 where not counted.
+
+    Exactly 0 where all are equal but for rounding.
     """
     _, deviation = deviations(x, where)
     return keep(deviation - deviation.sum() / count(x, where), where, 0.0)
@@ -119,9 +121,7 @@ def centred(x: Float[Array, "N"], where: Bool[Array, "N"] | None = None) -> Floa
 def mean_and_error(
     x: Float[Array, "N"], *, where: Bool[Array, "N"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean and its standard error (with n - 1) over the entries counted; the error of a single one
-    is NaN.
-    """
+    """Mean and standard error (with n - 1) of the entries counted; NaN for one alone."""
     n = count(x, where)
     mean = keep(x, where, 0.0).sum() / n
     squares = keep((x - mean) ** 2, where, 0.0)
@@ -140,9 +140,7 @@ def ess_from_logs(log_sum: Float[Array, ""], log_sum_sq: Float[Array, ""]) -> Fl
 
 
 def ess_of(log_weights: Float[Array, "N"]) -> Float[Array, ""]:
-    """(Σw)²/Σw² of the weights themselves, shifted by the largest so that scale costs no
-    precision.
-    """
+    """(Σw)²/Σw², the weights shifted by the largest so that scale costs no precision."""
     top = jnp.max(log_weights, initial=-jnp.inf)
     shifted = log_weights - jnp.where(jnp.isneginf(top), 0.0, top)
     return ess_from_logs(jax.nn.logsumexp(shifted), jax.nn.logsumexp(2 * shifted))
@@ -183,8 +181,9 @@ def _wright_omega_jvp(primals, tangents):
 
 
 def gather(x: ArrayOrNone, axis_name: str | None) -> ArrayOrNone:
-    """The entries of all devices along ``axis_name``, as one axis, the same on each; x itself if
-    there is no such axis.
+    """The entries of all devices along ``axis_name``, as one axis, the same on each.
+
+    x itself if there is no such axis.
 
     Statistics are of numbers a sample, so bringing them all together costs nothing beside the model
     that made them, and every formula stays the one of a single device.

@@ -1,6 +1,4 @@
-"""Packages that only some of fjax needs, imported when they are needed, with an error that says how
-to get them.
-"""
+"""Packages that only some of fjax needs: imported late, with advice if missing."""
 
 from importlib import import_module
 from types import ModuleType

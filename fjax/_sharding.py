@@ -1,5 +1,6 @@
-"""Explicit mesh axes: there an array's type says how it is spread, and many operations must be told
-how their result is.
+"""Explicit mesh axes, where an array's type says how it is spread.
+
+Many operations must then be told how their result is.
 
 What is to work on rows spread over such an axis goes through `spread_as`: within, the compiler
 chooses, as it does on every other mesh, and the results are spread as the rows are.
@@ -16,8 +17,9 @@ from fjax.types import Array
 
 
 def spread_as(rows: Array, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``; where ``args`` are spread over Explicit axes, its results are along axis
-    0, as ``rows`` is.
+    """``function(*args)``, with results spread along axis 0 as ``rows`` is.
+
+    Only where ``args`` are spread over Explicit axes.
 
     >>> spread_as(jnp.zeros(2), lambda x, y: x + y, jnp.ones(2), 2).tolist()
     [3.0, 3.0]

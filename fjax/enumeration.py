@@ -1,10 +1,10 @@
-"""Tiny sequence spaces listed whole: exact Z, divergences and gradients, to test against and to
-teach with.
+"""Tiny sequence spaces listed whole, to test against and to teach with.
 
-The space is that of the sampler: every sequence that ends with ``eos_id`` within T tokens, and
-every unfinished prefix of exactly T tokens. Any autoregressive policy sums to one over it, and an
-expectation over it is a sum. So an unbiased gradient is not argued for but seen:
-`expected_gradient` of the loss equals `exact_gradient` of the divergence.
+Z, divergences and gradients are then sums, and exact. The space is that of the sampler: every
+sequence that ends with ``eos_id`` within T tokens, and every unfinished prefix of exactly T tokens.
+Any autoregressive policy sums to one over it, and an expectation over it is a sum. So an unbiased
+gradient is not argued for but seen: `expected_gradient` of the loss equals `exact_gradient` of the
+divergence.
 
 >>> from fjax import forward_kl, leave_one_out
 >>> space = sequences(3, 2, eos_id=0)
@@ -109,8 +109,7 @@ def sequences(
 
 
 def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, int]:
-    """A policy with a free next-token distribution after every prefix, and the number of its
-    prefixes.
+    """A policy with free next-token logits after every prefix; how many prefixes.
 
     Its parameters are logits ``[prefixes, V]``: row 0 for the empty prefix, then base-V numbers of
     one digit, of two, … It can represent every distribution over the space, so D_f(π‖p) = 0 is
@@ -162,12 +161,11 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
 
 
 def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Float[Array, "P V"]:
-    """The exact autoregressive form of a target: parameters of `tabular_log_prob_fn` whose policy
-    *is* p.
+    """The exact autoregressive form of a target: parameters whose policy *is* p.
 
-    p(x_t | x_<t) = e^{V(x_≤t) - V(x_<t)} with the soft value V(prefix) = log Σ p(x) over the
-    sequences that begin with it: a backward recursion, which a model can only approximate. So
-    D_f(π‖p) = 0 for every f.
+    They are those of `tabular_log_prob_fn`. p(x_t | x_<t) = e^{V(x_≤t) - V(x_<t)} with the soft
+    value V(prefix) = log Σ p(x) over the sequences that begin with it: a backward recursion, which
+    a model can only approximate. So D_f(π‖p) = 0 for every f.
 
     Args:
         log_p: the target over the space, normalised or not; -inf is allowed.
@@ -198,9 +196,7 @@ def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Flo
 
 
 def _scatter_log_sum(values, rows, columns, log_terms):
-    """Sets each entry to the log of the sum of its terms, each sum in units of its own largest
-    term.
-    """
+    """Sets each entry to the log of the sum of its terms, in units of the largest."""
     top = jax.lax.stop_gradient(values.at[rows, columns].max(log_terms))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     total = jnp.zeros_like(values).at[rows, columns].add(jnp.exp(log_terms - top[rows, columns]))
@@ -269,8 +265,7 @@ def expected_gradient(
     *,
     samples: int = 1,
 ) -> Params:
-    """E[∇ mean loss(x_1..x_n)] over all n-tuples of independent samples: what a loss does on
-    average.
+    """E[∇ mean loss(x_1..x_n)] over all n-tuples of samples: what a loss does on average.
 
     Nothing is drawn; each tuple is weighted with its probability Π q(x_i). Use it on a loss of your
     own.

@@ -227,9 +227,7 @@ def _aligned(logits, tokens):
 
 
 def _counted(logits, tokens, where, transform=None):
-    """Log-probability of each token, 0 where not counted: there, neither logits nor ids are looked
-    at.
-    """
+    """Log-probability of each token, 0 where not counted, whatever stands there."""
     logits = _without_gradient_elsewhere(logits, where)
     if transform is not None:
         logits = transform(logits)
@@ -238,8 +236,9 @@ def _counted(logits, tokens, where, transform=None):
 
 @jax.custom_jvp
 def _without_gradient_elsewhere(logits, where):
-    """The logits; the usual double `where` for gradients, but without its pass over the vocabulary
-    where there are none.
+    """The logits, without a gradient where they are not counted.
+
+    The usual double `where`, but without its pass over the vocabulary where there are no gradients.
     """
     return logits
 
@@ -252,9 +251,7 @@ def _(primals, tangents):
 
 
 def _make_counted_fn(logits_fn, start, transform):
-    """(params, tokens, where) -> log-probabilities from column ``start`` on, and where as
-    booleans.
-    """
+    """(params, tokens, where) -> log-probabilities from ``start`` on, and where."""
     if start < 1:
         raise ValueError(
             f"start must be at least 1, since nothing predicts the token of column 0; got {start}."

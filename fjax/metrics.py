@@ -1,5 +1,6 @@
-"""How varied a set of samples is, and how near texts are to references. Tokens or texts in, numbers
-out.
+"""How varied a set of samples is, and how near texts are to references.
+
+Tokens or texts in, numbers out.
 
 All of it runs on the host, since n-grams are counted, not summed; and all is between 0 and 1.
 """
@@ -23,12 +24,11 @@ _Mask = Bool[Array, "N T"] | Int[Array, "N T"] | np.ndarray
 
 
 def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) -> float:
-    """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats, near 0 if all samples
-    are alike.
+    """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats.
 
-    Counted over the whole set, so it falls as the set grows: compare sets of one size only.
-    (Averaged over samples, as some define it, the figure would not notice that all samples are the
-    same sentence.)
+    Near 0 if all samples are alike. Counted over the whole set, so it falls as the set grows:
+    compare sets of one size only. (Averaged over samples, as some define it, the figure would not
+    notice that all samples are the same sentence.)
 
     Args:
         tokens: one sample a row.
@@ -53,14 +53,14 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) 
 
 
 def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mask) -> float:
-    """Mean BLEU of each sample with all the others as references: near 0 if they share nothing, 1
-    if all are alike.
+    """Mean BLEU of each sample with all the others as references: 1 if all are alike.
 
-    Of one sample it is min(1, exp(1 - r/c)) (Π_k m_k/c_k)^(1/n), with c tokens, r those of the
-    reference nearest in length, c_k k-grams, and m_k of them found in a reference, each counted at
-    most as often as in the one that has it most. A sample shorter than n is judged by the orders
-    that it has. Where an order has no match, m_k is ½ the first time, ¼ the second, and so on
-    (NIST's smoothing, "exp" in sacrebleu), else one missing 4-gram would make the whole 0.
+    Near 0 if they share nothing. Of one sample it is min(1, exp(1 - r/c)) (Π_k m_k/c_k)^(1/n), with
+    c tokens, r those of the reference nearest in length, c_k k-grams, and m_k of them found in a
+    reference, each counted at most as often as in the one that has it most. A sample shorter than n
+    is judged by the orders that it has. Where an order has no match, m_k is ½ the first time, ¼ the
+    second, and so on (NIST's smoothing, "exp" in sacrebleu), else one missing 4-gram would make the
+    whole 0.
 
     It rises with the number of samples, since each new one is another reference: compare sets of
     one size only, and slice to it. The time goes with the number of tokens, not with its square.
@@ -112,11 +112,10 @@ class Rouge(NamedTuple):
 
 
 def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU-4 of texts against one reference each, by sacrebleu with its defaults (13a words,
-    smoothing "exp").
+    """Corpus BLEU-4 of texts against one reference each, as sacrebleu has it.
 
-    min(1, exp(1 - r/c)) (Π_k m_k/c_k)^¼ with matches m_k, k-grams c_k and lengths c and r summed
-    over all texts. Papers print 100 times it.
+    With its defaults: 13a words, smoothing "exp". min(1, exp(1 - r/c)) (Π_k m_k/c_k)^¼ with matches
+    m_k, k-grams c_k and lengths c and r summed over all texts. Papers print 100 times it.
 
     Args:
         texts: what was written.
@@ -138,12 +137,12 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of texts against one reference each, by rouge-score,
-    without stemming.
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of texts against one reference each.
 
-    2 P R/(P + R), where P is the share of the text's n-grams (or words, for the longest common
-    subsequence) that the reference matches, and R that of the reference's. Words are runs of a-z
-    and 0-9, upper and lower case alike: what is written in other letters does not count.
+    By rouge-score, without stemming. 2 P R/(P + R), where P is the share of the text's n-grams (or
+    words, for the longest common subsequence) that the reference matches, and R that of the
+    reference's. Words are runs of a-z and 0-9, upper and lower case alike: what is written in other
+    letters does not count.
 
     Args:
         texts: what was written.
@@ -203,8 +202,9 @@ def _grams(row: list[int], n: int) -> Iterator[tuple[int, ...]]:
 
 
 def _clipped_matches(rows: list[list[int]], n: int) -> list[tuple[int, int]]:
-    """(n-grams found in another row, n-grams) of each row, each gram counted at most as often as in
-    another row.
+    """(n-grams found in another row, n-grams) of each row.
+
+    Each gram is counted at most as often as in another row.
 
     The most that *others* have of a gram is the most that any row has, or the second most for the
     row that has it.

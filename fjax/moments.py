@@ -1,7 +1,7 @@
-"""The exponential family that has given moments: its coefficients from samples of the base model, by
-Newton's method on a convex problem.
+"""The exponential family that has given moments, from samples of the base model.
 
-`fjax.targets.exponential_family` makes the target of them.
+Its coefficients solve a convex problem, by Newton's method. `fjax.targets.exponential_family` makes
+the target of them.
 
 Source: Khalifa et al. 2021 (GDC, arXiv 2012.11635), section 2.2; Csiszár 1975.
 """
@@ -117,8 +117,9 @@ def fit_coefficients(
 
 
 def _constraints(features, moments, log_weights):
-    """Which moments are hard, which out of reach; the samples that satisfy all the hard ones;
-    whether there are any.
+    """Which moments are hard, which out of reach, and which samples meet all hard ones.
+
+    Last, whether there are such samples.
     """
     present = ~jnp.isneginf(log_weights)
     boolean = (~present[:, None] | (features == 0) | (features == 1)).all(axis=0)
@@ -137,8 +138,9 @@ def _constraints(features, moments, log_weights):
 
 
 def _standardize(features, moments, log_base, free):
-    """Features minus their moments in units of their spread, and the unit; 0 for those that are not
-    free.
+    """Features minus their moments, in units of their spread, and those units.
+
+    0 for features that are not free.
     """
     shifted = jnp.where(free[None], features - moments[None], 0.0)
     weights = jax.nn.softmax(log_base)
@@ -148,8 +150,9 @@ def _standardize(features, moments, log_base, free):
 
 
 def _newton(log_base, features, tolerance, max_steps):
-    """Minimises log Σ w exp(λ·φ), where the gradient is the tilted mean and the Hessian the tilted
-    covariance.
+    """Minimises log Σ w exp(λ·φ).
+
+    Its gradient is the tilted mean, and its Hessian the tilted covariance.
     """
     ridge = _ridge(features.dtype)
 
@@ -212,8 +215,9 @@ def _describe_fit(log_base, features, solution):
 
 
 def _inverse(covariance):
-    """Its inverse over all that has spread, and which features have no part in a combination
-    without any.
+    """Its inverse over all that has spread.
+
+    Beside it, which features have no part in a combination without any.
     """
     unit = jnp.sqrt(jnp.diag(covariance))
     unit = jnp.where(unit > 0, unit, 1.0)
@@ -230,8 +234,9 @@ def _ridge(dtype):
 
 
 def _whole(x):
-    """On each device of a mesh with explicit axes, where jax would ask of every sum over samples
-    how it is to be sharded.
+    """On each device of a mesh with explicit axes.
+
+    There jax would ask of every sum over samples how it is to be sharded.
     """
     mesh = jax.typeof(x).sharding.mesh
     explicit = any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)

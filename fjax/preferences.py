@@ -30,8 +30,9 @@ def dpo(
     *,
     beta: float | Float[Array, ""],
 ) -> Float[Array, "*n"]:
-    """-log σ(β log u_chosen - β log u_rejected): Bradley–Terry on the reward β log π/a that π would
-    be optimal for.
+    """-log σ(β log u_chosen - β log u_rejected), the loss of DPO.
+
+    Bradley–Terry on the reward β log π/a that π would be optimal for.
 
     Args:
         chosen_log_pi: log-probability of the chosen response under the policy, in nats;
@@ -68,8 +69,9 @@ def f_dpo(
     divergence: FDivergence,
     max_log_ratio: float | Float[Array, ""] = 20.0,
 ) -> Float[Array, "*n"]:
-    """-log σ(β f'(u_chosen) - β f'(u_rejected)): DPO for a penalty D_f(π‖a) in place of reverse KL,
-    for which it is DPO.
+    """-log σ(β f'(u_chosen) - β f'(u_rejected)): DPO for a penalty D_f(π‖a).
+
+    With reverse KL as the penalty it is DPO.
 
     Args:
         chosen_log_pi: log-probability of the chosen response under the policy, in nats;
@@ -114,8 +116,9 @@ def chi_po(
     max_reward: float | Float[Array, ""] | None = None,
     max_log_ratio: float | Float[Array, ""] = 20.0,
 ) -> Float[Array, "*n"]:
-    """-log σ(clip(β φ(u_chosen) - β φ(u_rejected))) with φ(u) = u + log u: DPO that pays for
-    running away from the base.
+    """-log σ(clip(β φ(u_chosen) - β φ(u_rejected))) with φ(u) = u + log u.
+
+    DPO that pays for running away from the base.
 
     Args:
         chosen_log_pi: log-probability of the chosen response under the policy, in nats;
@@ -193,8 +196,9 @@ def f_po(
     reward_beta: float | Float[Array, ""],
     divergence: FDivergence,
 ) -> Float[Array, ""]:
-    """D_f(π̂‖p̂) over the K responses to one prompt: π̂ = softmax(β log u), p̂ = softmax(r/β_r).
-    `jax.vmap` gives prompts.
+    """D_f(π̂‖p̂) over the K responses to one prompt. `jax.vmap` gives prompts.
+
+    π̂ = softmax(β log u), p̂ = softmax(r/β_r).
 
     Args:
         log_pi: log-probabilities of the K responses under the policy, in nats; differentiated.
@@ -226,8 +230,9 @@ def exo(
     beta: float | Float[Array, ""],
     reward_beta: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """KL(π̂‖p̂) over the K responses to one prompt, *reverse* KL where DPO's is the forward one:
-    `f_po` for it.
+    """KL(π̂‖p̂) over the K responses to one prompt: `f_po` for reverse KL.
+
+    DPO minimises the forward one.
 
     Args:
         log_pi: log-probabilities of the K responses under the policy, in nats; differentiated.
@@ -257,8 +262,9 @@ def exo_pair(
     beta: float | Float[Array, ""],
     label_smoothing: float | Float[Array, ""] = 1e-3,
 ) -> Float[Array, "*n"]:
-    """EXO of a pair: s log(s/(1-ε)) + (1-s) log((1-s)/ε) with s = σ(β log u_chosen - β log
-    u_rejected).
+    """EXO of a pair: s log(s/(1-ε)) + (1-s) log((1-s)/ε).
+
+    s = σ(β log u_chosen - β log u_rejected).
 
     Args:
         chosen_log_pi: log-probability of the chosen response under the policy, in nats;
@@ -295,8 +301,9 @@ def exo_pair(
 
 
 def _log_ratios(chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a):
-    """Log u of both responses, in which the base model is a constant even where it shares the
-    policy's parameters.
+    """Log u of both responses, the base model a constant.
+
+    Also where it shares the policy's parameters.
     """
     chosen_log_pi, rejected_log_pi, chosen_log_a, rejected_log_a = same_shape(
         chosen_log_pi=chosen_log_pi,

@@ -1,10 +1,9 @@
-"""Quasi-rejection sampling: from a model q near the target to samples nearer to it, at a known
-cost.
+"""Quasi-rejection sampling: from a model to samples nearer the target, at a known cost.
 
-A sample x of q is accepted with probability min(1, P(x)/(β q(x))). The accepted ones are of p_β ∝
-min(P, βq): exactly of p once β ≥ max P/q, and before that within TV(p, p_β) ≤ 1 - Z_β/Z, where Z_β
-= Σ min(P, βq) and Z_β/β is the acceptance rate. A larger β is closer and dearer. For a constraint P
-= a·b every accepted sample satisfies it, whatever β is.
+A sample x of q is accepted with probability min(1, P(x)/(β q(x))). The accepted
+ones are of p_β ∝ min(P, βq): exactly of p once β ≥ max P/q, and before that within TV(p, p_β) ≤ 1 -
+Z_β/Z, where Z_β = Σ min(P, βq) and Z_β/β is the acceptance rate. A larger β is closer and dearer.
+For a constraint P = a·b every accepted sample satisfies it, whatever β is.
 
 Source: Eikema et al. 2022 (QRS, arXiv 2112.05702).
 """

@@ -63,8 +63,7 @@ def pseudo_rewards(
     divergence: FDivergence,
     clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
 ) -> Float[Array, "*n"]:
-    """-f'(π/p), stopped: the reward that plain policy gradient would have to be given to descend
-    D_f(π‖p).
+    """-f'(π/p), stopped: the reward with which policy gradient descends D_f(π‖p).
 
     It depends on the policy, hence "pseudo". What is in it off the support of p is -f'(∞): 0 for
     forward KL, which never punishes, -½ for total variation, -∞ for reverse KL.
@@ -223,12 +222,12 @@ def leave_one_out(
 def self_normalized(
     log_pi: Float[Array, "N"], log_q: Float[Array, "N"], *, axis_name: str | None = None
 ) -> Baseline:
-    """The self-normalised control variate: B = Σ w_i/Σ ρ_i, an estimate of E_π[f'] with ρ = π/q and
-    w = ρ f'.
+    """The self-normalised control variate, B = Σ w_i/Σ ρ_i.
 
-    The centred weights w_i - ρ_i B sum to exactly 0. Biased by a term of order 1/n, for B contains
-    the sample it is subtracted from; where the ρ_i vary much its error is far below that of
-    `leave_one_out`, which divides by n - 1 instead of by what the weights really sum to.
+    It estimates E_π[f'], with ρ = π/q and w = ρ f'. The centred weights w_i - ρ_i B sum to exactly
+    0. Biased by a term of order 1/n, for B contains the sample it is subtracted from; where the ρ_i
+    vary much its error is far below that of `leave_one_out`, which divides by n - 1 instead of by
+    what the weights really sum to.
 
     Args:
         log_pi: log-probabilities under the policy, in nats.
@@ -255,8 +254,7 @@ def self_normalized(
 def self_normalized_log_q(
     log_pi: Float[Array, "N"], log_q: Float[Array, "N"], *, axis_name: str | None = None
 ) -> Float[Array, "N"]:
-    """Log q shifted such that the importance weights π/q average to exactly 1: self-normalised
-    weights.
+    """Log q shifted so that the importance weights π/q average to exactly 1.
 
     To be given as ``log_q`` to `surrogate_loss` and `score_weights`. Biased by a term of order 1/n,
     consistent, and of a smaller variance when q is far from π or known up to a constant only.
@@ -454,8 +452,9 @@ def _as_strata(strata, like):
 
 
 def _by_stratum(x, strata, own_strata):
-    """The sum of each stratum, and for each own sample that of its own: NaN for one that there is
-    not.
+    """The sum of each stratum, and for each own sample that of its own.
+
+    NaN for one that there is not.
     """
     if strata is None:
         return x.sum()[None], x.sum()

@@ -1,5 +1,6 @@
-"""The contract of an f-divergence, for yours as for fjax's own:
-``check_divergence(my_divergence())`` in your test.
+"""The contract of an f-divergence, for yours as for fjax's own.
+
+``check_divergence(my_divergence())`` goes into your test.
 
 What is checked needs nothing but the functions themselves: that they belong to one convex f, that
 the divergence they make behaves like one, that no input of float32 makes them NaN, and, by listing

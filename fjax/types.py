@@ -1,6 +1,4 @@
-"""The types that signatures share: annotated arrays, opaque parameters, and the functions a user
-brings.
-"""
+"""What signatures share: arrays, parameters, and the functions a user brings."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,9 +38,7 @@ class LogitsFn(Protocol):
 
 @runtime_checkable
 class DecodeFn(Protocol):
-    """The cached model: appends tokens to the cache and returns the logits that follow the last
-    column.
-    """
+    """The cached model: appends tokens to the cache, gives the logits after the last."""
 
     def __call__(
         self,

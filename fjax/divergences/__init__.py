@@ -1,5 +1,4 @@
-"""f-divergences ``D_f(π‖p) = E_p[f(π/p)]``, each written as stable functions of ``log_t = log π -
-log p``.
+"""f-divergences ``D_f(π‖p) = E_p[f(π/p)]`` as stable functions of ``log_t = log π - log p``.
 
 f is convex with f(1) = 0. Where p = 0 and π > 0, log_t = +inf, and the functions return their
 limits there: f'(∞) from ``derivative`` and ``integrand``. So a hard constraint is an ordinary

@@ -1,5 +1,6 @@
-"""The α-divergences in one convention, continuous through its limits, and what other papers call
-theirs.
+"""The α-divergences in one convention, and what other papers call theirs.
+
+They are continuous through their limits.
 
 Source: Amari 2009; Cichocki and Amari 2010; Kruszewski et al. 2026 (α-DPG) for the convention.
 """
@@ -138,9 +139,7 @@ def _generator(alpha):
 
 
 def _slope(s, alpha):
-    """(e^{αs} - e^s)/(α-1), each half with the factor taken out that leaves a bounded
-    difference.
-    """
+    """(e^{αs} - e^s)/(α-1), by halves, each the factor times a bounded difference."""
     negative, positive = _split(s)
     below = _power(negative, abs(1 - alpha))
     # 0 · inf at α = 0
@@ -194,8 +193,10 @@ def _conjugate(alpha):
 
 
 def _within(alpha, function, lowest):
-    """The function where v is a slope of f: below f'(∞) if α < 1, inf from there on; above f'(0) if
-    α > 1, else the value.
+    """The function where v is a slope of f, and what lies beyond elsewhere.
+
+    v is a slope below f'(∞) if α < 1, with inf from there on; above f'(0) if α > 1, with the value
+    there below it.
     """
 
     def bounded(v):

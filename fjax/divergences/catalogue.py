@@ -1,5 +1,6 @@
-"""The named divergences. Every function is one line of the table in Go et al. 2023, or of its
-neighbours'.
+"""The named divergences.
+
+Every function is one line of the table in Go et al. 2023, or of its neighbours'.
 """
 
 import math
@@ -324,16 +325,15 @@ def _up_to(bound: float, function: Elementwise) -> Elementwise:
 
 
 def _up_to_50(log_t):
-    """For factors that have reached their limit by then in any precision: their gradient at ±inf is
-    0, not inf · 0.
+    """For factors that have reached their limit by then, in any precision.
+
+    Their gradient at ±inf is 0, not inf · 0.
     """
     return jnp.where(jnp.abs(log_t) > 50, jnp.sign(log_t) * 50.0, log_t)
 
 
 def _times(constant, factor, s, x):
-    """(constant + factor e^s) x, overflowing only where that does: e^s may while the product with x
-    does not.
-    """
+    """(constant + factor e^s) x, overflowing only where the product does."""
     half = jnp.exp(s / 2)
     return constant * x + factor * x * half * half
 

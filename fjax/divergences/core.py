@@ -48,22 +48,25 @@ class FDivergence(NamedTuple):
 
     @property
     def slope_at_infinity(self) -> Float[Array, ""]:
-        """f'(∞): what a unit of mass costs that π has and p has not. Hard constraints need it
-        finite.
+        """f'(∞): what a unit of mass costs that π has and p has not.
+
+        Hard constraints need it finite.
         """
         return self.derivative(jnp.asarray(jnp.inf))
 
     @property
     def curvature(self) -> Float[Array, ""]:
-        """f''(1). Near the target D_f ≈ ½ f''(1) χ²: what a learning rate has to be compared by. 0
-        for total variation.
+        """f''(1), by which learning rates are compared; 0 for total variation.
+
+        Near the target D_f ≈ ½ f''(1) χ².
         """
         return jax.grad(self.derivative)(jnp.asarray(0.0))
 
 
 def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDivergence]:
-    """Equal options make one and the same divergence, so that what is compiled for it is found
-    again by `jax.jit`.
+    """Equal options make one and the same divergence.
+
+    So `jax.jit` finds again what was compiled for it.
 
     Its functions compute in float32 at least, whatever they are given. Traced options (an α that is
     annealed) make a new one at each call, within the function that is traced.

@@ -43,8 +43,7 @@ _DUAL = "_dual"
 
 
 def by_name(name: str) -> FDivergence:
-    """The divergence of that name, with its parameter behind an equals sign: ``"forward_kl"``,
-    ``"alpha=0.5"``.
+    """The divergence of that name: ``"forward_kl"``, or with a parameter ``"alpha=0.5"``.
 
     The inverse of ``FDivergence.name`` for every f of the library: `names` lists them, and each may
     have ``_dual`` behind it. The same name gives the same object, which `jax.jit` takes as a static

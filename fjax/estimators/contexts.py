@@ -1,5 +1,6 @@
-"""What is reported of an evaluation, over one context or several: on the host, in float64, as plain
-numbers.
+"""What is reported of an evaluation, over one context or several.
+
+On the host, in float64, as plain numbers.
 
 Of one context the samples are independent, and errors come from their spread. Of several the
 contexts are: a figure is the mean over contexts of each one's own, and its error comes from the
@@ -112,8 +113,7 @@ def estimate_win_rate(values: _Values, base_values: _Values) -> Estimate:
 
 
 def over_contexts(estimates: Estimate) -> Estimate:
-    """One figure of the estimates of each context, ``[C]``: their mean over the contexts in which
-    they are known.
+    """One figure from those of each context, ``[C]``: the mean over the known ones.
 
     Unknown are NaN and -inf, as a log Z without a sample that counts. One that is infinite makes
     the mean so.

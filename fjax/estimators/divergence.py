@@ -122,11 +122,10 @@ def estimate_proposal_gain(
     where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
     axis_name: str | None = None,
 ) -> Estimate:
-    """KL(p‖r) - KL(p‖π) of a proposal r: above 0 the policy π is nearer to the target, and should
-    be sampled from in place of r.
+    """KL(p‖r) - KL(p‖π): above 0 the policy π is nearer to the target than r.
 
-    E_p[log π - log r] by self-normalised weights P/q: neither Z nor the entropy of p is needed.
-    Weighted, the bias is of order 1/n.
+    Then π should take the place of r, the proposal. The difference is E_p[log π - log r], estimated
+    by self-normalised weights P/q: neither Z nor the entropy of p is needed. Weighted, the bias is of order 1/n.
 
     Args:
         log_pi: log-probabilities under the policy, in nats.
@@ -170,9 +169,7 @@ def _together(axis_name, where, **arrays) -> tuple[Array, Array, Array, Array | 
 
 
 def _terms(log_pi, log_p, log_q, divergence):
-    """(p/q) f(t), which is (π/q) f(t)/t, for each sample: whichever of the two has its digits;
-    infinite only where it is.
-    """
+    """(p/q) f(t) or (π/q) f(t)/t, whichever has its digits; infinite only where it is."""
     # Neither has mass: the sample says nothing about D_f (and log_t would be inf - inf).
     nothing = jnp.isneginf(log_pi) & jnp.isneginf(log_p)
     log_t = jnp.where(nothing, 0.0, log_pi - log_p)

@@ -51,8 +51,9 @@ def estimate_log_z(
 
 
 class LogMean(NamedTuple):
-    """A mean of exp(log_weights) over everything seen so far: sums in units of the largest weight,
-    which is kept as its log.
+    """A mean of exp(log_weights) over everything seen so far.
+
+    Sums are in units of the largest weight, which is kept as its log.
 
     Attributes:
         largest: the largest log weight; -inf before the first that is not 0.
@@ -128,8 +129,9 @@ def update_log_mean(
 
 
 def log_mean_estimate(state: LogMean) -> Estimate:
-    """The log-mean log (Σw/n), the standard error of the mean relative to it, and the effective
-    sample size.
+    """The log-mean log (Σw/n), with its standard error and effective sample size.
+
+    The error is that of the mean, relative to it.
 
     >>> float(log_mean_estimate(init_log_mean()).value)
     -inf
@@ -155,8 +157,9 @@ def _unit(largest):
 
 
 def _add(x, y):
-    """The sum as a float, and what it lacks of the true one (Knuth's two-sum); of an infinite one,
-    nothing.
+    """The sum as a float, and what it lacks of the true one (Knuth's two-sum).
+
+    Of an infinite one, nothing.
     """
     total = x + y
     of_y = total - x
@@ -179,8 +182,9 @@ class RunningLogMean(NamedTuple):
 
 
 def running_log_mean() -> RunningLogMean:
-    """Estimates log Z from all samples so far, while q changes: each P/q is unbiased under its own
-    q.
+    """Estimates log Z from all samples so far, while q changes.
+
+    Each P/q is unbiased under its own q.
 
     >>> log_z = running_log_mean()
     >>> round(float(log_z.estimate(log_z.update(log_z.init(), jnp.zeros(4))).value), 6)

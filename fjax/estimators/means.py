@@ -1,6 +1,4 @@
-"""Means over samples, weighted or not, and what is one: entropy, KL to the base model, the mixture
-that samples are from.
-"""
+"""Means over samples, and what is one: entropy, KL to the base, the mixture."""
 
 from typing import NamedTuple
 
@@ -172,8 +170,7 @@ def log_mixture(
     *,
     base_fraction: float | Float[Array, ""],
 ) -> Float[Array, "*n"]:
-    """Log q of samples that come partly from the policy and partly from the base model: q = (1 - ε)
-    π + ε a.
+    """Log q of samples that come partly from the base model: q = (1 - ε) π + ε a.
 
     To be used as ``log_q`` for *all* samples, whichever of the two each came from (the balance
     heuristic). A policy that no longer covers the target makes P/π explode, rarely and without

@@ -1,5 +1,4 @@
-"""The RLHF side: what estimates KL(π‖a) well, what has its gradient, and the usual policy-gradient
-losses.
+"""The RLHF side: KL(π‖a), its values and gradients, and the usual losses.
 
 An estimator of a *value* and a loss with the right *gradient* are two things. Differentiating k1,
 k2 or k3 as a loss gives, on-policy: nothing, ∇KL(π‖a), and ∇KL(a‖π); off-policy, without a ratio,

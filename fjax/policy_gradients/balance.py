@@ -82,11 +82,10 @@ def f_regularized_optimum(
     divergence: FDivergence,
     steps: int = 200,
 ) -> Float[Array, "S"]:
-    """argmax_π E_π[r] - β D_f(π‖a) over a listed space: π*(x) = a(x) (f')^{-1}((r(x) - λ)/β).
-    Stopped.
+    """argmax_π E_π[r] - β D_f(π‖a) over a listed space, stopped.
 
-    λ is such that π* sums to 1, found by bisection. Where f'(0) is finite, as for Pearson's χ², π*
-    is 0 where the reward is too low.
+    π*(x) = a(x) (f')^{-1}((r(x) - λ)/β). λ is such that π* sums to 1, found by bisection. Where
+    f'(0) is finite, as for Pearson's χ², π* is 0 where the reward is too low.
 
     Args:
         log_a: normalised log-probabilities under the base model, in nats; -inf is allowed.
@@ -123,8 +122,9 @@ def f_regularized_optimum(
     behind = jnp.where(possible, rewards - best, 0.0)
 
     def unnormalised(top):
-        """Log a·ratio, given the log-ratio of the best: λ itself would lose it, for r - λ may be
-        e^-120.
+        """Log a·ratio, given the log-ratio of the best.
+
+        λ itself would lose it, for r - λ may be e^-120.
         """
         slope = behind / beta + divergence.derivative(top)
         log_ratio = jnp.where(behind == 0, top, _log_ratio(slope, divergence))
@@ -144,9 +144,7 @@ def f_regularized_optimum(
 
 
 def _log_ratio(slope, divergence):
-    """Log of (f')^{-1}: of its closed form where that is a number, by bisection for log t where it
-    has left the floats.
-    """
+    """Log of (f')^{-1}, in closed form where that is a number, else by bisection."""
     ratio = divergence.inverse_derivative(slope)
     limit = 0.9 * jnp.log(jnp.finfo(ratio.dtype).max)
     ordinary = (ratio > jnp.exp(-limit)) & (ratio < jnp.exp(limit))

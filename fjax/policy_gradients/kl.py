@@ -1,5 +1,6 @@
-"""Estimators of KL(π‖a), and what belongs into a loss: a value and a gradient that are those of the
-divergence.
+"""Estimators of KL(π‖a), and what belongs in a loss.
+
+There, value and gradient are both those of the divergence.
 """
 
 import jax
@@ -14,11 +15,10 @@ MAX_EXPONENT = 80.0  # e^80 is still a float32
 
 
 def k1(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Log π/a, whose mean over x ~ π is KL(π‖a): unbiased, often negative. Stopped: it has no
-    gradient.
+    """Log π/a, whose mean over x ~ π is KL(π‖a): unbiased, often negative.
 
-    As a *reward*, -β k1, its policy gradient is exactly -β ∇KL(π‖a). As a loss, differentiated, its
-    expected gradient would be 0.
+    Stopped: it has no gradient. As a *reward*, -β k1, its policy gradient is exactly -β ∇KL(π‖a).
+    As a loss, differentiated, its expected gradient would be 0.
 
     Args:
         log_pi: log-probabilities of samples of the policy, in nats; of sequences or of tokens.
@@ -33,11 +33,10 @@ def k1(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*
 
 
 def k2(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """½(log π/a)², a biased estimate of KL(π‖a) for x ~ π, never negative. Stopped: it has no
-    gradient.
+    """½(log π/a)², a biased estimate of KL(π‖a) for x ~ π, never negative.
 
-    Differentiated as a loss, on-policy, it would give exactly ∇KL(π‖a), though its value is
-    another.
+    Stopped: it has no gradient. Differentiated as a loss, on-policy, it would give exactly
+    ∇KL(π‖a), though its value is another.
 
     Args:
         log_pi: log-probabilities of samples of the policy, in nats.
@@ -52,11 +51,11 @@ def k2(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*
 
 
 def k3(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """a/π - 1 - log a/π, whose mean over x ~ π is KL(π‖a): unbiased and never negative. Stopped: it
-    has no gradient.
+    """a/π - 1 - log a/π, whose mean over x ~ π is KL(π‖a): unbiased, never negative.
 
-    Differentiated as a loss, on-policy, it would give ∇KL(a‖π), the opposite direction. The
-    exponent is limited to 80, which biases where the base is more than e^80 times as probable.
+    Stopped: it has no gradient. Differentiated as a loss, on-policy, it would give ∇KL(a‖π), the
+    opposite direction. The exponent is limited to 80, which biases where the base is more than e^80
+    times as probable.
 
     Args:
         log_pi: log-probabilities of samples of the policy, in nats.
@@ -73,10 +72,10 @@ def k3(log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"]) -> Float[Array, "*
 def k_estimator(
     log_pi: Float[Array, "*n"], log_a: Float[Array, "*n"], *, divergence: FDivergence
 ) -> Float[Array, "*n"]:
-    """The k3 of any f: [f(u) - f'(1)(u - 1)]/u with u = π/a, whose mean over x ~ π is D_f(π‖a).
-    Stopped.
+    """The k3 of any f, whose mean over x ~ π is D_f(π‖a). Stopped.
 
-    Unbiased and never negative: f(u) lies above its tangent at 1. For reverse KL it is `k3`.
+    [f(u) - f'(1)(u - 1)]/u with u = π/a. Unbiased and never negative: f(u) lies above its tangent
+    at 1. For reverse KL it is `k3`.
 
     Args:
         log_pi: log-probabilities of samples of the policy, in nats.
@@ -104,8 +103,7 @@ def divergence_penalty(
     divergence: FDivergence,
     clip: tuple[float, float] | None = None,
 ) -> Float[Array, "*n"]:
-    """A term for a loss, whose value estimates D_f(π‖a) and whose gradient estimates ∇D_f(π‖a),
-    both without bias.
+    """A term of a loss with the value and the gradient of D_f(π‖a), unbiased both.
 
     The value is (π/q) k with the never negative k of `k_estimator`, the gradient (π/q)(f'(π/a) -
     f'(1)) ∇log π.
@@ -147,12 +145,11 @@ def kl_reward_to_go(
     *,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N T"]:
-    """KL(π‖a) of whole sequences, token by token: the gradient of its sum is ∇KL(π‖a), of less
-    variance.
+    """KL(π‖a) of whole sequences, token by token, with a gradient of less variance.
 
-    stop[Σ_{s≥t} log π_s/a_s]·log π_t: what a token is charged with is the log-ratio from it on, for
-    it cannot have caused what came before. On-policy. The value of each entry is log π_t/a_t, so
-    their sum estimates KL(π‖a).
+    The gradient of its sum is ∇KL(π‖a). stop[Σ_{s≥t} log π_s/a_s]·log π_t: what a token is charged
+    with is the log-ratio from it on, for it cannot have caused what came before. On-policy. The
+    value of each entry is log π_t/a_t, so their sum estimates KL(π‖a).
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.

@@ -51,10 +51,9 @@ def reinforce(
 def rloo(
     log_pi: Float[Array, "N"], rewards: Float[Array, "N"], *, axis_name: str | None = None
 ) -> Float[Array, "N"]:
-    """REINFORCE whose baseline is the mean reward of the other samples: unbiased. `jax.vmap` gives
-    groups.
+    """REINFORCE whose baseline is the mean reward of the other samples: unbiased.
 
-    Rewards that differ by rounding only teach nothing: all losses are 0.
+    `jax.vmap` gives groups. Rewards that differ by rounding only teach nothing: all losses are 0.
 
     Args:
         log_pi: log-probabilities of the N samples of one prompt, in nats; differentiated.
@@ -89,13 +88,12 @@ def group_advantages(
     axis_name: str | None = None,
     where: Bool[Array, "N"] | Int[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
-    """Rewards of one prompt's samples, centred on their mean and divided by their standard
-    deviation (GRPO). Stopped.
+    """Rewards of one prompt's samples, centred and divided by their spread (GRPO).
 
-    Neither is free: the mean contains the sample itself, which shrinks the gradient by (N - 1)/N,
-    and the division weighs prompts by how sure the policy is of them. ``scale=False`` leaves it out
-    (Dr. GRPO). Rewards that are all equal, or differ by rounding only, have advantages of exactly
-    0; so has a group of one.
+    The spread is their standard deviation. Stopped. Neither is free: the mean contains the sample
+    itself, which shrinks the gradient by (N - 1)/N, and the division weighs prompts by how sure the
+    policy is of them. ``scale=False`` leaves it out (Dr. GRPO). Rewards that are all equal, or
+    differ by rounding only, have advantages of exactly 0; so has a group of one.
 
     Args:
         rewards: R of each sample of one prompt.
@@ -177,8 +175,7 @@ def grpo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`ppo_clip` of each token with the group's advantage, averaged over the tokens of each
-    sequence.
+    """`ppo_clip` of each token with the group's advantage, averaged a sequence.
 
     Without a KL term: add β times `divergence_penalty`, whose gradient is right, where the paper
     adds k3, whose is not.
@@ -219,8 +216,9 @@ def dr_grpo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`grpo` without its two biases: advantages are not scaled, and sums over tokens are divided by
-    a constant.
+    """`grpo` without its two biases.
+
+    Advantages are not scaled, and sums over tokens are divided by a constant.
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
@@ -260,8 +258,9 @@ def gspo(
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
-    """`ppo_clip` with one ratio a sequence, the geometric mean of its tokens': ρ = exp(mean log
-    π/q).
+    """`ppo_clip` with one ratio a sequence, the geometric mean of its tokens'.
+
+    ρ = exp(mean log π/q).
 
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
