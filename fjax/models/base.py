@@ -93,8 +93,9 @@ class LanguageModel(NamedTuple):
 
     @property
     def eos_id(self) -> int:
-        """The first of the tokens that end a sequence; GPT-2 has it before a text as well, and for
-        padding.
+        """The first of the tokens that end a sequence.
+
+        GPT-2 has it before a text as well, and for padding.
         """
         return self.eos_ids[0] if self.eos_ids else self.tokenizer.eos_token_id
 

@@ -1,10 +1,9 @@
-"""What every causal decoder has in common, whatever is in its blocks: masks, positions, the cache,
-padding and ids that mean nothing.
+"""What every causal decoder has in common, whatever is in its blocks.
 
-A family brings hidden states and a head; from these `logits_fn`, `decode_fn` and `score_fn` make
-the functions that the rest of fjax is given. Padding may then stand anywhere and hold any id, a
-real id that the vocabulary has not gives NaN where it counts, and the numbers with and without a
-cache are the same.
+These are masks, positions, the cache, padding, and ids that mean nothing. A family brings hidden
+states and a head; from these `logits_fn`, `decode_fn` and `score_fn` make the functions that the
+rest of fjax is given. Padding may then stand anywhere and hold any id, a real id that the
+vocabulary has not gives NaN where it counts, and the numbers with and without a cache are the same.
 
 Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K head width, V
 vocabulary.
@@ -114,11 +113,11 @@ def logits_fn(config: ModelConfig, hidden_fn: HiddenFn, head: HeadFn) -> LogitsF
 
 
 def score_fn(config: ModelConfig, hidden_fn: HiddenFn) -> ScoreFn:
-    """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of
-    the last real token.
+    """A reward model: ``(params, tokens, where) -> scores``.
 
-    Its parameters are ``{"transformer": of hidden_fn, "score": {"kernel": [D, 1]}}``. NaN for a row
-    without a real token, or with one that the vocabulary has not.
+    A linear head on the hidden state of the last real token, with the parameters
+    ``{"transformer": of hidden_fn, "score": {"kernel": [D, 1]}}``. NaN for a row without a real token, or with one
+    that the vocabulary has not.
 
     Args:
         config: its vocabulary and its length.
@@ -202,8 +201,9 @@ def empty_cache(
 def attention_mask(
     tokens_BxT: Int[Array, "B T"], where_BxT: Bool[Array, "B T"] | None, cache: KVCache | None
 ) -> tuple[Array, Array, Array, Array]:
-    """Positions of the new tokens, who may see whom, the mask of real columns, and how many columns
-    came before; in or out of a cache.
+    """Positions of the new tokens, who may see whom, real columns, columns before.
+
+    The last is how many columns came before. In or out of a cache.
 
     >>> where = jnp.array([[False, True, True]])
     >>> positions, mask, _, _ = attention_mask(jnp.array([[9, 1, 2]]), where, None)
@@ -259,8 +259,9 @@ def check_length(config: ModelConfig, columns: int) -> None:
 
 
 def _real(config, tokens, where):
-    """The tokens as int32, which of them are real, and which of these the vocabulary has not: their
-    predictions are NaN.
+    """The tokens as int32, which of them are real, and which of these are unknown.
+
+    Unknown are those that the vocabulary has not: their predictions are NaN.
 
     What is not real may hold any id, and is read as token 0, which nobody sees.
     """

@@ -35,8 +35,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Shape of a GPT-2. Field names are those of transformers' ``GPT2Config``; the defaults are
-    GPT-2 small (124M).
+    """Shape of a GPT-2; the defaults are GPT-2 small (124M).
+
+    Field names are those of transformers' ``GPT2Config``.
     """
 
     vocab_size: int = 50257
@@ -270,8 +271,9 @@ def _hidden_fn(config, dtype):
 def init_params(
     config: GPT2Config, rng_key: PRNGKeyArray, *, param_dtype: DTypeLike = jnp.float32
 ) -> Params:
-    """Draws GPT-2's initial parameters: normal of scale 0.02, residual projections divided by
-    √(2L).
+    """Draws GPT-2's initial parameters: normal of scale 0.02.
+
+    Residual projections are divided by √(2L).
 
     Args:
         config: the shape of the model.
@@ -295,8 +297,9 @@ def init_params(
 def init_cache(
     config: GPT2Config, batch_size: int, length: int, *, dtype: DTypeLike = jnp.float32
 ) -> KVCache:
-    """An empty cache for ``batch_size`` rows of up to ``length`` columns (prompt and new tokens
-    together).
+    """An empty cache for ``batch_size`` rows of up to ``length`` columns.
+
+    These are prompt and new tokens together.
 
     Raises:
         ValueError: if ``length`` exceeds the model's positions.
@@ -317,14 +320,13 @@ def init_cache(
 
 
 def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn:
-    """The teacher-forced model: ``(params, tokens, where, *, start) -> logits`` of the next token,
-    float32.
+    """The teacher-forced model: ``(params, tokens, where, *, start) -> logits``.
 
-    ``logits[:, i]`` predicts the token of column ``start + i + 1``. Only columns from ``start`` on
-    go through the head. ``where`` marks real tokens and is needed for left padding only: a causal
-    model never sees padding on the right. What is not real may have any id; a real one that the
-    vocabulary has not makes the logits NaN from its column on. With ``dropout_key`` the
-    configuration's dropout is on (pre-training); without it there is none.
+    Of the next token, in float32. ``logits[:, i]`` predicts the token of column ``start + i + 1``.
+    Only columns from ``start`` on go through the head. ``where`` marks real tokens and is needed
+    for left padding only: a causal model never sees padding on the right. What is not real may have
+    any id; a real one that the vocabulary has not makes the logits NaN from its column on. With
+    ``dropout_key`` the configuration's dropout is on (pre-training); without it there is none.
 
     Args:
         config: the shape of the model.
@@ -343,10 +345,10 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
 
 
 def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
-    """A reward model: ``(params, tokens, where) -> scores``, a linear head on the hidden state of
-    the last real token.
+    """A reward model: ``(params, tokens, where) -> scores``.
 
-    NaN for a row without a real token, or with one that the vocabulary has not.
+    A linear head on the hidden state of the last real token. NaN for a row without a real token, or
+    with one that the vocabulary has not.
 
     Args:
         config: the shape of the model.

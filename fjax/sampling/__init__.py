@@ -1,6 +1,4 @@
-"""Drawing from a language model: transforms of the logits, one token at a time, whole
-continuations.
-"""
+"""Drawing from a language model: logits, one token, whole continuations."""
 
 from fjax.rejection import RejectionEstimate, accept, estimate_rejection, log_acceptance
 from fjax.sampling.categorical import draw

@@ -1,5 +1,6 @@
-"""One token from logits, with its log-probability, by inverting the cumulative distribution in
-blocks.
+"""One token from logits, with its log-probability.
+
+By inverting the cumulative distribution in blocks.
 
 A Gumbel for each entry of the vocabulary is the usual way, and on a CPU most of the time goes into
 its random bits and logarithms. Two uniforms a row suffice: one chooses a block of the vocabulary by
@@ -33,11 +34,10 @@ BLOCK = 128  # tokens; 64 to 256 take the same time, and 128 is one TPU lane row
 def draw(
     rng_key: PRNGKeyArray, logits: Float[Array, "V"]
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Draws one token from ``softmax(logits)`` and returns it with its log-probability; `jax.vmap`
-    gives rows.
+    """Draws one token from ``softmax(logits)``; returns it with its log-probability.
 
-    A token of probability zero (logit -inf) is never drawn. Equal keys give equal tokens whatever
-    the batch around the row.
+    `jax.vmap` gives rows. A token of probability zero (logit -inf) is never drawn. Equal keys give
+    equal tokens whatever the batch around the row.
 
     Args:
         rng_key: the key of this row and this step.
@@ -75,8 +75,9 @@ def draw(
 
 
 def _invert(weights: Float[Array, "n"], uniform: Float[Array, ""]) -> Int[Array, ""]:
-    """The first index whose cumulative weight exceeds ``uniform`` times the total; never one of
-    weight zero.
+    """The first index whose cumulative weight exceeds ``uniform`` times the total.
+
+    Never one of weight zero.
 
     A parallel running sum need not be monotone to the last bit, so positive weights are asked for
     rather than implied, and where rounding leaves no candidate at the upper end, the last positive

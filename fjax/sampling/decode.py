@@ -1,5 +1,6 @@
-"""Continuations of prompts as one program: prefill, then a loop over the key-value cache until
-every row has ended.
+"""Continuations of prompts as one program: prefill, then a loop over the cache.
+
+It ends when every row has ended.
 
 The sampler knows no model. It is given a ``DecodeFn`` and an empty cache, and keeps to itself what
 is easily got wrong: which tokens count (all up to an end-of-sequence token *and that token*), and
@@ -57,8 +58,9 @@ class Samples(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What the loop carries beside the cache. Columns that are never reached keep their initial
-    padding.
+    """What the loop carries beside the cache.
+
+    Columns that are never reached keep their initial padding.
     """
 
     step: Int[Array, ""]
@@ -84,8 +86,9 @@ def sample(
     pad_id: int | None = None,
     where: Bool[Array, "B P"] | Int[Array, "B P"] | None = None,
 ) -> Samples:
-    """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` until each row has drawn
-    ``eos_id``, or one of them where there are several.
+    """Draws continuations ``x_t ~ softmax(transform(logits(x_<t)))`` up to an ``eos_id``.
+
+    Each row ends with the first token that is one of them.
 
     Callers jit: ``jax.jit(partial(sample, decode_fn, max_new_tokens=40, eos_id=0))``. One program
     then holds the prefill and the loop, which ends as soon as all rows have. Making the cache
@@ -221,8 +224,9 @@ def _no_progress(logits: Float[Array, "B V"], max_new_tokens: int, pad_id: int) 
 def _pad_left(
     prompt: Int[Array, "B P"], where: Bool[Array, "B P"], pad_id: int
 ) -> tuple[Int[Array, "B P"], Bool[Array, "B P"]]:
-    """The real tokens on the right, in their order: what comes next stands beside them, whichever
-    side the padding was on.
+    """The real tokens on the right, in their order, whichever side the padding was on.
+
+    So what comes next stands beside them.
     """
     where, prompt = jax.lax.sort((where, prompt), dimension=1, is_stable=True, num_keys=1)
     return jnp.where(where, prompt, pad_id), where

@@ -1,9 +1,11 @@
-"""Temperature, top-k and top-p: functions from logits to logits, with -inf for the tokens that
-cannot be drawn.
+"""Temperature, top-k and top-p: functions from logits to logits.
 
-What is sampled from is the softmax of the transformed logits. A transform is therefore all that a
-rescoring has to know to give the sampler's log-probabilities again, and any function with this
-signature is one: a ban on some tokens is ``lambda logits: jnp.where(banned, -jnp.inf, logits)``.
+-inf stands for tokens that cannot be drawn.
+
+What is sampled from is the softmax of the transformed
+logits. A transform is therefore all that a rescoring has to know to give the sampler's
+log-probabilities again, and any function with this signature is one: a ban on some tokens is
+``lambda logits: jnp.where(banned, -jnp.inf, logits)``.
 
 The makers return the *same* function for the same arguments, so that a transform may be a static
 argument of ``jax.jit`` and does not compile anew when it is made anew.
@@ -37,8 +39,9 @@ def identity(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
 
 
 def greedy(logits: Float[Array, "*b V"]) -> Float[Array, "*b V"]:
-    """Keeps the most probable token alone, the first of several: the limit of temperature 0, with
-    log-probability 0.
+    """Keeps the most probable token alone, the first of several.
+
+    The limit of temperature 0, with log-probability 0.
 
     Args:
         logits: over the vocabulary, on the last axis.
@@ -116,8 +119,7 @@ def top_k(k: int | None) -> Transform:
 
 @functools.cache
 def top_p(p: float) -> Transform:
-    """Keeps the smallest set of most probable tokens whose probability reaches p (nucleus
-    sampling).
+    """Keeps the fewest most probable tokens that together reach p (nucleus sampling).
 
     The token that crosses p is kept, hence at least one always is, and so are all that tie with it.
     The distribution after that is renormalised by whoever takes the softmax. A token within
@@ -175,8 +177,7 @@ _LOWEST, _PAST_HIGHEST = -0x7F800001, 0x7F800001
 def _keep_largest(
     logits: Float[Array, "*b V"], is_enough: Callable[[Bool[Array, "*b V"]], Bool[Array, "*b 1"]]
 ) -> Float[Array, "*b V"]:
-    """Keeps the fewest of the largest logits that are enough, with all that tie with the smallest
-    of them.
+    """Keeps the fewest of the largest logits that are enough, and ties with the smallest.
 
     ``is_enough`` must hold for the whole vocabulary, and for every larger set if it does for a
     smaller.
@@ -196,8 +197,9 @@ def _keep_largest(
 
 
 def _nth_float(order: Array) -> Array:
-    """The float32 at a place in the order of all of them: positive bit patterns ascend, negative
-    ones descend.
+    """The float32 at a place in the order of all of them.
+
+    Positive bit patterns ascend, negative ones descend.
     """
     return jax.lax.bitcast_convert_type(
         jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32

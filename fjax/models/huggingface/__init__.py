@@ -1,5 +1,6 @@
-"""Hugging Face folders in and out: configuration and tokenizer through transformers, weights by
-name, never torch.
+"""Hugging Face folders in and out, without torch.
+
+Configuration and tokenizer go through transformers, weights by name.
 
 This is the only package that knows transformers and safetensors, and it imports them on use, since
 transformers alone takes seconds. It knows no family by name: all that is particular to one is in

@@ -29,8 +29,9 @@ _FILES = [
 def open_folder(
     name_or_path: str | Path, families: Sequence[Family]
 ) -> tuple[Path, Family, ModelConfig]:
-    """The folder, the family of the model in it, and its configuration; of a name on the hub,
-    config.json is had and looked at before the other files.
+    """The folder, the family of the model in it, and its configuration.
+
+    Of a name on the hub, config.json is had and looked at before the other files.
     """
     local = _local(name_or_path)
     folder = _download(str(name_or_path), _KIND) if local is None else local

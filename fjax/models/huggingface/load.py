@@ -81,8 +81,9 @@ def load_reward_model(
     param_dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = FAMILIES,
 ) -> RewardModel:
-    """Loads a model with a scalar head, as `save_reward_model` or transformers' class for sequence
-    classification with one label wrote it.
+    """Loads a model with a scalar head, as `save_reward_model` wrote it.
+
+    Or as transformers' class for sequence classification with one label did.
 
     Args:
         name_or_path: a folder, or a name on the hub.

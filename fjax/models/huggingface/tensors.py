@@ -1,5 +1,6 @@
-"""Weights by name in safetensors files, whole or in shards, and whether they are those of the
-configuration.
+"""Weights by name in safetensors files, whole or in shards.
+
+And whether they are those of the configuration.
 
 A family names its tensors as a checkpoint with a head has them; a checkpoint of the body alone
 leaves out the family's prefix. So names are compared, and told in errors, without it.
@@ -96,8 +97,9 @@ def _check_tensors(
     expected: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, _Stored],
 ) -> None:
-    """Whether the weights are those of the configuration, no more and no less, and numbers that can
-    be computed with.
+    """Whether the weights are those of the configuration, no more and no less.
+
+    And whether they are numbers that can be computed with.
     """
     missing = sorted(expected.keys() - stored.keys())
     if missing:
@@ -152,8 +154,9 @@ def _check_tied(
 
 
 def _list_tensors(folder: Path, prefix: str) -> dict[str, _Stored]:
-    """Every tensor of the folder by its name without the prefix; the weights themselves are not
-    read.
+    """Every tensor of the folder by its name without the prefix.
+
+    The weights themselves are not read.
     """
     tensors: dict[str, _Stored] = {}
     for file, listed in _shards(folder).items():
@@ -175,8 +178,9 @@ def _list_tensors(folder: Path, prefix: str) -> dict[str, _Stored]:
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
-    """The files of the weights, and the tensors that the index says are in each; none where there
-    is no index.
+    """The files of the weights, and the tensors that the index says are in each.
+
+    None where there is no index.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():

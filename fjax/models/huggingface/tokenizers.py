@@ -14,8 +14,9 @@ __all__ = ["end_ids", "import_transformers", "load_tokenizer", "some", "with_pad
 
 
 def import_transformers() -> Any:
-    """The package, without what it says on import where there is no torch, which nothing here
-    needs.
+    """The package, without what it says on import where there is no torch.
+
+    Nothing here needs that.
     """
     if "transformers" in sys.modules:
         return import_module("transformers")
@@ -73,8 +74,9 @@ def _beyond(tokenizer: Any, vocab_size: int) -> list[str]:
 
 
 def end_ids(folder: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Every token that ends a sequence: the tokenizer's first, then those of generation_config.json
-    or, where it names none, of config.json.
+    """Every token that ends a sequence, the tokenizer's first.
+
+    Then those of generation_config.json or, where it names none, of config.json.
 
     These are the tokens at which transformers' ``generate`` stops, and the tokenizer's. An id that
     the vocabulary has not can never be drawn, and is left out.
