@@ -1,23 +1,25 @@
 """What every test stands on: the CPU as eight devices, no silent broadcasting of ranks, the same
 examples each time."""
 
-import importlib.metadata
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Before jax is imported, and in the environment so that processes which tests start are alike. Nine
 # tenths of a test's time is compilation. Without optimisation the programs, all of them small, run
 # about as fast; the older way to emit loops takes a third of the time, where there is it still:
 # flags that an XLA does not know end the process.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+)
 # A program is compiled once, whichever test, worker or command comes to it first, and not again by
-# the next run. Its name says what it is of: the code, the flags, the versions.
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+# the next run. It is found by what it is of: the code, the flags, the versions.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
