@@ -68,7 +68,8 @@ def same_shape(**arrays: Array | None) -> tuple:
 def float_dtype(*arrays: Array):
     """What these are computed in: the widest of their dtypes, and at least float32.
 
-    >>> float_dtype(jnp.zeros(1, jnp.int8)).name, float_dtype(jnp.zeros(1, bool), jnp.zeros(1, jnp.float16)).name
+    >>> small, mask, half = (jnp.zeros(1, dtype) for dtype in (jnp.int8, bool, jnp.float16))
+    >>> float_dtype(small).name, float_dtype(mask, half).name
     ('float32', 'float32')
     """
     return jnp.result_type(jnp.float32, *(jnp.asarray(x).dtype for x in arrays))
@@ -126,7 +127,8 @@ def as_token_arrays(where: Array | None, **arrays: Array) -> tuple:
     Raises:
         ValueError: if the shapes differ, or are not of sequences by tokens.
 
-    >>> [x.tolist() for x in as_token_arrays(jnp.array([[1, 0]]), token_log_pi=jnp.array([[-1.0, jnp.nan]]))]
+    >>> token_log_pi = jnp.array([[-1.0, jnp.nan]])
+    >>> [x.tolist() for x in as_token_arrays(jnp.array([[1, 0]]), token_log_pi=token_log_pi)]
     [[[-1.0, 0.0]], [[True, False]]]
     """
     kept = same_shape(**arrays)
@@ -237,7 +239,7 @@ def one_number(**values: float | Array) -> None:
 
     >>> one_number(log_beta=jnp.zeros(3))
     Traceback (most recent call last):
-    ValueError: log_beta must be one number, got shape [3]. For several, map the function over them with jax.vmap.
+    ValueError: log_beta must be one number, got shape [3]. For several, map the function over ...
     """
     for name, value in values.items():
         if np.shape(value) != ():
@@ -256,7 +258,7 @@ def made(divergence: object) -> None:
     >>> from fjax import jensen_shannon
     >>> made(jensen_shannon)
     Traceback (most recent call last):
-    ValueError: divergence must be an FDivergence; jensen_shannon is a function that makes one: divergence=jensen_shannon().
+    ValueError: divergence must be an FDivergence; jensen_shannon is a function that makes one: ...
     """
     if hasattr(divergence, "generator") and hasattr(divergence, "derivative"):
         return

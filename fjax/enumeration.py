@@ -15,7 +15,8 @@ divergence.
 >>> log_p = log_score - exact_log_z(log_score)
 >>> exact = exact_gradient(log_prob_fn, params, space, log_p, divergence=forward_kl())
 >>> expected = expected_surrogate_gradient(
-...     log_prob_fn, params, space, log_p, divergence=forward_kl(), baseline=leave_one_out, samples=2
+...     log_prob_fn, params, space, log_p,
+...     divergence=forward_kl(), baseline=leave_one_out, samples=2,
 ... )
 >>> bool(jnp.allclose(exact, expected, atol=1e-6))
 True
@@ -124,7 +125,8 @@ def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, in
 
     >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 2)
     >>> space = sequences(2, 2, eos_id=0)
-    >>> round(float(jnp.exp(log_prob_fn(jnp.zeros((prefixes, 2)), space.tokens, space.where)).sum()), 6)
+    >>> log_pi = log_prob_fn(jnp.zeros((prefixes, 2)), space.tokens, space.where)
+    >>> round(float(jnp.exp(log_pi).sum()), 6)
     1.0
 
     Source: chain rule of probability.
@@ -178,7 +180,8 @@ def factorize(log_p: Float[Array, "S"], space: Space, *, vocab_size: int) -> Flo
     >>> log_prob_fn, _ = tabular_log_prob_fn(3, 2)
     >>> space = sequences(3, 2, eos_id=0)
     >>> log_p = jax.nn.log_softmax(jnp.arange(7.0))
-    >>> bool(jnp.allclose(log_prob_fn(factorize(log_p, space, vocab_size=3), *space), log_p, atol=1e-5))
+    >>> params = factorize(log_p, space, vocab_size=3)
+    >>> bool(jnp.allclose(log_prob_fn(params, *space), log_p, atol=1e-5))
     True
 
     Source: Korbak et al. 2022 (arXiv 2205.11275), appendix; soft values as in Levine 2018.
@@ -241,7 +244,8 @@ def exact_gradient(
     >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
     >>> log_p = jnp.log(jnp.array([0.9, 0.1]))
     >>> space = sequences(2, 1, eos_id=0)
-    >>> gradient = exact_gradient(log_prob_fn, jnp.zeros((1, 2)), space, log_p, divergence=forward_kl())
+    >>> given = log_prob_fn, jnp.zeros((1, 2)), space, log_p
+    >>> gradient = exact_gradient(*given, divergence=forward_kl())
     >>> gradient.round(4).tolist()
     [[-0.4, 0.4]]
 
@@ -288,8 +292,9 @@ def expected_gradient(
 
     >>> log_prob_fn, prefixes = tabular_log_prob_fn(2, 1)
     >>> space = sequences(2, 1, eos_id=0)
-    >>> score = lambda log_pi, log_p, log_q: log_pi                                      # E_π[∇ log π] = 0
-    >>> expected_gradient(score, log_prob_fn, jnp.array([[0.0, 0.5]]), space, jnp.zeros(2)).round(4).tolist()
+    >>> score = lambda log_pi, log_p, log_q: log_pi  # E_π[∇ log π] = 0
+    >>> given = log_prob_fn, jnp.array([[0.0, 0.5]]), space, jnp.zeros(2)
+    >>> expected_gradient(score, *given).round(4).tolist()
     [[0.0, 0.0]]
 
     Source: Go et al. 2023, theorem 1, read backwards.

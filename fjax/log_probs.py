@@ -100,7 +100,8 @@ def make_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1, transform=None) -> 
     Raises:
         ValueError: if ``start`` is below 1: column 0 has no prediction.
 
-    >>> uniform = lambda params, tokens, where=None, *, start=0: jnp.zeros((*tokens[:, start:].shape, 4))
+    >>> def uniform(params, tokens, where=None, *, start=0):
+    ...     return jnp.zeros((*tokens[:, start:].shape, 4))
     >>> tokens, where = jnp.array([[0, 1, 2]]), jnp.array([[False, True, True]])
     >>> make_log_prob_fn(uniform)(None, tokens, where).tolist()
     [-2.772588]
@@ -130,7 +131,8 @@ def make_token_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1):
     Raises:
         ValueError: if ``start`` is below 1: column 0 has no prediction.
 
-    >>> uniform = lambda params, tokens, where=None, *, start=0: jnp.zeros((*tokens[:, start:].shape, 4))
+    >>> def uniform(params, tokens, where=None, *, start=0):
+    ...     return jnp.zeros((*tokens[:, start:].shape, 4))
     >>> tokens, where = jnp.array([[0, 1, 2]]), jnp.array([[False, True, True]])
     >>> make_token_log_prob_fn(uniform)(None, tokens, where).tolist()
     [[0.0, -1.386294, -1.386294]]
@@ -185,7 +187,8 @@ def pack(
         ValueError: if shapes do not belong together.
 
     >>> tokens, where = pack(
-    ...     jnp.array([[9, 5]]), jnp.array([[1, 0]]), prompt_where=jnp.array([[False, True]]), where=jnp.ones((1, 2), bool)
+    ...     jnp.array([[9, 5]]), jnp.array([[1, 0]]),
+    ...     prompt_where=jnp.array([[False, True]]), where=jnp.ones((1, 2), bool),
     ... )
     >>> tokens.tolist(), where.tolist()
     ([[5, 1, 0, 9]], [[False, True, True, False]])

@@ -42,7 +42,8 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) 
         ValueError: if n is below 1, or tokens and where are not both ``[N, T]``.
 
     >>> tokens = np.array([[1, 2, 1, 2], [1, 2, 3, 0]])
-    >>> distinct_n(tokens, n=2, where=np.array([[True] * 4, [True] * 3 + [False]]))        # 12 21 12, 12 23
+    >>> where = np.array([[True] * 4, [True] * 3 + [False]])
+    >>> distinct_n(tokens, n=2, where=where)  # 12 21 12, 12 23
     0.6
 
     Source: Li et al. 2016 (arXiv 1510.03055), section 5.
@@ -77,7 +78,7 @@ def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mas
         ValueError: if n is below 1, or tokens and where are not both ``[N, T]``.
 
     >>> tokens = np.array([[1, 2, 3, 4], [1, 2, 3, 5]])
-    >>> round(self_bleu(tokens, n=2, where=np.ones((2, 4), bool)) ** 2, 6)                    # 3/4 · 2/3
+    >>> round(self_bleu(tokens, n=2, where=np.ones((2, 4), bool)) ** 2, 6)  # 3/4 · 2/3
     0.5
 
     Source: Zhu et al. 2018 (Texygen, arXiv 1802.01886), section 3; smoothing: Chen and Cherry 2014,
@@ -125,7 +126,7 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
         ValueError: if there are no texts, or not one reference a text.
         ImportError: if sacrebleu is not installed; it comes with ``fjax[experiments]``.
 
-    >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat ."]), 3)              # exp(1 - 7/6)
+    >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat ."]), 3)  # exp(1 - 7/6)
     0.846
 
     Source: Papineni et al. 2002; Post 2018 (arXiv 1804.08771).
@@ -153,7 +154,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
         ImportError: if rouge-score is not installed; it comes with ``fjax[experiments]``.
 
     >>> result = rouge(["the cat sat", "a dog"], ["the cat ran", "a dog"])
-    >>> [round(float(estimate.value), 3) for estimate in result]                         # (2/3 + 1)/2, (1/2 + 1)/2
+    >>> [round(float(estimate.value), 3) for estimate in result]  # (2/3 + 1)/2, (1/2 + 1)/2
     [0.833, 0.75, 0.833]
 
     Source: Lin 2004.

@@ -82,7 +82,7 @@ def fit_coefficients(
         ValueError: if there is not one moment a feature, or one log-weight a sample.
 
     >>> fit = fit_coefficients(jnp.array([[1.0], [0.0], [0.0], [0.0]]), jnp.array([0.5]))
-    >>> bool(fit.converged), round(float(fit.coefficients[0]), 4)                        # logit 0.5 - logit 0.25
+    >>> bool(fit.converged), round(float(fit.coefficients[0]), 4)  # logit 0.5 - logit 0.25
     (True, 1.0986)
 
     Source: Khalifa et al. 2021, section 2.2, by Newton's method in place of gradient descent.

@@ -46,7 +46,7 @@ def dpo(
         ValueError: if β is not positive, or the shapes differ.
 
     >>> zero = jnp.zeros(1)
-    >>> round(float(dpo(zero, zero, zero, zero, beta=0.1)[0]), 6)                          # at π = a: log 2
+    >>> round(float(dpo(zero, zero, zero, zero, beta=0.1)[0]), 6)  # at π = a: log 2
     0.693147
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
@@ -213,7 +213,8 @@ def f_po(
 
     >>> from fjax import jensen_shannon
     >>> log_u, rewards = jnp.array([1.0, 0.0]), jnp.array([2.0, 1.0])
-    >>> round(float(f_po(log_u, jnp.zeros(2), rewards, beta=1.0, reward_beta=1.0, divergence=jensen_shannon())), 6)
+    >>> options = {"beta": 1.0, "reward_beta": 1.0, "divergence": jensen_shannon()}
+    >>> round(float(f_po(log_u, jnp.zeros(2), rewards, **options)), 6)
     0.0
 
     Source: Han et al. 2024 (f-PO, arXiv 2410.21662), section 4.

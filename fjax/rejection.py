@@ -175,10 +175,10 @@ def choose_log_beta(
         ValueError: for another rate, or if the shapes are not one number a sample.
 
     >>> log_score = jnp.log(jnp.array([4.0, 1.0, 1.0, 0.0]))
-    >>> float(jnp.exp(choose_log_beta(log_score, jnp.zeros(4), acceptance_rate=0.5)))     # 1 + ½ + ½ of 4
+    >>> float(jnp.exp(choose_log_beta(log_score, jnp.zeros(4), acceptance_rate=0.5)))  # 1 + ½ + ½
     2.0
 
-    Source: Eikema et al. 2022, section 3, for β as a choice of the rate; the solution is elementary.
+    Source: Eikema et al. 2022, section 3, for β as a choice of the rate; the rest is elementary.
     """
     one_number(acceptance_rate=acceptance_rate)
     if is_concrete(acceptance_rate) and not 0 < acceptance_rate <= 1:
@@ -189,7 +189,7 @@ def choose_log_beta(
     possible = ~jnp.isneginf(log_weights)
     log_tails = jax.lax.cumlogsumexp(log_weights, reverse=True)  # each with all below it
     log_below = jnp.append(log_tails[1:], -jnp.inf)
-    # How many are accepted at β = w_i; the differences where P = 0 are replaced before they are NaN.
+    # How many are accepted at β = w_i; differences where P = 0 are replaced before they are NaN.
     rest = jnp.exp(jnp.where(possible, log_below, 0.0) - jnp.where(possible, log_weights, 0.0))
     accepted = jnp.arange(1, len(log_weights) + 1, dtype=log_q.dtype) + rest
     sure = (possible & (accepted < wanted)).sum()

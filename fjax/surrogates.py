@@ -235,7 +235,8 @@ def self_normalized(
         axis_name: mapped axis over which the samples are spread; all count together.
 
     >>> log_pi, log_q = jnp.log(jnp.array([0.4, 0.1])), jnp.log(jnp.array([0.2, 0.2]))
-    >>> centred_weights(jnp.array([4.0, 1.0]), log_pi, log_q, baseline=self_normalized(log_pi, log_q)).tolist()
+    >>> baseline = self_normalized(log_pi, log_q)
+    >>> centred_weights(jnp.array([4.0, 1.0]), log_pi, log_q, baseline=baseline).tolist()
     [0.0, 0.0]
 
     Source: Owen 2013, section 9.2 and 8.9; Pandey et al. 2024 (BRAIn, arXiv 2402.02479) for forward
@@ -402,7 +403,9 @@ def surrogate_loss(
 
     >>> from fjax import jensen_shannon
     >>> log_pi, log_p = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -jnp.inf])
-    >>> gradient = jax.grad(lambda x: surrogate_loss(x, log_p, divergence=jensen_shannon()).sum())(log_pi)
+    >>> def loss(log_pi):
+    ...     return surrogate_loss(log_pi, log_p, divergence=jensen_shannon()).sum()
+    >>> gradient = jax.grad(loss)(log_pi)
     >>> gradient.round(3).tolist()
     [0.0, 0.347]
 

@@ -134,8 +134,8 @@ def product_of_experts(
     weights = jnp.asarray(weights, float_dtype(log_scores, weights))
     if log_scores.ndim == 0 or weights.shape != log_scores.shape[:1]:
         raise ValueError(
-            f"One weight an expert: got {list(np.shape(log_scores))} log-scores and {list(np.shape(weights))} "
-            f"weights."
+            f"One weight an expert: got {list(np.shape(log_scores))} log-scores and "
+            f"{list(np.shape(weights))} weights."
         )
     weights = weights.reshape(-1, *[1] * (log_scores.ndim - 1))
     return jnp.where(weights == 0, 0.0, weights * jnp.where(weights == 0, 0.0, log_scores)).sum(

@@ -28,7 +28,7 @@ def dual(divergence: FDivergence) -> FDivergence:
             t = 1.
 
     >>> from fjax.divergences import forward_kl
-    >>> dual(forward_kl()).derivative(jnp.array([0.0, 1.0])).tolist()                           # reverse KL's
+    >>> dual(forward_kl()).derivative(jnp.array([0.0, 1.0])).tolist()  # reverse KL's
     [1.0, 2.0]
 
     Source: Csiszár 1967; Liese and Vajda 2006, section II.
@@ -63,7 +63,8 @@ def mixture(
         ValueError: on differing numbers, or weights that are negative or all zero.
 
     >>> from fjax.divergences import forward_kl, reverse_kl
-    >>> float(mixture([forward_kl(), reverse_kl()], [1.0, 1.0]).derivative(jnp.array(0.0)))       # Jeffreys
+    >>> jeffreys = mixture([forward_kl(), reverse_kl()], [1.0, 1.0])
+    >>> float(jeffreys.derivative(jnp.array(0.0)))
     0.0
 
     Source: linearity of D_f in f.

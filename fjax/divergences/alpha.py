@@ -66,7 +66,7 @@ def alpha_divergence(alpha: float | Float[Array, ""]) -> FDivergence:
 def alpha_from_amari(alpha: float) -> float:
     """Amari's own index, symmetric about 0, where ±1 are the KLs: (1 - α)/2 here.
 
-    >>> alpha_from_amari(-1.0), alpha_from_amari(0.0)         # KL(π‖p), and four times half the squared Hellinger
+    >>> alpha_from_amari(-1.0), alpha_from_amari(0.0)  # KL(π‖p), twice the squared Hellinger
     (1.0, 0.5)
 
     Source: Amari 2009, equation 7.
@@ -88,7 +88,7 @@ def alpha_from_f_dpo(alpha: float) -> float:
 def alpha_from_cressie_read(power: float) -> float:
     """The λ of the power divergences, which are twice these: λ + 1 here.
 
-    >>> alpha_from_cressie_read(1.0), alpha_from_cressie_read(-2.0)                        # Pearson's χ², Neyman's χ²
+    >>> alpha_from_cressie_read(1.0), alpha_from_cressie_read(-2.0)  # Pearson's χ², Neyman's χ²
     (2.0, -1.0)
 
     Source: Cressie and Read 1984.

@@ -149,8 +149,8 @@ def exact_divergence(
         ValueError: if the two list different spaces.
 
     >>> from fjax.divergences import total_variation
-    >>> p = jnp.log(jnp.array([0.5, 0.5]))
-    >>> round(float(exact_divergence(jnp.log(jnp.array([0.9, 0.1])), p, divergence=total_variation())), 6)
+    >>> pi, p = jnp.log(jnp.array([0.9, 0.1])), jnp.log(jnp.array([0.5, 0.5]))
+    >>> round(float(exact_divergence(pi, p, divergence=total_variation())), 6)
     0.4
 
     Source: Go et al. 2023, equation 1.

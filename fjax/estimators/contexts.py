@@ -103,7 +103,8 @@ def estimate_win_rate(values: _Values, base_values: _Values) -> Estimate:
     mine, other = _on_host(values=values, base_values=base_values)
     if len(mine) != len(other):
         raise ValueError(
-            f"values and base_values must be of the same contexts; got {len(mine)} and {len(other)}."
+            f"values and base_values must be of the same contexts; got {len(mine)} and "
+            f"{len(other)}."
         )
     wins = (mine[:, :, None] > other[:, None]) + 0.5 * (mine[:, :, None] == other[:, None])
     if len(wins) > 1:
@@ -129,7 +130,8 @@ def over_contexts(estimates: Estimate) -> Estimate:
     Raises:
         ValueError: unless there is one number a context; or within `jax.jit`.
 
-    >>> over_contexts(Estimate(np.array([1.0, 3.0, np.nan]), np.zeros(3), np.array([5.0, 5.0, 0.0])))
+    >>> values, ess = np.array([1.0, 3.0, np.nan]), np.array([5.0, 5.0, 0.0])
+    >>> over_contexts(Estimate(values, np.zeros(3), ess))
     Estimate(value=2.0, std_error=1.0, ess=10.0)
 
     Source: cluster sampling, Cochran 1977, chapter 9.

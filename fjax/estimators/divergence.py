@@ -125,7 +125,8 @@ def estimate_proposal_gain(
     """KL(p‖r) - KL(p‖π): above 0 the policy π is nearer to the target than r.
 
     Then π should take the place of r, the proposal. The difference is E_p[log π - log r], estimated
-    by self-normalised weights P/q: neither Z nor the entropy of p is needed. Weighted, the bias is of order 1/n.
+    by self-normalised weights P/q: neither Z nor the entropy of p is needed. Weighted, the bias is
+    of order 1/n.
 
     Args:
         log_pi: log-probabilities under the policy, in nats.
@@ -143,7 +144,7 @@ def estimate_proposal_gain(
 
     >>> log_r, log_score = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.5, 0.0]))
     >>> log_pi = jnp.log(jnp.array([0.75, 0.25]))
-    >>> round(float(estimate_proposal_gain(log_pi, log_r, log_score, log_r).value), 6)      # log 3/2
+    >>> round(float(estimate_proposal_gain(log_pi, log_r, log_score, log_r).value), 6)  # log 3/2
     0.405465
 
     Source: Go et al. 2023, algorithm 1 (the adaptive proposal of DPG, Parshakova et al. 2019);

@@ -187,7 +187,8 @@ def log_mixture(
     Raises:
         ValueError: if the share is not in [0, 1], or the shapes differ.
 
-    >>> round(float(jnp.exp(log_mixture(jnp.log(jnp.array([0.1])), jnp.log(jnp.array([0.5])), base_fraction=0.25))[0]), 6)
+    >>> log_pi, log_a = jnp.log(jnp.array([0.1])), jnp.log(jnp.array([0.5]))
+    >>> round(float(jnp.exp(log_mixture(log_pi, log_a, base_fraction=0.25))[0]), 6)
     0.2
 
     Source: Hesterberg 1995 (defensive mixtures); Veach and Guibas 1995; Owen and Zhou 2000.

@@ -116,8 +116,8 @@ def score_fn(config: ModelConfig, hidden_fn: HiddenFn) -> ScoreFn:
     """A reward model: ``(params, tokens, where) -> scores``.
 
     A linear head on the hidden state of the last real token, with the parameters
-    ``{"transformer": of hidden_fn, "score": {"kernel": [D, 1]}}``. NaN for a row without a real token, or with one
-    that the vocabulary has not.
+    ``{"transformer": of hidden_fn, "score": {"kernel": [D, 1]}}``. NaN for a row without a real
+    token, or with one that the vocabulary has not.
 
     Args:
         config: its vocabulary and its length.

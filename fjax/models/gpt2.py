@@ -123,7 +123,8 @@ class GPT2Config:
         spelling: ``n_inner`` written out, or one of the two names of one activation.
 
         >>> small = GPT2Config()
-        >>> small.computes_as(GPT2Config(n_inner=4 * 768, attn_pdrop=0.0)), small.computes_as(GPT2Config(n_layer=6))
+        >>> others = GPT2Config(n_inner=4 * 768, attn_pdrop=0.0), GPT2Config(n_layer=6)
+        >>> small.computes_as(others[0]), small.computes_as(others[1])
         (True, False)
         """
         return isinstance(other, GPT2Config) and self._normal() == other._normal()
@@ -358,7 +359,8 @@ def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
         ValueError: at trace time, if there are more columns than positions.
 
     >>> tiny = GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=2, n_head=2)
-    >>> params = {"transformer": init_params(tiny, jax.random.key(0)), "score": {"kernel": jnp.ones((4, 1))}}
+    >>> body, head = init_params(tiny, jax.random.key(0)), {"kernel": jnp.ones((4, 1))}
+    >>> params = {"transformer": body, "score": head}
     >>> score_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), jnp.ones((3, 5), bool)).shape
     (3,)
 

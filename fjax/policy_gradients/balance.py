@@ -104,7 +104,8 @@ def f_regularized_optimum(
 
     >>> from fjax import reverse_kl
     >>> log_a, rewards = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([1.0, 3.0]))
-    >>> jnp.exp(f_regularized_optimum(log_a, rewards, beta=1.0, divergence=reverse_kl())).round(4).tolist()
+    >>> optimum = f_regularized_optimum(log_a, rewards, beta=1.0, divergence=reverse_kl())
+    >>> jnp.exp(optimum).round(4).tolist()
     [0.25, 0.75]
 
     Source: Wang et al. 2024 (f-DPO, arXiv 2309.16240), theorem 1; Huang et al. 2024 for χ².

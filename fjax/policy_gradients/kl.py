@@ -83,7 +83,8 @@ def k_estimator(
         divergence: which f.
 
     >>> from fjax import total_variation
-    >>> k_estimator(jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25])), divergence=total_variation()).tolist()
+    >>> log_pi, log_a = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
+    >>> k_estimator(log_pi, log_a, divergence=total_variation()).tolist()
     [0.25]
 
     Source: Schulman 2020, last section (Bregman divergence of f at 1).
@@ -123,7 +124,9 @@ def divergence_penalty(
 
     >>> from fjax import reverse_kl
     >>> log_a = jnp.array([-2.0])
-    >>> gradient = jax.grad(lambda x: divergence_penalty(x, log_a, divergence=reverse_kl()).sum())(jnp.array([-1.0]))
+    >>> def loss(log_pi):
+    ...     return divergence_penalty(log_pi, log_a, divergence=reverse_kl()).sum()
+    >>> gradient = jax.grad(loss)(jnp.array([-1.0]))
     >>> gradient.tolist()
     [1.0]
 
@@ -157,7 +160,8 @@ def kl_reward_to_go(
         where: tokens that count.
 
     >>> where = jnp.array([[True, True]])
-    >>> gradient = jax.grad(lambda x: kl_reward_to_go(x, jnp.array([[-2.0, -2.0]]), where=where).sum())
+    >>> token_log_a = jnp.array([[-2.0, -2.0]])
+    >>> gradient = jax.grad(lambda x: kl_reward_to_go(x, token_log_a, where=where).sum())
     >>> gradient(jnp.array([[-1.0, -1.0]])).tolist()
     [[2.0, 1.0]]
 

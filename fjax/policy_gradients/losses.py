@@ -233,7 +233,8 @@ def dr_grpo(
         One loss a sequence, to be averaged.
 
     >>> log_pi = jnp.zeros((2, 3))
-    >>> dr_grpo(log_pi, log_pi, jnp.array([1.0, 0.0]), where=jnp.ones((2, 3), bool), max_tokens=6).tolist()
+    >>> rewards, where = jnp.array([1.0, 0.0]), jnp.ones((2, 3), bool)
+    >>> dr_grpo(log_pi, log_pi, rewards, where=where, max_tokens=6).tolist()
     [-0.25, 0.25]
 
     Source: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), section 3.

@@ -87,7 +87,7 @@ def save_reward_model(
     text_format: str | None = None,
     families: Sequence[Family] = FAMILIES,
 ) -> None:
-    """Writes a folder for transformers' class for sequence classification.
+    """Writes a folder for transformers' class for sequence classification with one label.
 
     transformers scores the last token that is not padding. A tokenizer without a padding token, or
     with the end-of-sequence token as such, which would hide the end of a text, is therefore written
