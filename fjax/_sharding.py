@@ -55,3 +55,14 @@ def spread_as(rows: Array, function: Callable[..., Any], *args: Any) -> Any:
 def _is_spread(array: Array) -> bool:
     # Only Explicit axes are in a type: those of other meshes read None.
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
+
+
+def together(x: Array) -> Array:
+    """On all devices alike, where explicit sharding has spread it; what any other sharding does
+    with it is XLA's business.
+
+    Statistics are of numbers a sample, so bringing them together costs nothing beside the model
+    that made them.
+    """
+    spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    return jax.sharding.reshard(x, jax.P(*[None] * x.ndim)) if spread else x

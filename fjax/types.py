@@ -16,6 +16,7 @@ __all__ = [
     "Params",
     "PyTree",
     "ScoreFn",
+    "TokenLogProbFn",
 ]
 
 Params = Any
@@ -65,3 +66,12 @@ class LogProbFn(Protocol):
     def __call__(
         self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
     ) -> Float[Array, "B"]: ...
+
+
+@runtime_checkable
+class TokenLogProbFn(Protocol):
+    """Log-probability of each token, 0 where ``where`` does not count it."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
+    ) -> Float[Array, "B T"]: ...

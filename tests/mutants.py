@@ -239,6 +239,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "effective_sample_size(log_pi - scores.log_q.ravel())",
             "effective_sample_size(scores.log_q.ravel())",
         ),
+        ("an infinite gradient moves the policy", "jnp.where(finite, a, b)", "a"),
         ("spread of the rewards squared", "reward_std=rewards.std()", "reward_std=rewards.var()"),
         (
             "error over contexts with n for n - 1",
@@ -259,8 +260,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("contexts without Z move the policy", "jnp.where(scores.known, weights, 0.0)", "weights"),
     ),
     *_of(
-        "fjax/training/policy_gradient.py",
-        "tests/training/test_policy_gradient.py",
+        "fjax/training/rl.py",
+        "tests/training/test_rl.py",
         (
             "PPO's advantages unscaled",
             "advantages = advantages / (jnp.std(advantages) + 1e-6)",
@@ -277,11 +278,6 @@ MUTANTS: tuple[Mutant, ...] = (
             "return (rewards - others) * jnp.exp(log_pi - rollout.log_q)",
             "return rewards - others",
         ),
-    ),
-    *_of(
-        "fjax/training/state.py",
-        "tests/training/test_fdpg.py",
-        ("an infinite gradient moves the policy", "jnp.where(finite, a, b)", "a"),
     ),
     *_of(
         "experiments/_programs.py",

@@ -2,7 +2,7 @@
 is kept of it.
 """
 
-from fjax.training._update import StepInfo, Tuner
+from fjax.training.base import Rollout, StepInfo, TrainState, Tuner
 from fjax.training.checkpoint import Checkpoints
 from fjax.training.f_dpg import fdpg
 from fjax.training.logging import (
@@ -13,10 +13,8 @@ from fjax.training.logging import (
     WandbLogger,
     read_jsonl,
 )
-from fjax.training.policy_gradient import ppo, rloo
-from fjax.training.preference import PairBatch, PairInfo, PairTuner, preference_tuner
-from fjax.training.rollout import Rollout
-from fjax.training.state import TrainState
+from fjax.training.pairs import PairBatch, PairInfo, PairTuner, preference_tuner
+from fjax.training.rl import ppo_tuner, rloo_tuner
 
 __all__ = [
     "Checkpoints",
@@ -33,8 +31,11 @@ __all__ = [
     "Tuner",
     "WandbLogger",
     "fdpg",
-    "ppo",
+    "ppo_tuner",
     "preference_tuner",
     "read_jsonl",
-    "rloo",
+    "rloo_tuner",
 ]
+
+# The names that they had, when `rloo` was a loss (`fjax.policy_gradients.rloo`) and a tuner.
+ppo, rloo = ppo_tuner, rloo_tuner

@@ -1,10 +1,10 @@
-"""What all online tuners share: the pull-back of weights through log π, the running log Z, and what
-there is to see.
+"""What all tuners share: the pull-back of weights through log π, the running log Z, the step of the
+optimiser, and its figures.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,61 +12,12 @@ import numpy as np
 import optax
 
 from fjax._checks import float_dtype
+from fjax._sharding import together
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
 from fjax.surrogates import leave_one_out, pseudo_rewards
-from fjax.training.rollout import Rollout, together
-from fjax.training.state import TrainState
+from fjax.training.base import Rollout, StepInfo, TrainState
 from fjax.types import Array, Bool, Float, Int, Params
-
-
-class StepInfo(NamedTuple):
-    """What there is to see of one update; nothing of it is needed for the next.
-
-    Over several contexts ``divergence`` and ``log_z`` are means over those whose Z is known, with
-    the standard error of that mean.
-
-    Attributes:
-        loss: Σ of the surrogate. Its gradient is the point, its value means nothing.
-        grad_norm: of the whole gradient, before the optimiser.
-        divergence: D_f(π‖p) of the policy *before* the update, from this batch and the running log
-            Z; NaN while Z is unknown.
-        log_z: the running estimate of log Z, this batch included.
-        reward_mean: mean pseudo-reward -f'(π/p), after clipping.
-        reward_std: its standard deviation over the batch.
-        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. Of PPO:
-            share of tokens whose ratio lay outside of [1-ε, 1+ε'], on either side, over all
-            minibatches.
-        importance_ess: effective sample size of π/q: N when the samples are the policy's own, less
-            the further they are not.
-        finite: False if the gradient was not, or if one of ``contexts`` does not exist (where they
-            are known before the program runs, that is an error). Then the update left everything
-            but ``step`` as it was. Usual reasons: an infinite f'; a NaN in the rollout; ``where``
-            that counts a column which nothing predicts, such as column 0 of a language model, for
-            log π is NaN then (`fjax.make_log_prob_fn`).
-    """
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    divergence: Estimate
-    log_z: Estimate
-    reward_mean: Float[Array, ""]
-    reward_std: Float[Array, ""]
-    clipped_fraction: Float[Array, ""]
-    importance_ess: Float[Array, ""]
-    finite: Bool[Array, ""]
-
-
-class Tuner(NamedTuple):
-    """An algorithm, as two pure functions. Callers jit ``update``, and donate its first argument.
-
-    Attributes:
-        init: params -> state.
-        update: (state, rollout) -> (state, info).
-    """
-
-    init: Callable[[Params], TrainState]
-    update: Callable[[TrainState, Rollout], tuple[TrainState, StepInfo]]
 
 
 class Scores(NamedTuple):
@@ -95,6 +46,13 @@ def init_log_z(log_z: RunningLogMean, num_contexts: int | None):
         if num_contexts is None
         else jax.tree.map(lambda x: jnp.repeat(x[None], num_contexts, axis=0), state)
     )
+
+
+def make_init(
+    optimizer: optax.GradientTransformation, log_z: RunningLogMean, num_contexts: int | None
+) -> Callable[[Params], TrainState]:
+    """Params -> the state of step 0."""
+    return lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts))
 
 
 def update_log_z(
@@ -149,29 +107,45 @@ def _into_contexts(
     return jax.lax.scan(add, state, (ids, log_weights))[0]
 
 
-def as_log_probs(log_prob_fn: Callable, *, of_tokens: bool = False) -> Callable:
-    """The user's function, held to one number a sequence, or a token, in float32 at least; 0 for
-    tokens not counted.
+def first_state(
+    params: Params, optimizer: optax.GradientTransformation, log_z: object = ()
+) -> TrainState:
+    """Step 0.
+
+    Raises:
+        ValueError: if not all leaves of the parameters are floats.
     """
-
-    def checked(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]):
-        log_pi = log_prob_fn(params, tokens, where)
-        expected = tokens.shape if of_tokens else tokens.shape[:1]
-        if getattr(log_pi, "shape", None) != expected:
-            given = (
-                f"shape {list(log_pi.shape)}"
-                if hasattr(log_pi, "shape")
-                else f"a {type(log_pi).__name__}"
-            )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"The policy's function must return one log-probability a "
-                f"{'token' if of_tokens else 'sequence'}, for tokens of shape {list(tokens.shape)} "
-                f"an array of shape {list(expected)}; it returned {given}."
+                f"All of params is trained, so every leaf must hold floats; "
+                f"params{jax.tree_util.keystr(path)} is {dtype}. "
+                "Keep what is not trained out of params, in the function that uses it."
             )
-        log_pi = jnp.asarray(log_pi, float_dtype(log_pi))
-        return jnp.where(where, log_pi, 0.0) if of_tokens else log_pi
+    # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model.
+    # Its dtypes are not weak ones, which the first update would change.
+    params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), log_z)
 
-    return checked
+
+def advance(
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    finite: Bool[Array, ""],
+    log_z: Any,
+) -> TrainState:
+    """The state after one step down the gradient; if that is not finite, as it was but for the
+    count of steps.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = (optax.apply_updates(state.params, updates), opt_state, log_z)
+    old = (state.params, state.opt_state, state.log_z)
+    # In the dtype that was there: the state is donated, and carried through loops.
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b).astype(b.dtype), new, old)
+    return TrainState(state.step + 1, *kept)
 
 
 def pull_back(
@@ -321,41 +295,3 @@ def _over_contexts(estimate: Estimate, known: Bool[Array, "C"], *, unknown: floa
     return Estimate(
         jnp.where(some, value, unknown), jnp.where(some, std_error, jnp.inf), estimate.ess.sum()
     )
-
-
-_KINDS = {
-    "optimizer": optax.GradientTransformation,
-    "divergence": FDivergence,
-    "log_z": RunningLogMean,
-}
-
-
-def check_options(
-    *, microbatch_size: int | None = None, num_contexts: int | None = None, **parts: object
-) -> None:
-    """What all tuners are made of; above all, whether the functions that make a part were called.
-
-    Raises:
-        ValueError: if a part has not the functions of its kind, or a number is not one of how many.
-    """
-    for name, given in parts.items():
-        kind = _KINDS[name]
-        if not all(hasattr(given, field) for field in kind._fields):
-            function = getattr(given, "__name__", None)
-            hint = f"the function {function}: call it" if function else repr(given)
-            raise ValueError(f"{name} must be a {kind.__name__}, got {hint}.")
-    if microbatch_size is not None:
-        check_counts(microbatch_size=microbatch_size)
-    if num_contexts is not None:
-        check_counts(num_contexts=num_contexts)
-
-
-def check_counts(**counts: int) -> None:
-    """Options that say how many.
-
-    Raises:
-        ValueError: if one is not an integer of at least 1.
-    """
-    for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be at least 1, a whole number; got {value!r}.")

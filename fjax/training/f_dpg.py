@@ -17,20 +17,17 @@ from fjax._checks import one_number
 from fjax.divergences import FDivergence
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import Baseline, centred_weights, leave_one_out, score_weights
+from fjax.training._doors import as_log_probs, check_options, checked_rollout
 from fjax.training._update import (
-    StepInfo,
-    Tuner,
-    as_log_probs,
-    check_options,
+    advance,
     describe,
-    init_log_z,
+    make_init,
     pull_back,
     told,
     update_log_z,
 )
-from fjax.training.rollout import Rollout, checked_rollout
-from fjax.training.state import TrainState, advance, first_state
-from fjax.types import Array, Float, LogProbFn, Params
+from fjax.training.base import Rollout, StepInfo, TrainState, Tuner
+from fjax.types import Array, Float, LogProbFn
 
 
 def fdpg(
@@ -105,18 +102,11 @@ def fdpg(
     if not callable(baseline):
         one_number(baseline=baseline)
     log_prob_fn = as_log_probs(log_prob_fn)
-
-    def init(params: Params) -> TrainState:
-        return first_state(params, optimizer, init_log_z(log_z, num_contexts))
+    weigh_context = _weigh_context(divergence, clip, baseline, on_policy)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
         rollout = checked_rollout(rollout, num_contexts)
         z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
-
-        def weigh_context(log_pi, log_p, log_q, strata):
-            sampled_from = None if on_policy else log_q
-            weights = score_weights(log_pi, log_p, sampled_from, divergence=divergence, clip=clip)
-            return centred_weights(weights, log_pi, sampled_from, baseline=told(baseline, strata))
 
         def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
             by_context = log_pi.reshape(scores.log_q.shape)
@@ -126,16 +116,22 @@ def fdpg(
             return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
 
         known_log_pi = scores.log_q.ravel() if on_policy else None
+        samples = rollout.tokens, rollout.where
         log_pi, weights, grads = pull_back(
-            log_prob_fn,
-            state.params,
-            rollout.tokens,
-            rollout.where,
-            weigh,
-            microbatch_size,
-            known_log_pi,
+            log_prob_fn, state.params, *samples, weigh, microbatch_size, known_log_pi
         )
         info = describe(log_pi, scores, weights, grads, divergence=divergence, clip=clip)
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(init, update)
+    return Tuner(make_init(optimizer, log_z, num_contexts), update)
+
+
+def _weigh_context(divergence, clip, baseline, on_policy):
+    """(log π, log p, log q, strata) of one context -> (π/q)(f' - B) of each of its samples."""
+
+    def weigh(log_pi, log_p, log_q, strata):
+        sampled_from = None if on_policy else log_q
+        weights = score_weights(log_pi, log_p, sampled_from, divergence=divergence, clip=clip)
+        return centred_weights(weights, log_pi, sampled_from, baseline=told(baseline, strata))
+
+    return weigh

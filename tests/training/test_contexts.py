@@ -11,7 +11,7 @@ import pytest
 
 from fjax import enumeration, forward_kl, jensen_shannon, reverse_kl, total_variation
 from fjax.estimators import log_mean_estimate
-from fjax.training import Rollout, fdpg, rloo
+from fjax.training import Rollout, fdpg, rloo_tuner
 from tests.cases import refused, world
 from tests.training.test_rollout import make
 
@@ -149,11 +149,15 @@ def test_rloo_has_contexts_too(x64):
     rollout = rollout._replace(
         log_score=jnp.stack([small.log_p, small.log_q]), log_q=jnp.stack([small.log_pi] * 2)
     )
-    moved, _, _ = step(rloo(small.log_prob_fn, DESCENT, num_contexts=6), small.params, rollout)
+    moved, _, _ = step(
+        rloo_tuner(small.log_prob_fn, DESCENT, num_contexts=6), small.params, rollout
+    )
     alone = [
-        step(rloo(small.log_prob_fn, DESCENT), small.params, Rollout(*(x[i] for x in rollout[:4])))[
-            0
-        ]
+        step(
+            rloo_tuner(small.log_prob_fn, DESCENT),
+            small.params,
+            Rollout(*(x[i] for x in rollout[:4])),
+        )[0]
         for i in (0, 1)
     ]
     np.testing.assert_allclose(moved, (alone[0] + alone[1]) / 2, rtol=0, atol=1e-12)

@@ -12,7 +12,7 @@ import pytest
 import fjax
 from fjax import enumeration, preferences, reverse_kl, total_variation
 from fjax.estimators import running_log_mean
-from fjax.training import PairBatch, Rollout, fdpg, ppo, preference_tuner, rloo
+from fjax.training import PairBatch, Rollout, fdpg, ppo_tuner, preference_tuner, rloo_tuner
 from tests.cases import refused, world
 from tests.training.test_policy_gradient import token_log_prob_fn
 
@@ -23,13 +23,13 @@ SEQUENCE_LOG_PROB_FN = enumeration.tabular_log_prob_fn(3, 2)[0]
 def make(name, log_prob_fn=None, optimizer=DESCENT, **options):
     """Any of the tuners, over the tabular policy."""
     if name == "ppo":
-        return ppo(log_prob_fn or token_log_prob_fn, optimizer, minibatches=1, **options)
+        return ppo_tuner(log_prob_fn or token_log_prob_fn, optimizer, minibatches=1, **options)
     log_prob_fn = log_prob_fn or SEQUENCE_LOG_PROB_FN
     if name == "preference":
         return preference_tuner(
             log_prob_fn, optimizer, loss=partial(preferences.dpo, beta=0.3), **options
         )
-    return (rloo if name == "rloo" else partial(fdpg, divergence=total_variation()))(
+    return (rloo_tuner if name == "rloo" else partial(fdpg, divergence=total_variation()))(
         log_prob_fn, optimizer, **options
     )
 
@@ -157,8 +157,11 @@ UNCALLED = {
         lambda: fdpg(SEQUENCE_LOG_PROB_FN, DESCENT, divergence=fjax.jensen_shannon),
         "jensen_shannon",
     ),
-    "optimizer": (lambda: rloo(SEQUENCE_LOG_PROB_FN, optax.adam), "adam"),
-    "log_z": (lambda: ppo(token_log_prob_fn, DESCENT, log_z=running_log_mean), "running_log_mean"),
+    "optimizer": (lambda: rloo_tuner(SEQUENCE_LOG_PROB_FN, optax.adam), "adam"),
+    "log_z": (
+        lambda: ppo_tuner(token_log_prob_fn, DESCENT, log_z=running_log_mean),
+        "running_log_mean",
+    ),
     "optimizer of pairs": (lambda: make("preference", optimizer=optax.adam), "adam"),
 }
 

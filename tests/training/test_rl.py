@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from fjax import enumeration, leave_one_out, policy_gradients, reverse_kl, surrogate_loss
-from fjax.training import Rollout, fdpg, ppo, rloo
-from fjax.training.policy_gradient import _minibatches
+from fjax.training import Rollout, fdpg, ppo_tuner, rloo_tuner
+from fjax.training.rl import _minibatches
 from tests.cases import refused, world
 
 DESCENT = optax.sgd(1.0)
@@ -77,7 +77,9 @@ def test_the_rloo_step_is_that_of_reverse_kl_on_the_policys_own_samples(microbat
     small = world()
     rollout = samples(small)
     moved, info = step(
-        rloo(small.log_prob_fn, DESCENT, microbatch_size=microbatch_size), small.params, rollout
+        rloo_tuner(small.log_prob_fn, DESCENT, microbatch_size=microbatch_size),
+        small.params,
+        rollout,
     )
     expected, expected_info = step(
         fdpg(small.log_prob_fn, DESCENT, divergence=reverse_kl()), small.params, rollout
@@ -94,9 +96,9 @@ def test_the_first_ppo_step_has_the_direction_of_rloo(x64):
     log_pi = token_log_prob_fn(small.params, rollout.tokens, rollout.where).sum(1)
     np.testing.assert_allclose(log_pi, rollout.log_q, atol=1e-12)
     moved, info = step(
-        ppo(token_log_prob_fn, DESCENT, epochs=1, minibatches=1), small.params, rollout
+        ppo_tuner(token_log_prob_fn, DESCENT, epochs=1, minibatches=1), small.params, rollout
     )
-    expected, _ = step(rloo(small.log_prob_fn, DESCENT), small.params, rollout)
+    expected, _ = step(rloo_tuner(small.log_prob_fn, DESCENT), small.params, rollout)
     cosine = (moved * expected).sum() / optax.tree.norm(moved) / optax.tree.norm(expected)
     np.testing.assert_allclose(cosine, 1, atol=1e-10)
     np.testing.assert_allclose(info.grad_norm, optax.tree.norm(moved), atol=1e-12)
@@ -113,9 +115,9 @@ def test_samples_of_another_distribution_are_weighted(name, x64):
     small = world()
     rollout = Rollout(*small.space, jnp.full(7, -np.log(7)), small.log_p + 0.7)
     tuner = (
-        rloo(small.log_prob_fn, DESCENT)
+        rloo_tuner(small.log_prob_fn, DESCENT)
         if name == "rloo"
-        else ppo(token_log_prob_fn, DESCENT, epochs=1, minibatches=1)
+        else ppo_tuner(token_log_prob_fn, DESCENT, epochs=1, minibatches=1)
     )
     moved, info = step(tuner, small.params, rollout)
     advantages = (small.log_p - small.log_pi) - leave_one_out(small.log_p - small.log_pi)
@@ -146,9 +148,9 @@ def test_equal_rewards_move_nothing(name, num_contexts):
     assert len(np.unique(rollout.log_score - rollout.log_q)) > 1
     optimizer = optax.adam(0.1)
     make = (
-        functools.partial(rloo, small.log_prob_fn)
+        functools.partial(rloo_tuner, small.log_prob_fn)
         if name == "rloo"
-        else functools.partial(ppo, token_log_prob_fn)
+        else functools.partial(ppo_tuner, token_log_prob_fn)
     )
     tuner = make(optimizer, num_contexts=num_contexts)
     if num_contexts:
@@ -191,7 +193,9 @@ def test_the_clipped_fraction_counts_tokens_beyond_either_bound(clip, outside):
     tokens = jnp.array([[0, 0, 1, 2], [2, 1, 0, 0], [2, 2, 2, 1], [1, 0, 0, 0]])
     where = jnp.array([[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool)
     rollout = Rollout(tokens, where, jnp.zeros(4), jnp.array([0.0, 1.0, 2.0, 4.0]))
-    _, info = step(ppo(function, change, epochs=2, minibatches=1, clip=clip), jnp.zeros(3), rollout)
+    _, info = step(
+        ppo_tuner(function, change, epochs=2, minibatches=1, clip=clip), jnp.zeros(3), rollout
+    )
     second = np.isin(tokens, list(outside)) & np.asarray(where)
     np.testing.assert_allclose(info.clipped_fraction, second.sum() / where.sum() / 2, rtol=1e-6)
 
@@ -202,7 +206,7 @@ def test_the_second_pass_is_clipped_at_its_own_bounds(clip, x64):
     beyond either."""
     small = world()
     rollout = samples(small)
-    tuner = ppo(token_log_prob_fn, optax.sgd(2.0), epochs=2, minibatches=1, clip=clip)
+    tuner = ppo_tuner(token_log_prob_fn, optax.sgd(2.0), epochs=2, minibatches=1, clip=clip)
     moved, info = step(tuner, small.params, rollout)
     assert info.clipped_fraction > 0
     old = token_log_prob_fn(small.params, rollout.tokens, rollout.where)
@@ -228,7 +232,7 @@ def test_a_later_gradient_that_is_not_finite_takes_the_whole_update_back():
     rollout = Rollout(
         jnp.array([[0], [1]]), jnp.ones((2, 1), bool), jnp.zeros(2), jnp.array([0.0, 1.0])
     )
-    tuner = ppo(
+    tuner = ppo_tuner(
         lambda params, tokens, where: jnp.sqrt(params)[tokens], change, epochs=2, minibatches=1
     )
     moved, info = step(tuner, jnp.ones(3), rollout)
@@ -241,7 +245,7 @@ def test_a_batch_without_tokens_has_no_clipped_fraction_of_nan():
     rollout = Rollout(
         jnp.zeros((2, 2), jnp.int32), jnp.zeros((2, 2), bool), jnp.zeros(2), jnp.array([0.0, 1.0])
     )
-    _, info = step(ppo(function, change, minibatches=1), jnp.zeros(3), rollout)
+    _, info = step(ppo_tuner(function, change, minibatches=1), jnp.zeros(3), rollout)
     assert info.clipped_fraction == 0
 
 
@@ -251,7 +255,9 @@ def test_ppo_in_micro_batches_is_the_same(size, x64):
     small = world()
     (whole, info), (parts, info_of_parts) = (
         step(
-            ppo(token_log_prob_fn, optax.adam(0.1), microbatch_size=x), small.params, samples(small)
+            ppo_tuner(token_log_prob_fn, optax.adam(0.1), microbatch_size=x),
+            small.params,
+            samples(small),
         )
         for x in (None, size)
     )
@@ -266,7 +272,7 @@ def test_ppo_never_holds_more_samples_than_a_micro_batch():
         sizes.add(tokens.shape[0])
         return token_log_prob_fn(params, tokens, where)
 
-    tuner = ppo(spy, DESCENT, microbatch_size=8)
+    tuner = ppo_tuner(spy, DESCENT, microbatch_size=8)
     jax.eval_shape(tuner.update, tuner.init(world().params), samples(world()))
     assert sizes == {8}
 
@@ -289,12 +295,12 @@ def test_the_bounds_of_ppo_may_be_annealed():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def moved(low, high):
-        tuner = ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=(low, high))
+        tuner = ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=(low, high))
         return tuner.update(tuner.init(small.params), samples(small))[0].params
 
     for clip in ((0.05, 0.1), (0.3, 0.2)):
         expected = step(
-            ppo(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=clip),
+            ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=clip),
             small.params,
             samples(small),
         )[0]
@@ -309,7 +315,7 @@ def test_what_stands_at_tokens_not_counted_does_not_matter_to_ppo(rubbish):
         return jnp.where(where, token_log_prob_fn(params, tokens, where), rubbish)
 
     (moved, info), (expected, _) = (
-        step(ppo(function, DESCENT, minibatches=2), small.params, samples(small))
+        step(ppo_tuner(function, DESCENT, minibatches=2), small.params, samples(small))
         for function in (careless, token_log_prob_fn)
     )
     assert info.finite
@@ -323,7 +329,7 @@ def test_ppo_stays_in_its_trust_region(x64):
     rollout = samples(small, n=256)
 
     def furthest(clip):
-        tuner = ppo(
+        tuner = ppo_tuner(
             token_log_prob_fn, optax.sgd(0.02), epochs=200, minibatches=1, clip=(clip, clip)
         )
         moved, info = step(tuner, small.params, rollout)
@@ -347,9 +353,9 @@ def test_training_comes_near_the_target(name):
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 300))
     fewer = optax.adam(optax.cosine_decay_schedule(0.05, 300 * 4))
     tuner = (
-        rloo(small.log_prob_fn, optimizer)
+        rloo_tuner(small.log_prob_fn, optimizer)
         if name == "rloo"
-        else ppo(token_log_prob_fn, fewer, epochs=2, minibatches=2)
+        else ppo_tuner(token_log_prob_fn, fewer, epochs=2, minibatches=2)
     )
 
     def one(state, seed):
@@ -369,7 +375,11 @@ def test_training_comes_near_the_target(name):
 @pytest.mark.parametrize("name", ["rloo", "ppo"])
 def test_a_score_of_minus_infinity_is_reported_and_changes_nothing_but_the_step(name):
     small = world()
-    tuner = rloo(small.log_prob_fn, DESCENT) if name == "rloo" else ppo(token_log_prob_fn, DESCENT)
+    tuner = (
+        rloo_tuner(small.log_prob_fn, DESCENT)
+        if name == "rloo"
+        else ppo_tuner(token_log_prob_fn, DESCENT)
+    )
     state = tuner.init(small.params)
     rollout = samples(small)
     after, info = jax.jit(tuner.update)(
@@ -382,7 +392,7 @@ def test_a_score_of_minus_infinity_is_reported_and_changes_nothing_but_the_step(
 
 def test_no_recompilation():
     small = world()
-    tuner = ppo(token_log_prob_fn, optax.adam(1e-2))
+    tuner = ppo_tuner(token_log_prob_fn, optax.adam(1e-2))
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(tuner.update, n=1), donate_argnums=0)
     state = tuner.init(small.params)
@@ -394,9 +404,9 @@ def test_no_recompilation():
 def test_misuse_is_refused():
     small = world()
     with refused("epochs must be at least 1, a whole number; got 0"):
-        ppo(token_log_prob_fn, DESCENT, epochs=0)
+        ppo_tuner(token_log_prob_fn, DESCENT, epochs=0)
     with refused("64 samples cannot be divided into 5 minibatches"):
-        tuner = ppo(token_log_prob_fn, DESCENT, minibatches=5)
+        tuner = ppo_tuner(token_log_prob_fn, DESCENT, minibatches=5)
         tuner.update(tuner.init(small.params), samples(small))
     with refused("microbatch_size must be at least 1"):
-        rloo(small.log_prob_fn, DESCENT, microbatch_size=0)
+        rloo_tuner(small.log_prob_fn, DESCENT, microbatch_size=0)

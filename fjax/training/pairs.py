@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from fjax._checks import as_mask, same_shape
-from fjax.training._update import as_log_probs, check_options, norm, pull_back
-from fjax.training.rollout import checked_tokens, together
-from fjax.training.state import TrainState, advance, first_state
+from fjax._sharding import together
+from fjax.training._doors import as_log_probs, check_options, checked_tokens
+from fjax.training._update import advance, first_state, norm, pull_back
+from fjax.training.base import TrainState
 from fjax.types import Array, Bool, Float, Int, LogProbFn, Params
 
 PairLoss = Callable[

@@ -10,41 +10,36 @@ Ziegler et al. 2019.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fjax import policy_gradients
+from fjax._sharding import together
 from fjax.divergences import reverse_kl
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import leave_one_out
+from fjax.training._doors import as_log_probs, check_counts, check_options, checked_rollout
 from fjax.training._update import (
-    StepInfo,
-    Tuner,
-    as_log_probs,
-    check_counts,
-    check_options,
+    advance,
     describe,
-    init_log_z,
+    make_init,
     norm,
     pull_back,
     score,
     told,
     update_log_z,
 )
-from fjax.training.rollout import Rollout, checked_rollout, together
-from fjax.training.state import TrainState, advance, first_state
-from fjax.types import Array, Bool, Float, Int, LogProbFn, Params
-
-TokenLogProbFn = Callable[[Params, Int[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
-"""(params, tokens, where) -> log-probability of each token, 0 where not counted."""
+from fjax.training.base import Rollout, StepInfo, TrainState, Tuner
+from fjax.types import Array, Bool, Float, Int, LogProbFn, TokenLogProbFn
 
 # A reward is the difference of two sums over tokens; each is wrong by some units in its last place.
 _ROUNDINGS = 16
 
 
-def rloo(
+def rloo_tuner(
     log_prob_fn: LogProbFn,
     optimizer: optax.GradientTransformation,
     *,
@@ -73,7 +68,7 @@ def rloo(
 
     >>> from fjax import enumeration
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
-    >>> tuner = rloo(log_prob_fn, optax.adam(0.1))
+    >>> tuner = rloo_tuner(log_prob_fn, optax.adam(0.1))
     >>> state = tuner.init(jnp.zeros((prefixes, 3)))
     >>> tokens, where = enumeration.sequences(3, 2, eos_id=0)
     >>> log_q = log_prob_fn(state.params, tokens, where)
@@ -102,12 +97,10 @@ def rloo(
         info = describe(log_pi, scores, weights, grads, divergence=reverse_kl())
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(
-        lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update
-    )
+    return Tuner(make_init(optimizer, log_z, num_contexts), update)
 
 
-def ppo(
+def ppo_tuner(
     token_log_prob_fn: TokenLogProbFn,
     optimizer: optax.GradientTransformation,
     *,
@@ -121,7 +114,7 @@ def ppo(
     """PPO without a critic: ``epochs`` passes over the samples in minibatches, with
     `fjax.policy_gradients.ppo_clip` a token.
 
-    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo`, divided by the
+    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo_tuner`, divided by the
     standard deviation of the batch, π being the policy before the update; the ratios that are
     clipped are those to this policy. The first gradient of an update is that of KL(π‖p) in
     direction; the later ones, at ratios other than 1, are of no fixed objective: that is the trust
@@ -144,7 +137,7 @@ def ppo(
 
     >>> from fjax import enumeration, log_probs
     >>> uniform = lambda params, tokens, where=None, *, start=0: params[tokens[:, start:]]
-    >>> tuner = ppo(log_probs.make_token_log_prob_fn(uniform), optax.adam(0.1), minibatches=2)
+    >>> tuner = ppo_tuner(log_probs.make_token_log_prob_fn(uniform), optax.adam(0.1), minibatches=2)
     >>> state = tuner.init(jnp.zeros((3, 3)))
     >>> tokens, where = jnp.array([[0, 1, 2], [0, 2, 0]]), jnp.array([[False, True, True]] * 2)
     >>> log_q = 2 * jnp.log(jnp.array([1 / 3, 1 / 3]))
@@ -171,44 +164,70 @@ def ppo(
         log_pi = old.sum(-1)
         advantages = _advantages(log_pi, rollout).ravel()
         advantages = advantages / (jnp.std(advantages) + 1e-6)
-
-        def one_minibatch(state: TrainState, rows: Int[Array, "B"]):
-            counted = where[rows]
-
-            def loss(new: Float[Array, "B T"]) -> Float[Array, ""]:
-                gain = jnp.where(counted, advantages[rows, None], 0.0)
-                return policy_gradients.ppo_clip(new, old[rows], gain, clip=clip).sum(-1).mean()
-
-            new, _, grads = pull_back(
-                token_log_prob_fn,
-                state.params,
-                tokens[rows],
-                counted,
-                jax.grad(loss),
-                microbatch_size,
-            )
-            ratio, grad_norm = jnp.exp(new - old[rows]), norm(grads)
-            outside = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])) & counted
-            moved = advance(
-                state, grads, optimizer, finite=jnp.isfinite(grad_norm), log_z=state.log_z
-            )
-            return moved, (grad_norm, outside.sum(), counted.sum())
-
-        rows = _minibatches(state.step, log_pi.size, epochs, minibatches)
-        moved, (norms, outside, counted) = jax.lax.scan(one_minibatch, state, rows)
-        info = describe(log_pi, scores, -advantages / advantages.size, {}, divergence=reverse_kl())
-        info = info._replace(
-            grad_norm=norms.mean(),
-            clipped_fraction=outside.sum() / jnp.maximum(counted.sum(), 1),
-            finite=info.finite & jnp.isfinite(norms).all(),
+        one_minibatch = _one_minibatch(
+            token_log_prob_fn,
+            optimizer,
+            clip,
+            microbatch_size,
+            _Samples(tokens, where, old, advantages),
         )
+        rows = _minibatches(state.step, log_pi.size, epochs, minibatches)
+        moved, figures = jax.lax.scan(one_minibatch, state, rows)
+        info = describe(log_pi, scores, -advantages / advantages.size, {}, divergence=reverse_kl())
+        info = _with_minibatches(info, *figures)
         kept = jax.tree.map(
             lambda new, old: jnp.where(info.finite, new, old), moved._replace(log_z=z_state), state
         )
         return kept._replace(step=state.step + 1), info
 
-    return Tuner(
-        lambda params: first_state(params, optimizer, init_log_z(log_z, num_contexts)), update
+    return Tuner(make_init(optimizer, log_z, num_contexts), update)
+
+
+class _Samples(NamedTuple):
+    """All samples of an update, and what the policy before it says of each."""
+
+    tokens: Int[Array, "M T"]
+    where: Bool[Array, "M T"]
+    old: Float[Array, "M T"]
+    advantages: Float[Array, "M"]
+
+
+def _one_minibatch(
+    token_log_prob_fn: TokenLogProbFn,
+    optimizer: optax.GradientTransformation,
+    clip: tuple[Any, Any],
+    microbatch_size: int | None,
+    samples: _Samples,
+) -> Callable:
+    """(state, rows) -> the state one step on, and (norm of the gradient, tokens beyond a bound,
+    tokens).
+    """
+
+    def step(state: TrainState, rows: Int[Array, "B"]):
+        tokens, counted, old, advantages = (x[rows] for x in samples)
+
+        def loss(new: Float[Array, "B T"]) -> Float[Array, ""]:
+            gain = jnp.where(counted, advantages[:, None], 0.0)
+            return policy_gradients.ppo_clip(new, old, gain, clip=clip).sum(-1).mean()
+
+        new, _, grads = pull_back(
+            token_log_prob_fn, state.params, tokens, counted, jax.grad(loss), microbatch_size
+        )
+        ratio, grad_norm = jnp.exp(new - old), norm(grads)
+        outside = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])) & counted
+        finite = jnp.isfinite(grad_norm)
+        moved = advance(state, grads, optimizer, finite=finite, log_z=state.log_z)
+        return moved, (grad_norm, outside.sum(), counted.sum())
+
+    return step
+
+
+def _with_minibatches(info: StepInfo, norms: Array, outside: Array, counted: Array) -> StepInfo:
+    """The figures of an update, with those of its minibatches."""
+    return info._replace(
+        grad_norm=norms.mean(),
+        clipped_fraction=outside.sum() / jnp.maximum(counted.sum(), 1),
+        finite=info.finite & jnp.isfinite(norms).all(),
     )
 
 
