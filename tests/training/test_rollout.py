@@ -14,7 +14,7 @@ from fjax import enumeration, preferences, reverse_kl, total_variation
 from fjax.estimators import running_log_mean
 from fjax.training import PairBatch, Rollout, fdpg, ppo_tuner, preference_tuner, rloo_tuner
 from tests.cases import refused, world
-from tests.training.test_policy_gradient import token_log_prob_fn
+from tests.training.test_rl import token_log_prob_fn
 
 DESCENT = optax.sgd(1.0)
 SEQUENCE_LOG_PROB_FN = enumeration.tabular_log_prob_fn(3, 2)[0]
