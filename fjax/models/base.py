@@ -7,8 +7,11 @@ one line in `fjax.models.families`, or is passed by whoever has it:
     from_pretrained(folder, families=(mine, *FAMILIES))
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, ScoreFn
 
@@ -20,6 +23,8 @@ __all__ = [
     "ModelConfig",
     "PretrainedModel",
     "RewardModel",
+    "check_numbers",
+    "check_sizes",
 ]
 
 TEXT_FORMATS = ("text", "end text", "text end", "end text end")
@@ -146,6 +151,26 @@ class ModelConfig(Protocol):
     def depth(self) -> int:
         """Blocks, each with tensors of its own."""
         ...
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """ValueError if one of these fields of a configuration is no size, as a file may have it."""
+    for name in names:
+        size = getattr(config, name)
+        # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none that
+        # anybody means.
+        whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not whole or not 0 < size < 2**31:
+            raise ValueError(f"{name} must be a whole number from 1 to {2**31 - 1}, got {size!r}.")
+
+
+def check_numbers(config: Any, *names: str, below: float = math.inf) -> None:
+    """ValueError if one of these fields of a configuration is no number from 0 to ``below``."""
+    for name in names:
+        value = getattr(config, name)
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not 0 <= value < below:
+            raise ValueError(f"{name} must be a number from 0 to less than {below}, got {value!r}.")
 
 
 class Family(NamedTuple):

@@ -10,7 +10,6 @@ vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -18,11 +17,10 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from fjax.models import causal
-from fjax.models.base import Family, KVCache
+from fjax.models.base import Family, KVCache, check_numbers, check_sizes
 from fjax.types import Array, DecodeFn, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -54,41 +52,10 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        sizes = (
-            "vocab_size",
-            "n_positions",
-            "n_embd",
-            "n_layer",
-            "n_head",
-            *(() if self.n_inner is None else ("n_inner",)),
-        )
-        for name in sizes:
-            size = getattr(self, name)
-            # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none
-            # that anybody means.
-            if (
-                isinstance(size, bool)
-                or not isinstance(size, (int, np.integer))
-                or not 0 < size < 2**31
-            ):
-                raise ValueError(
-                    f"{name} must be a whole number from 1 to {2**31 - 1}, got {size!r}."
-                )
-        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 1.0)
-        for name, end in {
-            **dropouts,
-            "layer_norm_epsilon": math.inf,
-            "initializer_range": math.inf,
-        }.items():
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float, np.number))
-                or not 0 <= value < end
-            ):
-                raise ValueError(
-                    f"{name} must be a number from 0 to less than {end}, got {value!r}."
-                )
+        sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
+        check_sizes(self, *sizes, *(() if self.n_inner is None else ("n_inner",)))
+        check_numbers(self, "embd_pdrop", "attn_pdrop", "resid_pdrop", below=1.0)
+        check_numbers(self, "layer_norm_epsilon", "initializer_range")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and "

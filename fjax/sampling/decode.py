@@ -143,16 +143,11 @@ def sample(
     ends = _ends(eos_id)
     prompt, pad_id = jnp.asarray(prompt), int(ends[0] if pad_id is None else pad_id)
     _check_arguments(prompt, cache, max_new_tokens, samples_per_prompt, row_ids, pad_id)
-    where = as_mask(where, prompt)
-    if where is not None:
-        prompt, where = spread_as(prompt, _pad_left, prompt, where, ends[0])
-    logits, cache = decode_fn(params, prompt, cache, where)
+    logits, cache = _prefill(decode_fn, params, prompt, cache, as_mask(where, prompt), ends[0])
     if not all(0 <= end < logits.shape[-1] for end in ends):
         raise ValueError(
             f"eos_id must be one of the {logits.shape[-1]} tokens of the vocabulary, got {eos_id}."
         )
-    if where is not None:
-        logits = jnp.where(where.any(1)[:, None], logits, jnp.nan)
     ids = jnp.arange(len(prompt), dtype=jnp.int32) if row_ids is None else jnp.asarray(row_ids)
     logits, cache, row_keys = spread_as(
         prompt, partial(_copy_rows, n=samples_per_prompt), logits, cache, rng_key, ids
@@ -174,6 +169,22 @@ def sample(
     progress, _ = jax.lax.while_loop(is_unfinished, decode_one, (progress, cache))
     counted = jnp.arange(max_new_tokens)[None, :] < progress.lengths[:, None]
     return Samples(progress.tokens, counted, progress.log_probs, progress.finished)
+
+
+def _prefill(
+    decode_fn: DecodeFn,
+    params: Params,
+    prompt: Int[Array, "B P"],
+    cache: Any,
+    where: Bool[Array, "B P"] | None,
+    pad_id: int,
+) -> tuple[Float[Array, "B V"], Any]:
+    """What follows each prompt, wherever its padding is; NaN after nothing real."""
+    if where is None:
+        return decode_fn(params, prompt, cache, None)
+    prompt, real = spread_as(prompt, _pad_left, prompt, where, pad_id)
+    logits, cache = decode_fn(params, prompt, cache, real)
+    return jnp.where(real.any(1)[:, None], logits, jnp.nan), cache
 
 
 def _make_step(

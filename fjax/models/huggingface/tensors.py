@@ -101,36 +101,26 @@ def _check_tensors(
 
     And whether they are numbers that can be computed with.
     """
-    missing = sorted(expected.keys() - stored.keys())
-    if missing:
-        raise ValueError(
-            f"The weights in {folder} lack {len(missing)} tensors of this {family.name}: "
-            f"{some(missing)}."
-        )
     known = expected.keys() | family.tied(config).keys()
-    more = sorted(name for name in stored.keys() - known if not re.fullmatch(family.buffers, name))
-    if more:
-        raise ValueError(
-            f"The weights in {folder} have {len(more)} tensors that this {family.name} has not: "
-            f"{some(more)}."
-        )
+    missing = sorted(expected.keys() - stored.keys())
+    more = [n for n in sorted(stored.keys() - known) if not re.fullmatch(family.buffers, n)]
+    shared = {name: stored[name] for name in expected if name in stored}
     wrong = [
-        f"{name} is {stored[name].shape}, not {shape}"
-        for name, shape in expected.items()
-        if stored[name].shape != shape
+        f"{name} is {tensor.shape}, not {expected[name]}"
+        for name, tensor in shared.items()
+        if tensor.shape != expected[name]
     ]
-    if wrong:
-        raise ValueError(
-            f"Tensors in {folder} do not have the shapes of its config.json: {some(wrong)}."
-        )
-    coded = [
-        f"{name} is {stored[name].dtype}" for name in expected if stored[name].dtype not in _FLOATS
-    ]
-    if coded:
-        raise ValueError(
-            f"Tensors in {folder} are not of {', '.join(sorted(_FLOATS))}, quantised perhaps: "
-            f"{some(coded)}."
-        )
+    coded = [f"{name} is {t.dtype}" for name, t in shared.items() if t.dtype not in _FLOATS]
+    weights, tensors, this = f"The weights in {folder}", f"Tensors in {folder}", family.name
+    floats = ", ".join(sorted(_FLOATS))
+    for found, what in (
+        (missing, f"{weights} lack {len(missing)} tensors of this {this}"),
+        (more, f"{weights} have {len(more)} tensors that this {this} has not"),
+        (wrong, f"{tensors} do not have the shapes of its config.json"),
+        (coded, f"{tensors} are not of {floats}, quantised perhaps"),
+    ):
+        if found:
+            raise ValueError(f"{what}: {some(found)}.")
 
 
 def _check_tied(

@@ -37,18 +37,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
         raise FileNotFoundError(
             f"{folder} has no tokenizer (tokenizer.json, or vocab.json with merges.txt)."
         )
-    transformers = import_transformers()
-    # Of a kind that transformers does not know it would say so, at every loading.
-    known = read_json(folder / "config.json").get("model_type") in transformers.CONFIG_MAPPING
-    options = {} if known else {"config": transformers.PretrainedConfig()}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    # whatever its files may have in them, each reader of theirs has errors of its own
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The tokenizer in {folder} cannot be read, {type(error).__name__}: {reason:.200}"
-        ) from error
+    tokenizer = _read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer in {folder} has no end-of-sequence token, so no sequence could ever "
@@ -61,6 +50,21 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Any:
             f"model: {some(beyond)}."
         )
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    transformers = import_transformers()
+    # Of a kind that transformers does not know it would say so, at every loading.
+    known = read_json(folder / "config.json").get("model_type") in transformers.CONFIG_MAPPING
+    options = {} if known else {"config": transformers.PretrainedConfig()}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    # whatever its files may have in them, each reader of theirs has errors of its own
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The tokenizer in {folder} cannot be read, {type(error).__name__}: {reason:.200}"
+        ) from error
 
 
 def _beyond(tokenizer: Any, vocab_size: int) -> list[str]:
