@@ -154,15 +154,6 @@ def _newton(log_base, features, tolerance, max_steps):
 
     Its gradient is the tilted mean, and its Hessian the tilted covariance.
     """
-    ridge = _ridge(features.dtype)
-
-    def value(solution):
-        return jax.nn.logsumexp(log_base + dot(features, solution))
-
-    def moments(solution):
-        weights = jax.nn.softmax(log_base + dot(features, solution))
-        mean = dot(weights, features)
-        return mean, dot(features.T * weights[None], features) - mean[:, None] * mean[None]
 
     def unfinished(state):
         _, mean, _, steps, stuck = state
@@ -170,30 +161,48 @@ def _newton(log_base, features, tolerance, max_steps):
 
     def step(state):
         solution, mean, covariance, steps, _ = state
-        size = jnp.trace(covariance) / covariance.shape[0]
-        direction = -jnp.linalg.solve(
-            covariance + ridge * (size + ridge) * jnp.eye(mean.shape[0], dtype=mean.dtype), mean
-        )
-        # A limit in standard deviations: moments outside the convex hull pull λ to infinity.
-        direction = direction / jnp.maximum(1.0, jnp.abs(direction).max() / 10)
-        here = value(solution)
-        sizes = 0.5 ** jnp.arange(20, dtype=mean.dtype)
-        values = jax.lax.map(lambda scale: value(solution + scale * direction), sizes)
-        best = sizes[
-            jnp.argmax(
-                values <= here + 1e-4 * sizes * dot(mean, direction) + 4 * jnp.finfo(mean.dtype).eps
-            )
-        ]
-        solution = solution + best * direction
-        return solution, *moments(solution), steps + 1, jnp.abs(best * direction).max() == 0
+        direction = _direction(mean, covariance)
+        change = _line_search(log_base, features, solution, direction, mean) * direction
+        solution = solution + change
+        tilted = _tilted_moments(log_base, features, solution)
+        return solution, *tilted, steps + 1, jnp.abs(change).max() == 0
 
     start = jnp.zeros_like(features[0])
-    mean, covariance = moments(start)
+    mean, covariance = _tilted_moments(log_base, features, start)
     # "Stuck" is computed, not written down: under shard_map it has to vary over the mesh as it will
     # later.
     state = (start, mean, covariance, jnp.zeros((), jnp.int32), jnp.isnan(mean).any())
     solution, _, _, steps, _ = jax.lax.while_loop(unfinished, step, state)
     return solution, steps
+
+
+def _tilted_moments(log_base, features, solution):
+    weights = jax.nn.softmax(log_base + dot(features, solution))
+    mean = dot(weights, features)
+    return mean, dot(features.T * weights[None], features) - mean[:, None] * mean[None]
+
+
+def _direction(mean, covariance):
+    """Of Newton's step, with a ridge against features that are combinations of others."""
+    ridge = _ridge(mean.dtype)
+    size = jnp.trace(covariance) / covariance.shape[0]
+    direction = -jnp.linalg.solve(
+        covariance + ridge * (size + ridge) * jnp.eye(mean.shape[0], dtype=mean.dtype), mean
+    )
+    # A limit in standard deviations: moments outside the convex hull pull λ to infinity.
+    return direction / jnp.maximum(1.0, jnp.abs(direction).max() / 10)
+
+
+def _line_search(log_base, features, solution, direction, slope):
+    """The largest of 1, ½, ¼, … times the direction that descends enough (Armijo)."""
+
+    def value(solution):
+        return jax.nn.logsumexp(log_base + dot(features, solution))
+
+    sizes = 0.5 ** jnp.arange(20, dtype=slope.dtype)
+    values = jax.lax.map(lambda scale: value(solution + scale * direction), sizes)
+    enough = value(solution) + 1e-4 * sizes * dot(slope, direction) + 4 * jnp.finfo(slope.dtype).eps
+    return sizes[jnp.argmax(values <= enough)]
 
 
 def _describe_fit(log_base, features, solution):

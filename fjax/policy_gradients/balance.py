@@ -131,16 +131,13 @@ def f_regularized_optimum(
         log_ratio = jnp.where(behind == 0, top, _log_ratio(slope, divergence))
         return jnp.where(possible, jnp.where(possible, log_a, 0.0) + log_ratio, -jnp.inf)
 
-    def halve(_, ends):
-        low, high = ends
-        middle = 0.5 * (low + high)
-        over = jax.nn.logsumexp(unnormalised(middle)) > 0
-        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+    def too_much(top):
+        return jax.nn.logsumexp(unnormalised(top)) > 0
 
     # No ratio is above that of the best, and so it is at least 1; and it cannot have more than all
     # of the mass.
     highest = -jnp.max(jnp.where(possible & (behind == 0), log_a, -jnp.inf))
-    top, _ = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(highest), highest))
+    top = _bisect(too_much, jnp.zeros_like(highest), highest, steps)
     return jax.nn.log_softmax(unnormalised(top))
 
 
@@ -150,17 +147,25 @@ def _log_ratio(slope, divergence):
     limit = 0.9 * jnp.log(jnp.finfo(ratio.dtype).max)
     ordinary = (ratio > jnp.exp(-limit)) & (ratio < jnp.exp(limit))
 
-    def halve(_, ends):
-        low, high = ends
-        middle = 0.5 * (low + high)
-        below = divergence.derivative(jnp.sinh(middle)) < slope
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+    def too_far(x):
+        return ~(divergence.derivative(jnp.sinh(x)) < slope)
 
     # Over arsinh(log t): so few steps reach every exponent, with digits everywhere.
-    low, _ = jax.lax.fori_loop(
-        0, 64, halve, (jnp.full_like(slope, -_FARTHEST), jnp.full_like(slope, _FARTHEST))
-    )
+    farthest = jnp.full_like(slope, _FARTHEST)
+    low = _bisect(too_far, -farthest, farthest, 64)
     far = jnp.where(
         slope <= divergence.derivative(jnp.full_like(slope, -jnp.inf)), -jnp.inf, jnp.sinh(low)
     )
     return jnp.where(ordinary, jnp.log(jnp.where(ordinary, ratio, 1.0)), far)
+
+
+def _bisect(over, low, high, steps):
+    """The last number, halving each time, that is not ``over`` yet."""
+
+    def halve(_, ends):
+        low, high = ends
+        middle = 0.5 * (low + high)
+        beyond = over(middle)
+        return jnp.where(beyond, low, middle), jnp.where(beyond, middle, high)
+
+    return jax.lax.fori_loop(0, steps, halve, (low, high))[0]
