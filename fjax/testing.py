@@ -7,6 +7,8 @@ the divergence they make behaves like one, that no input of float32 makes them N
 a space, that the expected gradient of the surrogate is the gradient of the divergence.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,12 +134,11 @@ def _check_inverses(divergence, tolerance):
 def _check_laws(divergence, tolerance, seed):
     rng = np.random.default_rng(seed)
 
+    # Compiled: not compiled, each of its small parts is a program of its own.
+    compiled = jax.jit(functools.partial(exact_divergence, divergence=divergence))
+
     def of(pi, p):
-        return float(
-            exact_divergence(
-                jnp.log(jnp.asarray(pi)), jnp.log(jnp.asarray(p)), divergence=divergence
-            )
-        )
+        return float(compiled(jnp.log(jnp.asarray(pi)), jnp.log(jnp.asarray(p))))
 
     for _ in range(5):
         pi, p, other, another = rng.dirichlet(np.ones(5), 4)
@@ -168,12 +169,19 @@ def _check_gradient(divergence, tolerance, seed):
     targets = [jax.nn.log_softmax(logits)]
     if np.isfinite(divergence.slope_at_infinity):
         targets.append(jax.nn.log_softmax(jnp.where(jnp.arange(7) % 2 == 0, logits, -jnp.inf)))
+
+    @jax.jit
+    def gradients(log_p):
+        of_divergence = functools.partial(enumeration.exact_gradient, divergence=divergence)
+        of_surrogate = functools.partial(
+            enumeration.expected_surrogate_gradient, divergence=divergence, baseline=0.7
+        )
+        policy = (log_prob_fn, params, space, log_p)
+        return of_divergence(*policy), of_surrogate(*policy), of_surrogate(*policy, log_q)
+
     for log_p in targets:
-        exact = enumeration.exact_gradient(log_prob_fn, params, space, log_p, divergence=divergence)
-        for proposal in (None, log_q):
-            expected = enumeration.expected_surrogate_gradient(
-                log_prob_fn, params, space, log_p, proposal, divergence=divergence, baseline=0.7
-            )
+        exact, *sampled = gradients(log_p)
+        for expected in sampled:  # on-policy, off-policy
             _close(
                 expected,
                 exact,

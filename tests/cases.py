@@ -5,6 +5,7 @@ A new divergence is tested by one more line of ``CASES``: its textbook generator
 says. The contracts in test_divergences, test_surrogates and test_estimators run over every line.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -183,6 +184,10 @@ def refused(message: str):
         jaxtyping.config.update("jaxtyping_disable", checked)
 
 
+SPACE = enumeration.sequences(3, 2, eos_id=0)
+LOG_PROB_FN, PREFIXES = enumeration.tabular_log_prob_fn(3, 2)
+
+
 class World(NamedTuple):
     """A policy over 7 sequences, two targets and another distribution to sample from."""
 
@@ -197,26 +202,43 @@ class World(NamedTuple):
     def log_pi(self):
         return self.log_prob_fn(self.params, *self.space)
 
+    @property
+    def scores(self):
+        """∇log π of every sequence."""
+        return _scores(self.params)
+
     def target(self, *, hard: bool):
         return self.log_p_hard if hard else self.log_p
+
+    def exact_gradient(self, log_p, divergence: divergences.FDivergence):
+        """As `enumeration.exact_gradient`; an f is compiled once for all that compare with it."""
+        return _exact_gradient(self.params, log_p, divergence)
+
+
+@jax.jit
+def _scores(params):
+    return jax.jacobian(lambda params: LOG_PROB_FN(params, *SPACE))(params)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _exact_gradient(params, log_p, divergence):
+    return enumeration.exact_gradient(LOG_PROB_FN, params, SPACE, log_p, divergence=divergence)
 
 
 def world(seed: int = 0) -> World:
     """In the precision that is set: within the fixture ``x64``, float64."""
     rng = np.random.default_rng(seed)
-    space = enumeration.sequences(3, 2, eos_id=0)
-    log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
 
     def log_probs(allowed=True):
         logits = np.where(allowed, rng.normal(size=7), -np.inf)
         return jnp.asarray(logits - np.log(np.exp(logits).sum()))
 
-    contains_2 = np.asarray(space.tokens == 2).any(axis=1)
+    contains_2 = np.asarray(SPACE.tokens == 2).any(axis=1)
     contains_2[-1] = False
     return World(
-        log_prob_fn,
-        jnp.asarray(rng.normal(size=(prefixes, 3))),
-        space,
+        LOG_PROB_FN,
+        jnp.asarray(rng.normal(size=(PREFIXES, 3))),
+        SPACE,
         log_probs(),
         log_probs(contains_2),
         log_probs(),

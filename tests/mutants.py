@@ -58,7 +58,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *_of(
         "fjax/surrogates.py",
-        "tests/test_surrogates.py",
+        "tests/laws/test_expected_gradient.py tests/test_surrogates.py",
         (
             "a weight of 0 times -inf",
             "weights * jnp.where(weights == 0, 0.0, log_pi)",

@@ -1,5 +1,5 @@
-"""Every surrogate's gradient, summed over a small space, is that of the divergence; the ends of
-float32."""
+"""Score weights, baselines and the loss they make: formulas, ends of float32, strata. That the
+expected gradient is that of the divergence is in laws/test_expected_gradient.py."""
 
 import functools
 import itertools
@@ -10,81 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from fjax import divergences, enumeration, estimators, surrogates
-from tests.cases import CASES, each, each_target, each_target_of_the_paper, name, refused, world
-
-
-@functools.cache
-def exact(divergence_name: str, hard: bool):
-    """Computed once for all the tests that compare with it."""
-    small = world()
-    divergence = next(case.divergence for case in CASES if name(case) == divergence_name)
-    return enumeration.exact_gradient(*small[:3], small.target(hard=hard), divergence=divergence)
-
-
-@each_target
-@pytest.mark.parametrize("off_policy", [False, True], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize(
-    ("baseline", "samples"),
-    [(0.0, 1), (0.7, 1), (surrogates.leave_one_out, 2), (surrogates.leave_one_out, 3)],
-    ids=["no-baseline", "constant", "leave-one-out-of-2", "leave-one-out-of-3"],
-)
-def test_expected_gradient_is_exact(case, hard, off_policy, baseline, samples, x64):
-    """∇D_f(π‖p) = E_q[(π/q)(f'(π/p) - B) ∇log π], with zeros in p wherever f'(∞) is finite."""
-    small = world()
-    expected = enumeration.expected_surrogate_gradient(
-        *small[:3],
-        small.target(hard=hard),
-        small.log_q if off_policy else None,
-        divergence=case.divergence,
-        baseline=baseline,
-        samples=samples,
-    )
-    gradient = exact(name(case), hard)
-    assert abs(gradient).max() > 1e-3  # comparing zeros would prove nothing
-    np.testing.assert_allclose(expected, gradient, rtol=0, atol=1e-10)
-
-
-@each_target
-def test_samples_of_the_target_suffice_where_the_policy_has_its_support(case, hard, x64):
-    """Forward KL needs q to cover p only; the others π too, or they get another gradient."""
-    small = world()
-    log_p = small.target(hard=hard)
-    expected = enumeration.expected_surrogate_gradient(
-        *small[:3], log_p, log_p, divergence=case.divergence
-    )
-    error = abs(expected - exact(name(case), hard)).max()
-    assert (error < 1e-10) == (not hard or name(case) == "forward_kl")
-
-
-@each
-def test_a_baseline_without_its_ratio_is_biased_off_policy(case, x64):
-    """Regression: subtracting B from (π/q) f' instead of from f' adds B·E_q[∇log π]
-    (mathematics.md, 1.5)."""
-    small = world()
-
-    def unweighted(log_pi, log_p, log_q):
-        weights = surrogates.score_weights(log_pi, log_p, log_q, divergence=case.divergence)
-        return jax.lax.stop_gradient(weights - 0.7) * log_pi
-
-    bias = enumeration.expected_gradient(unweighted, *small[:3], small.log_p, small.log_q)
-    bias = bias - exact(name(case), False)
-    score = enumeration.expected_gradient(lambda x, *_: x, *small[:3], small.log_p, small.log_q)
-    np.testing.assert_allclose(bias, -0.7 * score, atol=1e-10)
-    assert abs(bias).max() > 0.05
-
-
-@each
-@pytest.mark.parametrize("samples", [2, 3])
-def test_the_mean_that_includes_the_sample_shrinks_the_gradient(case, samples, x64):
-    """By exactly (n - 1)/n: why the baseline leaves one out."""
-    small = world()
-    expected = enumeration.expected_surrogate_gradient(
-        *small[:3], small.log_p, divergence=case.divergence, baseline=jnp.mean, samples=samples
-    )
-    np.testing.assert_allclose(
-        expected, (samples - 1) / samples * exact(name(case), False), atol=1e-10
-    )
+from fjax import divergences, estimators, surrogates
+from tests.cases import CASES, each, each_target_of_the_paper, name, refused, world
 
 
 @each_target_of_the_paper
@@ -93,10 +20,13 @@ def test_self_normalisation_is_consistent(case, hard, kind, x64):
     """The mean over 300 batches of 1000 is within 5 standard errors and 1/100, for the bias of
     order 1/n, of exact."""
     small = world()
-    log_p, gradient = small.target(hard=hard), exact(name(case), hard)
+    log_p = small.target(hard=hard)
+    gradient = small.exact_gradient(log_p, case.divergence)
     rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(300, 1000))
 
-    def of_batch(rows):
+    @jax.jit
+    @jax.vmap
+    def of_batches(rows):
         log_pi, log_q = small.log_pi[rows], small.log_q[rows]
         if kind == "weights":
             log_q = surrogates.self_normalized_log_q(log_pi, log_q)
@@ -108,11 +38,10 @@ def test_self_normalisation_is_consistent(case, hard, kind, x64):
         # what each of the seven sequences is multiplied with
         return jnp.zeros(7).at[rows].add(weights / 1000)
 
-    weights = jax.vmap(of_batch)(rows)
+    weights = of_batches(rows)
     if kind == "control variate":
         np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-12)
-    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
-    gradients = jnp.einsum("bs,spv->bpv", weights, scores)
+    gradients = np.einsum("bs,spv->bpv", weights, small.scores)
     mean, error = gradients.mean(axis=0), gradients.std(axis=0) / np.sqrt(300)
     assert (abs(mean - gradient) <= 5 * error + 0.01 * abs(gradient).max()).all()
 
@@ -129,41 +58,26 @@ def test_a_running_mean_knows_earlier_batches_only(x64):
         surrogates.running_mean(1.0)
 
 
-def test_monte_carlo_mean_is_within_five_standard_errors(x64):
-    small = world()
-    divergence = divergences.jensen_shannon()
-    rows = jax.random.categorical(jax.random.key(0), small.log_q, shape=(20_000,))
-
-    def total(log_pi):
-        log_p, log_q = small.log_p_hard[rows], small.log_q[rows]
-        return surrogates.surrogate_loss(
-            log_pi, log_p, log_q, divergence=divergence, baseline=surrogates.leave_one_out
-        ).sum()
-
-    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
-    gradients = jax.grad(total)(small.log_pi[rows])[:, None, None] * scores[rows]
-    mean, error = gradients.mean(axis=0), gradients.std(axis=0) / np.sqrt(len(rows))
-    difference = abs(mean - exact(divergence.name, True))
-    assert (difference <= 5 * error + 1e-15).all()
-    assert (error > 0).any()
-
-
 @each
 def test_weights_are_the_formula_where_nothing_overflows(case, x64):
     rng = np.random.default_rng(1)
     log_pi, log_p, log_q = jnp.asarray(rng.normal(scale=3, size=(3, 200)))
-    ratio, derivative = (
-        np.exp(log_pi - log_q),
-        np.asarray(case.divergence.derivative(log_pi - log_p)),
-    )
-    arguments = (log_pi, log_p, log_q)
-    weights = surrogates.score_weights(*arguments, divergence=case.divergence)
-    np.testing.assert_allclose(weights, ratio * derivative, rtol=1e-12)
-    clipped = surrogates.score_weights(*arguments, divergence=case.divergence, clip=(-0.3, 0.2))
-    np.testing.assert_allclose(clipped, ratio * np.clip(derivative, -0.3, 0.2), rtol=1e-12)
-    rewards = surrogates.pseudo_rewards(log_pi, log_p, divergence=case.divergence, clip=(-0.3, 0.2))
-    np.testing.assert_allclose(rewards, -np.clip(derivative, -0.3, 0.2), rtol=1e-12)
-    np.testing.assert_allclose(surrogates.importance_weights(log_pi, log_q), ratio, rtol=1e-12)
+    f, clip = case.divergence, (-0.3, 0.2)
+
+    @jax.jit
+    def ours(log_pi, log_p, log_q):
+        return (
+            surrogates.score_weights(log_pi, log_p, log_q, divergence=f),
+            surrogates.score_weights(log_pi, log_p, log_q, divergence=f, clip=clip),
+            surrogates.pseudo_rewards(log_pi, log_p, divergence=f, clip=clip),
+            surrogates.importance_weights(log_pi, log_q),
+        )
+
+    ratio, derivative = np.exp(log_pi - log_q), np.asarray(f.derivative(log_pi - log_p))
+    clipped = np.clip(derivative, *clip)
+    theirs = (ratio * derivative, ratio * clipped, -clipped, ratio)
+    for our, their in zip(ours(log_pi, log_p, log_q), theirs, strict=True):
+        np.testing.assert_allclose(our, their, rtol=1e-12)
 
 
 @each
@@ -172,28 +86,36 @@ def test_float32_weights_are_never_nan(case):
     came."""
     ends = jnp.array([-jnp.inf, -1e4, -1e3, -100.0, -90.0, -1.0, 0.0])
     log_pi, log_p, log_q = (x.ravel() for x in jnp.meshgrid(ends, ends, ends[1:]))
-    for clip in (None, (-10.0, 10.0)):
-        weights = surrogates.score_weights(
-            log_pi, log_p, log_q, divergence=case.divergence, clip=clip
-        )
-        on_policy = surrogates.score_weights(log_pi, log_p, divergence=case.divergence, clip=clip)
-        assert not np.isnan(weights).any()
-        assert not np.isnan(on_policy).any()
-        assert clip is None or np.isfinite(on_policy).all()
+    bounds = (-10.0, 10.0)
+
+    @jax.jit
+    def weights(log_pi, log_p, log_q):
+        of = functools.partial(surrogates.score_weights, divergence=case.divergence)
+        clipped = [of(log_pi, log_p, q, clip=bounds) for q in (None, log_q)]
+        return [*clipped, of(log_pi, log_p), of(log_pi, log_p, log_q)]
+
+    on_policy, *others = weights(log_pi, log_p, log_q)
+    assert np.isfinite(on_policy).all()
+    assert not np.isnan(others).any()
 
 
 @each
 def test_float32_gradient_of_the_loss_is_never_nan(case):
     ends = jnp.array([-jnp.inf, -1e4, -100.0, -1.0, 0.0])
     log_pi, log_p = (x.ravel() for x in jnp.meshgrid(ends[1:], ends))
-    for log_q in (None, jnp.full_like(log_pi, -100.0)):
 
-        def total(log_pi, log_q=log_q):
-            return surrogates.surrogate_loss(
+    @jax.jit
+    @jax.grad
+    def gradient(log_pi):
+        losses = [
+            surrogates.surrogate_loss(
                 log_pi, log_p, log_q, divergence=case.divergence, baseline=0.5, clip=(-100.0, 100.0)
-            ).sum()
+            )
+            for log_q in (None, jnp.full_like(log_pi, -100.0))
+        ]
+        return losses[0].sum() + losses[1].sum()
 
-        assert not np.isnan(jax.grad(total)(log_pi)).any()
+    assert not np.isnan(gradient(log_pi)).any()
 
 
 @each
@@ -202,17 +124,19 @@ def test_a_sample_that_the_policy_never_draws_is_worth_nothing_and_not_nan(case,
     """Its weight π/q is 0, and 0 · log π would be 0 · -inf: one such sample, and the sum of all
     losses is NaN."""
     log_pi, log_p, log_q = jnp.array([[-jnp.inf, -2.0], [log_p, -2.0], [-1.0, -1.0]])
-
-    def total(log_pi):
-        losses = surrogates.surrogate_loss(
-            log_pi, log_p, log_q, divergence=case.divergence, clip=(-1.0, 1.0)
-        )
-        return losses.sum()
-
-    value, gradient = jax.value_and_grad(total)(log_pi)
+    value, gradient = loss_and_gradient(log_pi, log_p, log_q, divergence=case.divergence)
     assert np.isfinite(value)
     assert gradient[0] == 0
     assert np.isfinite(gradient[1])
+
+
+@functools.partial(jax.jit, static_argnames="divergence")
+@jax.value_and_grad
+def loss_and_gradient(log_pi, log_p, log_q, *, divergence):
+    losses = surrogates.surrogate_loss(
+        log_pi, log_p, log_q, divergence=divergence, clip=(-1.0, 1.0)
+    )
+    return losses.sum()
 
 
 def test_float32_weights_where_single_factors_overflow():
@@ -239,18 +163,6 @@ def test_reverse_kl_on_a_hard_constraint_is_infinite_unless_clipped():
     assert surrogates.score_weights(
         log_pi, log_p, divergence=divergence, clip=(-5, 5)
     ).tolist() == [1, 5]
-
-
-def test_a_clip_out_of_reach_changes_nothing_and_one_within_biases(x64):
-    small = world()
-    arguments = (*small[:3], small.log_p_hard)
-    kl = divergences.forward_kl()
-    wide, narrow = (
-        enumeration.expected_surrogate_gradient(*arguments, divergence=kl, clip=clip)
-        for clip in ((-1e9, 1e9), (-1.0, 1e9))
-    )
-    np.testing.assert_allclose(wide, exact("forward_kl", True), atol=1e-10)
-    assert abs(narrow - wide).max() > 0.01
 
 
 def test_only_log_pi_is_differentiated(x64):
@@ -280,9 +192,15 @@ def test_only_log_pi_is_differentiated(x64):
 def test_on_policy_equals_off_policy_with_q_equal_to_pi(x64):
     small = world()
     for case in CASES:
-        options = {"divergence": case.divergence, "baseline": surrogates.leave_one_out}
-        on = surrogates.surrogate_loss(small.log_pi, small.log_p, **options)
-        off = surrogates.surrogate_loss(small.log_pi, small.log_p, small.log_pi, **options)
+
+        @jax.jit
+        def losses(log_pi, log_p, f=case.divergence):
+            loss = functools.partial(
+                surrogates.surrogate_loss, divergence=f, baseline=surrogates.leave_one_out
+            )
+            return loss(log_pi, log_p), loss(log_pi, log_p, log_pi)
+
+        on, off = losses(small.log_pi, small.log_p)
         np.testing.assert_allclose(on, off, rtol=1e-12)
 
 
@@ -326,23 +244,25 @@ def leave_one_out_of(*strata: int | None):
     return jax.jit(jax.vmap(functools.partial(surrogates.leave_one_out, strata=named)))
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def score_weights(log_pi, log_p, log_q, divergence):
+    return surrogates.score_weights(log_pi, log_p, log_q, divergence=divergence)
+
+
 def gradient_on_fixed_numbers(case, n, m, *, strata):
     """E[∇ mean loss] over all draws of exactly n and m, with log q that of their mixture, as a
     batch of `draw` is."""
     small = world()
     log_mixture = estimators.log_mixture(small.log_pi, small.log_q, base_fraction=m / (n + m))
     rows, probability = draws(n, m)
-    of_sequence = surrogates.score_weights(
-        small.log_pi, small.log_p, log_mixture, divergence=case.divergence
-    )
+    of_sequence = score_weights(small.log_pi, small.log_p, log_mixture, case.divergence)
     ratio = surrogates.importance_weights(small.log_pi, log_mixture)
     baseline = leave_one_out_of(*([0] * n + [1] * m if strata else [None]))(of_sequence[rows])
     weights = of_sequence[rows] - ratio[rows] * baseline
     total = np.bincount(rows.ravel(), (probability[:, None] * weights).ravel(), minlength=7) / (
         n + m
     )
-    scores = jax.jacobian(lambda params: small.log_prob_fn(params, *small.space))(small.params)
-    return np.einsum("s,spv->pv", total, scores)
+    return np.einsum("s,spv->pv", total, small.scores)
 
 
 @each
@@ -350,7 +270,7 @@ def gradient_on_fixed_numbers(case, n, m, *, strata):
 def test_leaving_one_out_of_its_stratum_is_unbiased_on_fixed_numbers(case, n, m, x64):
     """n samples of the policy and m of the base model, never another split: what a batch with a
     defensive share is."""
-    gradient = exact(name(case), False)
+    gradient = world().exact_gradient(world().log_p, case.divergence)
     error = abs(gradient_on_fixed_numbers(case, n, m, strata=True) - gradient).max()
     assert error < 1e-10 * max(1, abs(gradient).max())
 
@@ -360,7 +280,8 @@ def test_leaving_one_out_of_its_stratum_is_unbiased_on_fixed_numbers(case, n, m,
 def test_leaving_one_out_of_all_is_biased_on_fixed_numbers(of, n, m, least, x64):
     """Regression: a sample of the policy leaves fewer of its kind behind than one of the base model
     does."""
-    case, gradient = next(case for case in CASES if name(case) == of), exact(of, False)
+    case = next(case for case in CASES if name(case) == of)
+    gradient = world().exact_gradient(world().log_p, case.divergence)
     error = (
         abs(gradient_on_fixed_numbers(case, n, m, strata=False) - gradient).max()
         / abs(gradient).max()

@@ -31,14 +31,20 @@ def gradient(tuner, params, rollout):
     return params - state.params, info
 
 
+@functools.partial(jax.jit, static_argnames="divergence")
+def one_step(params, log_p, *, divergence):
+    small = world()
+    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=divergence, baseline=0.0)
+    return gradient(tuner, params, everything(small, log_p))
+
+
 @each_target
 def test_one_step_descends_the_exact_gradient(case, hard, x64):
     """With Z unknown to it, off-policy, in float64 to 1e-10."""
     small = world()
     log_p = small.target(hard=hard)
-    tuner = fdpg(small.log_prob_fn, DESCENT, divergence=case.divergence, baseline=0.0)
-    moved, info = gradient(tuner, small.params, everything(small, log_p))
-    exact = enumeration.exact_gradient(*small[:3], log_p, divergence=case.divergence)
+    moved, info = one_step(small.params, log_p, divergence=case.divergence)
+    exact = small.exact_gradient(log_p, case.divergence)
     assert abs(exact).max() > 1e-3
     np.testing.assert_allclose(moved, exact, rtol=0, atol=1e-10)
     np.testing.assert_allclose(info.log_z.value, 0.7, atol=1e-10)
@@ -218,17 +224,19 @@ def expected_step(n, m, divergence, *, hard, with_strata, make=fdpg):
         )
         return params - tuner.update(tuner.init(params), batch)[0].params
 
-    # Not compiled: many divergences, each used once.
-    exact = enumeration.exact_gradient(
-        log_prob_fn, params, space, log_p, divergence=divergence or reverse_kl()
-    )
-    return jnp.tensordot(weights, jax.vmap(gradient)(rows), 1), exact
+    @jax.jit
+    def both(rows):
+        exact = enumeration.exact_gradient(
+            log_prob_fn, params, space, log_p, divergence=divergence or reverse_kl()
+        )
+        return jnp.tensordot(weights, jax.vmap(gradient)(rows), 1), exact
+
+    return both(rows)
 
 
-PAPER = [case for case in CASES[:4] if case.allows_zeros]
-BATCHES = [(2, 2, case) for case in CASES] + [
-    (n, m, case) for n, m in [(2, 1), (4, 1)] for case in PAPER
-]
+# The four of the paper: that every f has its exact step is shown above, and that what is left out of
+# a stratum leaves every f's gradient unbiased in tests/test_surrogates.py. Here the two meet.
+BATCHES = [(n, m, case) for n, m in [(2, 1), (4, 1), (2, 2)] for case in CASES[:4]]
 
 
 @pytest.mark.parametrize(
