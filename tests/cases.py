@@ -233,7 +233,7 @@ def world(seed: int = 0) -> World:
         logits = np.where(allowed, rng.normal(size=7), -np.inf)
         return jnp.asarray(logits - np.log(np.exp(logits).sum()))
 
-    contains_2 = np.asarray(SPACE.tokens == 2).any(axis=1)
+    contains_2 = (np.asarray(SPACE.tokens) == 2).any(axis=1)
     contains_2[-1] = False
     return World(
         LOG_PROB_FN,
