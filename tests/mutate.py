@@ -47,7 +47,7 @@ def is_noticed(mutant: Mutant) -> bool:
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy / name)
         apply(mutant, copy)
         # Their own PYTHONPATH: an editable install would otherwise give the processes that tests
-        # start the whole code.
+        # start the whole code. One cache for all: most of a mutant's programs are the code's own.
         command = [
             sys.executable,
             "-m",
@@ -59,7 +59,11 @@ def is_noticed(mutant: Mutant) -> bool:
             "no:cacheprovider",
             *mutant.tests.split(),
         ]
-        environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+        }
         try:
             done = subprocess.run(
                 command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT, text=True
