@@ -58,8 +58,9 @@ def _is_spread(array: Array) -> bool:
 
 
 def together(x: Array) -> Array:
-    """On all devices alike, where explicit sharding has spread it; what any other sharding does
-    with it is XLA's business.
+    """On all devices alike, where explicit sharding has spread it.
+
+    What any other sharding does with it is XLA's business.
 
     Statistics are of numbers a sample, so bringing them together costs nothing beside the model
     that made them.

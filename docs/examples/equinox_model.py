@@ -46,8 +46,9 @@ def logits_fn(params, tokens, where=None, *, start=0):
 
 
 def decode_fn(params, tokens, cache, where=None):
-    """Logits after the last column. The cache is what was said so far, which is read anew each
-    time; what stands behind it is zeros, which a causal model does not see.
+    """Logits after the last column, and what was said so far, which is read anew each time.
+
+    Behind it stand zeros, which a causal model does not see.
     """
     said, length = cache
     said = jax.lax.dynamic_update_slice(said, tokens, (0, length))

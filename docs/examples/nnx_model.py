@@ -34,8 +34,10 @@ graph, base, rest = nnx.split(model, nnx.Param, ...)
 
 
 def model_of(params):
-    """The module with these parameters. A copy of its variables, for those of the graph would be
-    of another trace within the sampler's loop, which NNX refuses.
+    """The module with these parameters.
+
+    With a copy of its variables: within the sampler's loop those of the graph would be of another
+    trace, which NNX refuses.
     """
     return nnx.merge(graph, params, rest, copy=True)
 

@@ -1,8 +1,8 @@
-"""What the site has beyond MkDocs: the repository's other pages, links from names to the
-reference, and the proof that a page fetches nothing from elsewhere.
+"""What the site has beyond MkDocs.
 
-Pages are written so that they read on a code host as well: links are relative to the file, and a
-public name stands in single backticks.
+The repository's other pages, links from names to the reference, and the proof that a page fetches
+nothing from elsewhere. Pages are written so that they read on a code host as well: links are
+relative to the file, and a public name stands in single backticks.
 """
 
 import os

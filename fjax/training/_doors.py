@@ -15,10 +15,9 @@ from fjax.types import Array, Bool, Int, Params
 
 
 def checked_rollout(rollout: Rollout, num_contexts: int | None) -> Rollout:
-    """The same with one leading axis of contexts, of length 1 where there are none, and numbers of
-    at least float32.
+    """The same with one leading axis of contexts, of length 1 where there are none.
 
-    This is the door of all online tuners.
+    Its numbers are of at least float32. This is the door of all online tuners.
 
     Raises:
         ValueError: for shapes or dtypes that do not belong together, and for contexts that are
@@ -100,8 +99,9 @@ def checked_tokens(tokens: Array, *, name: str) -> Int[Array, "*n"]:
 
 
 def as_log_probs(log_prob_fn: Callable, *, of_tokens: bool = False) -> Callable:
-    """The user's function, held to one number a sequence, or a token, in float32 at least; 0 for
-    tokens not counted.
+    """The user's function, held to one number a sequence, or a token.
+
+    In float32 at least; 0 for tokens not counted.
     """
 
     def checked(params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]):

@@ -90,8 +90,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _parse(text: str) -> dict | None:
-    """Who wrote it; None if it is empty or torn, as a process leaves it that is killed while it
-    writes.
+    """Who wrote it; None if it is empty or torn.
+
+    So a process leaves it that is killed while it writes.
     """
     try:
         found = json.loads(text)
@@ -115,7 +116,13 @@ def _in_use(path: Path, found: dict | None, here: str) -> str:
         return (
             f"{path.parent} is in use by another process, which has just begun. Let it end first."
         )
-    by = f"{path.parent} is in use by process {found['pid']} on host {found['host']}, since {found['since']}."
+    by = (
+        f"{path.parent} is in use by process {found['pid']} on host {found['host']}, since "
+        f"{found['since']}."
+    )
     if found["host"] == here:
         return f"{by} Let it end, or stop it, first."
-    return f"{by} Whether it still runs cannot be seen from here ({here}): if it does not, delete {path}."
+    return (
+        f"{by} Whether it still runs cannot be seen from here ({here}): if it does not, delete "
+        f"{path}."
+    )

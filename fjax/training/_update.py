@@ -1,5 +1,6 @@
-"""What all tuners share: the pull-back of weights through log π, the running log Z, the step of the
-optimiser, and its figures.
+"""What all tuners share: the pull-back of weights through log π, and the step.
+
+Beside these, the running log Z and the figures of a step.
 """
 
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def make_init(
 def update_log_z(
     log_z: RunningLogMean, state, rollout: Rollout, num_contexts: int | None
 ) -> tuple[object, Scores]:
-    """Takes the weights P/q in, each into the Z of its context, and normalises the scores by what
-    is known then.
+    """Takes the weights P/q in, each into the Z of its context.
+
+    Scores are normalised by what is known then.
     """
     _check_log_z(log_z, state, num_contexts)
     log_score, log_q, valid = rollout.log_score, rollout.log_q, jnp.array(True)
@@ -137,8 +139,9 @@ def advance(
     finite: Bool[Array, ""],
     log_z: Any,
 ) -> TrainState:
-    """The state after one step down the gradient; if that is not finite, as it was but for the
-    count of steps.
+    """The state after one step down the gradient.
+
+    If that is not finite, the state as it was, but for the count of steps.
     """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = (optax.apply_updates(state.params, updates), opt_state, log_z)
@@ -225,8 +228,9 @@ def _sum_of_parts(log_prob_fn, params, tokens, where, weights, size) -> Params:
 
 
 def norm(grads: Params) -> Float[Array, ""]:
-    """Of all entries together, in float32 at least: the squares of half-precision numbers soon
-    over- and underflow.
+    """Of all entries together, in float32 at least.
+
+    The squares of half-precision numbers soon over- and underflow.
     """
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(float_dtype(x)), grads))
 
@@ -281,8 +285,9 @@ def describe(
 
 
 def _over_contexts(estimate: Estimate, known: Bool[Array, "C"], *, unknown: float) -> Estimate:
-    """The mean over contexts, whose spread its error comes from; of a single context its own
-    estimate.
+    """The mean over contexts, whose spread its error comes from.
+
+    Of a single context, its own estimate.
     """
     n = known.sum()
     if known.shape[0] == 1:

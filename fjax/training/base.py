@@ -1,5 +1,6 @@
-"""What every online tuner takes and gives: a rollout of samples, a state, and what there is to see of
-a step.
+"""What every online tuner takes and gives.
+
+A rollout of samples, a state, and what there is to see of a step.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,9 @@
-"""Checkpoints through orbax: written in the background, whole or not at all, and restored onto
-whatever mesh there is.
+"""Checkpoints through orbax: written in the background, whole or not at all.
 
-A checkpoint appears under its final name only once every byte of it is on disk, so a process that
-is killed in the middle of a save finds the one before. Keys and data positions follow from
-``state.step``, hence a tree of arrays is all there is to save, and k steps, a restore and k steps
-more equal 2k steps bit for bit.
+They are restored onto whatever mesh there is. A checkpoint appears under its final name only once
+every byte of it is on disk, so a process that is killed in the middle of a save finds the one
+before. Keys and data positions follow from ``state.step``, hence a tree of arrays is all there is
+to save, and k steps, a restore and k steps more equal 2k steps bit for bit.
 
 Beside the arrays lies their record: dtype, shape and SHA-256 of each. It says at a restore whether
 another tree is asked for, or whether what is on disk is no longer what was saved. Whoever looks
@@ -36,12 +35,11 @@ RECORD = "record"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest few, and the best. A context manager; leaving it waits
-    for the last save.
+    """The checkpoints of one run: the newest few, and the best.
 
-    The first save makes this process the folder's only writer, until it is closed; only then is
-    anything deleted. Any number of others may look at the same time: what is there when they ask is
-    what they are told of.
+    A context manager; leaving it waits for the last save. The first save makes this process the
+    folder's only writer, until it is closed; only then is anything deleted. Any number of others
+    may look at the same time: what is there when they ask is what they are told of.
 
     Args:
         folder: of the run's checkpoints; made if it is not there.
@@ -115,8 +113,9 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The saved step with the lowest score; None without ``score``, or before any checkpoint
-        has metrics.
+        """The saved step with the lowest score.
+
+        None without ``score``, or before any checkpoint has metrics.
         """
         return self._best(self.steps)
 
@@ -200,9 +199,7 @@ class Checkpoints:
         return jax.tree.map(_cast, loaded, like)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint, a damaged one say, to what no one takes for a checkpoint; gives its
-        new place.
-        """
+        """Renames a checkpoint to what no one takes for one; gives its new place."""
         self.wait()
         self._own()
         place = self._folder / f"damaged-{step}"
@@ -220,8 +217,9 @@ class Checkpoints:
             self._reopen(clean=True)
 
     def _reopen(self, *, clean: bool = False) -> None:
-        """Sees what is there now; orbax's own way of doing so would read every file of metrics,
-        damaged ones too.
+        """Sees what is there now.
+
+        orbax's own way of doing so would read every file of metrics, damaged ones too.
         """
         self._orbax.close()
         self._orbax = self._open(clean=clean)
@@ -254,8 +252,9 @@ class Checkpoints:
         return self._metrics[step]
 
     def _read_record(self, step: int) -> dict | None:
-        """Arrays and metrics of a checkpoint; None for one that was saved before there were
-        records.
+        """Arrays and metrics of a checkpoint.
+
+        None for one that was saved before there were records.
 
         Raises:
             OSError: if it is damaged.

@@ -1,5 +1,4 @@
-"""f-DPG as ``init`` and ``update``: one optimiser step that descends D_f(π‖p) on a batch of
-samples.
+"""f-DPG as ``init`` and ``update``: one optimiser step that descends D_f(π‖p).
 
 The surrogate is linear in log π once its weights are stopped. So weights, Z and baseline are
 computed over all N samples first, and the gradient is one pull-back of those weights through log π:

@@ -1,5 +1,6 @@
-"""Where metrics go: a line of JSON a record, which is what runs are read back from; TensorBoard and
-W&B beside it.
+"""Where metrics go: a line of JSON a record; TensorBoard and W&B beside it.
+
+The lines are what runs are read back from.
 
 A record is a mapping of names to values. ``step`` says when it is from, and ``kind`` of what it is
 (``"step"``, ``"evaluation"``): TensorBoard and W&B group by it, as in ``evaluation/entropy``, and
@@ -35,12 +36,11 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Appends records to a file, one JSON object a line; a killed process loses none whose ``log``
-    has returned.
+    """Appends records to a file, one JSON object a line.
 
-    JSON has no infinity: non-finite numbers are written as the strings ``"inf"``, ``"-inf"`` and
-    ``"nan"``, and texts that read so with an apostrophe before them (``"'nan"``). `read_jsonl`
-    turns both back.
+    A killed process loses none whose ``log`` has returned. JSON has no infinity: non-finite numbers
+    are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``, and texts that read so with an
+    apostrophe before them (``"'nan"``). `read_jsonl` turns both back.
 
     Args:
         path: of the file; made if it is not there. A last line that a kill cut off is dropped, and
@@ -177,8 +177,9 @@ class WandbLogger:
         self._run.log(_numbers(record) | {"step": int(record["step"])})
 
     def close(self) -> None:
-        """Ends the run: waits until all is sent; a file of offline mode is whole when the process
-        ends.
+        """Ends the run: waits until all is sent.
+
+        A file of offline mode is whole when the process ends.
         """
         self._run.finish()
 
@@ -212,8 +213,9 @@ class FanOut:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file, non-finite numbers restored. A last line that was cut off by a kill is
-    left out.
+    """The records of a file, non-finite numbers restored.
+
+    A last line that was cut off by a kill is left out.
 
     Raises:
         ValueError: if another line is no record, with its number.
@@ -234,8 +236,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a last line without its end may have been the beginning of a record; a power cut
-    leaves zeros.
+    """Whether a last line without its end may be the beginning of a record.
+
+    A power cut leaves zeros.
     """
     return line.startswith((b"{", b"\0"))
 
@@ -265,8 +268,9 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _mend_end(path: Path) -> None:
-    """Nothing is to be written behind half a line: drops it, or ends it if its end alone is
-    missing.
+    """Nothing is to be written behind half a line.
+
+    So it is dropped, or ended if its end alone is missing.
     """
     with path.open("rb+") as file:
         start, last = _last_line(file)

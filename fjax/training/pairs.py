@@ -75,8 +75,9 @@ class PairInfo(NamedTuple):
 
 
 class PairTuner(NamedTuple):
-    """An offline algorithm, as two pure functions. Callers jit ``update``, and donate its first
-    argument.
+    """An offline algorithm, as two pure functions.
+
+    Callers jit ``update``, and donate its first argument.
 
     Attributes:
         init: params -> state.
@@ -117,7 +118,8 @@ def preference_tuner(
     >>> from functools import partial
     >>> from fjax import enumeration, preferences
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
-    >>> tuner = preference_tuner(log_prob_fn, optax.adam(0.1), loss=partial(preferences.dpo, beta=0.1))
+    >>> loss = partial(preferences.dpo, beta=0.1)
+    >>> tuner = preference_tuner(log_prob_fn, optax.adam(0.1), loss=loss)
     >>> state = tuner.init(jnp.zeros((prefixes, 3)))
     >>> tokens, where = enumeration.sequences(3, 2, eos_id=0)
     >>> log_a = log_prob_fn(state.params, tokens, where)

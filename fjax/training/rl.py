@@ -47,14 +47,13 @@ def rloo_tuner(
     microbatch_size: int | None = None,
     num_contexts: int | None = None,
 ) -> Tuner:
-    """REINFORCE with a leave-one-out baseline and the KL penalty as k1 in the reward: mean of -(R_i
-    - B_i) log π(x_i).
+    """REINFORCE with a leave-one-out baseline and the KL penalty as k1 in the reward.
 
-    R = log P - log π, stopped. The gradient estimates that of KL(π‖p), without bias and whatever Z
-    is: sample for sample it is that of `fjax.fdpg` with reverse KL on the policy's own samples.
-    Those of another q are weighted with π/q, which is 1 for the policy's own; far from them
-    ``importance_ess`` is small, and the gradient noise. Where the R of a row differ by no more than
-    rounding, the gradient is exactly 0.
+    The loss is the mean of -(R_i - B_i) log π(x_i). R = log P - log π, stopped. The gradient
+    estimates that of KL(π‖p), without bias and whatever Z is: sample for sample it is that of
+    `fjax.fdpg` with reverse KL on the policy's own samples. Those of another q are weighted with
+    π/q, which is 1 for the policy's own; far from them ``importance_ess`` is small, and the
+    gradient noise. Where the R of a row differ by no more than rounding, the gradient is exactly 0.
 
     Args:
         log_prob_fn: the policy, ``(params, tokens, where) -> log π``, one number a sequence.
@@ -72,7 +71,8 @@ def rloo_tuner(
     >>> state = tuner.init(jnp.zeros((prefixes, 3)))
     >>> tokens, where = enumeration.sequences(3, 2, eos_id=0)
     >>> log_q = log_prob_fn(state.params, tokens, where)
-    >>> state, info = tuner.update(state, Rollout(tokens, where, log_q, log_q + (tokens == 1).any(1)))
+    >>> log_score = log_q + (tokens == 1).any(1)
+    >>> state, info = tuner.update(state, Rollout(tokens, where, log_q, log_score))
     >>> int(state.step), bool(info.finite)
     (1, True)
 
@@ -111,14 +111,14 @@ def ppo_tuner(
     microbatch_size: int | None = None,
     num_contexts: int | None = None,
 ) -> Tuner:
-    """PPO without a critic: ``epochs`` passes over the samples in minibatches, with
-    `fjax.policy_gradients.ppo_clip` a token.
+    """PPO without a critic: ``epochs`` passes over the samples in minibatches.
 
-    The advantage of all tokens of a sample is π/q·(R_i - B_i), as of `rloo_tuner`, divided by the
-    standard deviation of the batch, π being the policy before the update; the ratios that are
-    clipped are those to this policy. The first gradient of an update is that of KL(π‖p) in
-    direction; the later ones, at ratios other than 1, are of no fixed objective: that is the trust
-    region. Where the R of each row differ by no more than rounding, nothing moves.
+    The loss of a token is `fjax.policy_gradients.ppo_clip`. The advantage of all tokens of a sample
+    is π/q·(R_i - B_i), as of `rloo_tuner`, divided by the standard deviation of the batch, π being
+    the policy before the update; the ratios that are clipped are those to this policy. The first
+    gradient of an update is that of KL(π‖p) in direction; the later ones, at ratios other than 1,
+    are of no fixed objective: that is the trust region. Where the R of each row differ by no more
+    than rounding, nothing moves.
 
     Args:
         token_log_prob_fn: the policy, one number a token; see
@@ -141,7 +141,8 @@ def ppo_tuner(
     >>> state = tuner.init(jnp.zeros((3, 3)))
     >>> tokens, where = jnp.array([[0, 1, 2], [0, 2, 0]]), jnp.array([[False, True, True]] * 2)
     >>> log_q = 2 * jnp.log(jnp.array([1 / 3, 1 / 3]))
-    >>> state, info = tuner.update(state, Rollout(tokens, where, log_q, log_q + jnp.array([1.0, 0.0])))
+    >>> log_score = log_q + jnp.array([1.0, 0.0])
+    >>> state, info = tuner.update(state, Rollout(tokens, where, log_q, log_score))
     >>> int(state.step), bool(info.finite)
     (1, True)
 
@@ -199,8 +200,9 @@ def _one_minibatch(
     microbatch_size: int | None,
     samples: _Samples,
 ) -> Callable:
-    """(state, rows) -> the state one step on, and (norm of the gradient, tokens beyond a bound,
-    tokens).
+    """(state, rows) -> the state one step on, and its figures.
+
+    These are the norm of the gradient, tokens beyond a bound, and tokens.
     """
 
     def step(state: TrainState, rows: Int[Array, "B"]):
@@ -242,8 +244,9 @@ def _advantages(log_pi: Float[Array, "M"], rollout: Rollout) -> Float[Array, "C 
 
 
 def _rewards(log_pi: Float[Array, "N"], log_score: Float[Array, "N"]) -> Float[Array, "N"]:
-    """Log P - log π, all the same where they differ by no more than rounding, which would else be
-    scaled to full size.
+    """Log P - log π, all the same where they differ by no more than rounding.
+
+    That would else be scaled to full size.
     """
     rewards = log_score - log_pi
     largest = jnp.maximum(abs(log_score), abs(log_pi)).max()
@@ -255,8 +258,9 @@ def _rewards(log_pi: Float[Array, "N"], log_score: Float[Array, "N"]) -> Float[A
 def _minibatches(
     step: Int[Array, ""], samples: int, epochs: int, minibatches: int
 ) -> Int[Array, "M B"]:
-    """Rows of each minibatch, shuffled anew each epoch; a function of the step, so that a resumed
-    run repeats them.
+    """Rows of each minibatch, shuffled anew each epoch.
+
+    A function of the step, so that a resumed run repeats them.
     """
     if samples % minibatches:
         raise ValueError(
