@@ -54,6 +54,8 @@ help: ## This list
 
 demo: $(call stamp,demo) ## Align the built-in GPT-2 to a word, from start to plots: make demo ARGS="--word great"
 	$(PY) -m experiments.lexical_constraint $(strip $(DEMO_ARGS) $(ARGS))
+	@echo "Your own word, your own model: $(PY) -m experiments.lexical_constraint --help"
+	@echo "All that there is: $(PY) -m experiments"
 
 test: $(call stamp,test) ## All tests: make test ARGS="-k divergence -x"
 	$(PY) -m pytest -n auto --maxprocesses 8 $(ARGS)
@@ -71,7 +73,7 @@ docs: $(call stamp,docs) ## The site of docs/, into build/site; every warning is
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 bench: $(call stamp,demo) ## Time of each phase on this machine
-	$(PY) -m experiments.bench $(ARGS)
+	$(PY) -m experiments bench $(ARGS)
 
 mutants: $(call stamp,test) ## Break the code on purpose, and see which breaks no test notices
 	$(PY) -m tests.mutate $(ARGS)
@@ -79,7 +81,7 @@ mutants: $(call stamp,test) ## Break the code on purpose, and see which breaks n
 clean: ## Remove the environment and all caches; runs stay
 	@[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
-	@find fjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find fjax experiments tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: absent
 $(VENV)/.fjax-%-$(JAX)-$(KEY): $(ABSENT)
