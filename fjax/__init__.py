@@ -38,16 +38,19 @@ from .targets import exponential_family, pointwise, reward_tilted
 
 # What type checkers and editors read for the names of _LAZY; a test holds the two together.
 if TYPE_CHECKING:
-    from . import log_probs, metrics, models, sampling, training
+    from . import evaluation, log_probs, metrics, models, rollouts, runs, sampling, training
     from .log_probs import make_log_prob_fn, sequence_log_probs, token_log_probs
     from .models import from_pretrained, save_pretrained
     from .sampling import Samples, sample
     from .training import Rollout, TrainState, Tuner, fdpg
 
 _LAZY = {
+    "evaluation": (),
     "log_probs": ("make_log_prob_fn", "sequence_log_probs", "token_log_probs"),
     "metrics": (),
     "models": ("from_pretrained", "save_pretrained"),
+    "rollouts": (),
+    "runs": (),
     "sampling": ("Samples", "sample"),
     "training": ("Rollout", "TrainState", "Tuner", "fdpg"),
 }
@@ -66,6 +69,7 @@ __all__ = [
     "estimate_divergence",
     "estimate_log_z",
     "estimators",
+    "evaluation",
     "exact_divergence",
     "exponential_family",
     "fdpg",
@@ -83,6 +87,8 @@ __all__ = [
     "policy_gradients",
     "preferences",
     "rejection",
+    "rollouts",
+    "runs",
     "reverse_kl",
     "reward_tilted",
     "sample",

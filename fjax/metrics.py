@@ -124,7 +124,7 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
     Raises:
         ValueError: if there are no texts, or not one reference a text.
-        ImportError: if sacrebleu is not installed; it comes with ``fjax[experiments]``.
+        ImportError: if sacrebleu is not installed; it comes with ``fjax[runs]``.
 
     >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat ."]), 3)  # exp(1 - 7/6)
     0.846
@@ -132,7 +132,7 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
     Source: Papineni et al. 2002; Post 2018 (arXiv 1804.08771).
     """
     _check_pairs(texts, references)
-    sacrebleu = import_optional("sacrebleu", extra="experiments")
+    sacrebleu = import_optional("sacrebleu", extra="runs")
     # `force` only keeps it from warning that texts look tokenised, as those of some corpora are.
     return sacrebleu.corpus_bleu(list(texts), [list(references)], force=True).score / 100
 
@@ -151,7 +151,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
 
     Raises:
         ValueError: if there are no texts, or not one reference a text.
-        ImportError: if rouge-score is not installed; it comes with ``fjax[experiments]``.
+        ImportError: if rouge-score is not installed; it comes with ``fjax[rouge]``.
 
     >>> result = rouge(["the cat sat", "a dog"], ["the cat ran", "a dog"])
     >>> [round(float(estimate.value), 3) for estimate in result]  # (2/3 + 1)/2, (1/2 + 1)/2
@@ -161,7 +161,7 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> Rouge:
     """
     _check_pairs(texts, references)
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = import_optional("rouge_score.rouge_scorer", extra="experiments").RougeScorer(names)
+    scorer = import_optional("rouge_score.rouge_scorer", extra="rouge").RougeScorer(names)
     scores = [
         scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)
     ]

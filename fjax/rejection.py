@@ -117,7 +117,8 @@ def estimate_rejection(
         axis_name: mapped axis over which the samples are spread.
 
     Returns:
-        A `RejectionEstimate`; the bound is NaN while no sample has P > 0. Its standard error is
+        A `RejectionEstimate`; the bound is NaN while Z is unknown, so without ``log_z`` while no
+        sample has P > 0; with it the bound is 1 then, and its error 0. Else its standard error is
         that of a ratio (delta method).
 
     Raises:
@@ -135,7 +136,10 @@ def estimate_rejection(
     acceptance = Estimate(value, error, jnp.asarray(log_q.shape[0], log_q.dtype))
     if log_z is not None:
         ratio = jnp.exp(jnp.log(value) + log_beta - log_z.value)
-        spread = ratio * jnp.hypot(error / value, log_z.std_error)
+        # Where nothing is accepted, 0/0 would be NaN: the bound is 1 then, whatever Z is.
+        some = value > 0
+        relative = jnp.hypot(error / jnp.where(some, value, 1.0), log_z.std_error)
+        spread = ratio * jnp.where(some, relative, 0.0)
         return RejectionEstimate(acceptance, Estimate(1 - ratio, spread, log_z.ess))
     log_weights = log_score - log_q
     ess = effective_sample_size(log_weights)

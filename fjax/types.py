@@ -15,6 +15,7 @@ __all__ = [
     "PRNGKeyArray",
     "Params",
     "PyTree",
+    "SampleFn",
     "ScoreFn",
     "TokenLogProbFn",
 ]
@@ -75,3 +76,24 @@ class TokenLogProbFn(Protocol):
     def __call__(
         self, params: Params, tokens: Int[Array, "B T"], where: Bool[Array, "B T"]
     ) -> Float[Array, "B T"]: ...
+
+
+@runtime_checkable
+class SampleFn(Protocol):
+    """Whatever draws: ``each`` completions of C prompts, as a `fjax.Samples` of C·each rows.
+
+    The rows of a prompt are together. ``row_ids`` number the prompts, so that rows with other
+    numbers draw independently from the same key. ``log_probs`` of the samples are those of the
+    distribution that was really sampled from.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        rng_key: PRNGKeyArray,
+        tokens: Int[Array, "C P"],
+        where: Bool[Array, "C P"],
+        row_ids: Int[Array, "C"],
+        *,
+        each: int,
+    ) -> Any: ...

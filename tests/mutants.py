@@ -165,8 +165,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (
             "the bound forgets the error of log Z",
-            "jnp.hypot(error / value, log_z.std_error)",
-            "(error / value)",
+            "jnp.hypot(error / jnp.where(some, value, 1.0), log_z.std_error)",
+            "error / jnp.where(some, value, 1.0)",
         ),
     ),
     *_of(
@@ -280,13 +280,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
-        "experiments/_programs.py",
-        "tests/experiments/test_steps.py::test_log_q_is_of_the_mixture_that_the_batch_was_drawn_from "
-        "tests/experiments/test_steps.py::test_every_way_of_drawing_tells_the_update_whose_the_samples_are",
+        "fjax/rollouts.py",
+        "tests/test_rollouts.py tests/runs/test_steps.py",
         (
             "shares of policy and base exchanged",
-            "1 - n / len(batch.tokens)))",
-            "n / len(batch.tokens)))",
+            "share = 1 - n / len(batch.tokens)",
+            "share = n / len(batch.tokens)",
         ),
         (
             "rows of the base are the policy's",
@@ -295,13 +294,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (
             "log q is log π",
-            "batch._replace(log_q=_mix(batch.log_pi, batch.log_a, ",
-            "batch._replace(log_q=_mix(batch.log_pi, batch.log_pi, ",
+            "_mix(batch.log_proposal, batch.log_a, share)",
+            "_mix(batch.log_proposal, batch.log_proposal, share)",
         ),
     ),
     *_of(
-        "experiments/_programs.py",
-        "tests/experiments/test_conditional.py",
+        "fjax/rollouts.py",
+        "tests/test_rollouts.py tests/experiments/test_conditional.py",
         (
             "prompts chosen by the key of row 0",
             "jax.random.fold_in(rng_key, CHOICE_KEY)",
@@ -309,8 +308,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
-        "experiments/_evaluate.py",
-        "tests/experiments/test_lexical_constraint.py",
+        "fjax/runs/distance.py",
+        "tests/runs/test_distance.py tests/evaluation",
         (
             "two units in one distance",
             'unit = "total_variation" if infinite else divergence',

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fjax
+
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "fjax").rglob("*.py"))
 ALL = [
@@ -20,6 +22,10 @@ LIBRARIES = {"flax", "optax", "transformers", "orbax", "safetensors", "tokenizer
 # the one of language models
 COLUMN = ("log_probs", "metrics", "models", "sampling", "sharding", "training")
 MATHEMATICS = LIBRARIES | {f"fjax.{module}" for module in COLUMN}
+
+NAMED = {"fjax.models", "fjax.targets", "fjax.moments"} | {
+    f"fjax.divergences.{name}" for name in fjax.divergences.__all__ if name != "FDivergence"
+}
 
 # Module (with all below it) -> what it must not import. A module obeys every row that it falls
 # under.
@@ -49,6 +55,10 @@ FORBIDDEN = {
         "fjax.targets",
         "fjax.surrogates",
     },
+    # They are given divergences, targets and models; they never name one.
+    "fjax.rollouts": LIBRARIES | NAMED | {"fjax.evaluation", "fjax.runs"},
+    "fjax.evaluation": LIBRARIES | NAMED | {"fjax.runs"},
+    "fjax.runs": {"flax", "transformers", "fjax.models", "tyro"},
     # A family is known where it is listed, and nowhere else.
     "fjax.models.base": {"fjax.models"},
     "fjax.models.causal": {"fjax.models.families", "fjax.models.gpt2", "fjax.models.huggingface"},
@@ -114,6 +124,17 @@ def test_a_wrong_import_is_seen(tmp_path, monkeypatch):
     assert not violations(path)
 
 
+TASKS = sorted({path.parent for path in (ROOT / "experiments").glob("*/target.py")})
+
+
+@pytest.mark.parametrize("folder", TASKS, ids=lambda folder: folder.name)
+def test_a_task_imports_the_library_and_what_all_tasks_share(folder):
+    mine, shared = f"experiments.{folder.name}", "experiments.common"
+    for path in folder.rglob("*.py"):
+        ours = {name for name in imports(path) if under(name, "experiments")}
+        assert not {name for name in ours if not under(name, mine) and not under(name, shared)}
+
+
 @pytest.mark.parametrize("path", ALL, ids=module_name)
 def test_files_stay_short(path):
     lines = len(path.read_text().splitlines())
@@ -172,7 +193,7 @@ def without_encoding(path: Path) -> list[int]:
             "read_text",
             "write_text",
         ):
-            # the former of experiments/_run_folder.py
+            # the former of fjax/runs/folder.py
             ours = ast.unparse(node.func) in ("write_text", "os.open")
             modes = [
                 ast.unparse(value)

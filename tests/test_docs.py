@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fjax
-from experiments import kl_gradients
+from experiments.tools import kl_gradients
 from tests.make_api_page import LAYERS, MODULES, layers, page
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def test_examples_run(path):
 
 @pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize(
-    "script", sorted((ROOT / "docs/examples").glob("*.py")), ids=lambda p: p.stem
+    "script", sorted((ROOT / "docs/examples").glob("*_*.py")), ids=lambda p: p.stem
 )
 def test_a_model_of_ones_own_is_aligned(script):
     """Of plain functions, Flax NNX and Equinox, as the how-to has it."""
@@ -59,10 +59,44 @@ def test_a_model_of_ones_own_is_aligned(script):
     assert found["info"].finite
 
 
+SMALLER = {
+    '"built-in"': repr(str(ROOT / "tests" / "fixtures" / "tiny-gpt2")),
+    '"great"': '"w9"',
+    "steps=90": "steps=2, eval_samples=32",
+    "range(90)": "range(2)",
+    "max_new_tokens=40, samples=128, base_samples=16": "max_new_tokens=8, samples=16, base_samples=2",
+    '[""] * 128': '[""] * 16',
+    "512": "32",
+}
+"""What stands in for what in the examples of whole runs, so that they take seconds."""
+
+
+@pytest.mark.parametrize("script", ["quickstart", "handwritten"])
+def test_whole_runs_from_python(script, tmp_path, monkeypatch, capsys):
+    """The twenty lines of the README, and the same by hand, on a tiny model."""
+    text = (ROOT / "docs/examples" / f"{script}.py").read_text()
+    for given, smaller in SMALLER.items():
+        text = text.replace(given, smaller)
+    (tmp_path / "script.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path("script.py")
+    figures = found["result"].figures if script == "quickstart" else found["figures"]
+    assert 0 <= figures["satisfaction"].value <= 1
+    assert 0 < figures["jensen_shannon"].value < 0.75
+    if script == "quickstart":
+        assert (tmp_path / "runs/great/model").is_dir()
+    assert "Estimate(" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_quickstart():
+    code = (ROOT / "docs/examples/quickstart.py").read_text().split('"""\n\n', 1)[1]
+    assert code in (ROOT / "README.md").read_text()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+
+
 def test_the_readme_has_an_example_without_flax():
     readme = (ROOT / "README.md").read_text()
-    example = max(re.findall(r"```python\n(.*?)```", readme, re.DOTALL), key=len)
-    assert ">>>" in example
+    (example,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ">>>" in b)
     assert "flax" not in example
     assert len(example.splitlines()) <= 22
 

@@ -24,7 +24,7 @@ def test_there_are_enough_of_every_kind():
     """Of the mathematics, the sampler, the tuners and the rollouts."""
     of = {
         part: sum(mutant.path.startswith(part) for mutant in MUTANTS)
-        for part in ("fjax/sampling", "fjax/training", "experiments")
+        for part in ("fjax/sampling", "fjax/training", "fjax/rollouts")
     }
     assert len(MUTANTS) >= 30
     assert min(of.values()) >= 4

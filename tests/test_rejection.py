@@ -134,3 +134,14 @@ def test_a_beta_from_some_proposals_has_about_its_rate_on_others():
 def test_a_rate_that_is_none_is_refused(rate):
     with refused("acceptance_rate is above 0 and at most 1"):
         choose_log_beta(jnp.zeros(2), jnp.zeros(2), acceptance_rate=rate)
+
+
+@pytest.mark.parametrize("z_error", [0.1, np.inf])
+def test_where_nothing_is_accepted_the_bound_is_one_whatever_z_is(z_error):
+    log_score, log_q = jnp.full(3, -jnp.inf), jnp.zeros(3)
+    log_z = Estimate(jnp.asarray(-1.0), jnp.asarray(z_error), jnp.asarray(9.0))
+    rate, bound = estimate_rejection(log_score, log_q, log_beta=0.0, log_z=log_z)
+    assert (float(rate.value), float(rate.std_error)) == (0, 0)
+    assert (float(bound.value), float(bound.std_error)) == (1, 0)
+    unknown = log_z._replace(value=-jnp.inf)
+    assert jnp.isnan(estimate_rejection(log_score, log_q, log_beta=0.0, log_z=unknown).tv_bound[0])

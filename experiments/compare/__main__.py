@@ -1,15 +1,13 @@
 """Command line: python -m experiments.compare --help."""
 
 import sys
+from functools import partial
 
-import jax
-
-from experiments._command import run
-
+from ..common.command import run
 from .config import Config
-from .run import main
+from .run import main as compare
+
+main = partial(run, Config, compare, name="compare")
 
 if __name__ == "__main__":
-    # an accelerator is for the runs, each a process of its own
-    jax.config.update("jax_platforms", "cpu")
-    sys.exit(run(Config, main, module="experiments.compare"))
+    sys.exit(main())

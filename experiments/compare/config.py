@@ -2,26 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from experiments._arguments import check_numbers
-
+from ..common.arguments import check_numbers
+from ..tasks import TASKS
 from .objectives import parse_objectives
 
-Task = Literal[
-    "lexical_constraint", "sentiment_reward", "gender_balance", "conditional", "preference_pairs"
-]
-
-HEADLINES: dict[Task, tuple[str, ...]] = {
-    "lexical_constraint": ("satisfaction",),
-    "sentiment_reward": ("reward", "positive"),
-    "gender_balance": ("share of women",),
-    "conditional": ("satisfaction",),
-    "preference_pairs": ("win_rate",),
-}
-"""What each task is about: first in its table, its curves, and one side of its frontier."""
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(task.name for task in TASKS)]
 
 OURS = ("--seed", "--run-folder", "--resume")
 """Flags of a task that the comparison gives itself."""
@@ -39,27 +31,28 @@ class Config:
 
     An objective is one of
 
-        jensen_shannon, forward_kl, reverse_kl, total_variation    --divergence of that name
-        alpha=0.5                                                  --divergence alpha --alpha 0.5
-        rloo, ppo                                                  --algorithm of that name, with
-        --divergence reverse_kl "any label: --flag value --flag value"                     those
-        flags of the task
+        jensen_shannon, alpha=0.5, ...  --divergence of that name
+        rloo, ppo                       --algorithm of that name, with --divergence reverse_kl
+        "any label: --flag value"       those flags of the task
 
     Examples:
 
-        python -m experiments.compare --task lexical_constraint --objectives jensen_shannon
-        forward_kl total_variation
-            "reverse_kl clipped: --divergence reverse_kl --clip -8 8" --seeds 0 1 2 --jobs 2 --
-            --word great --steps 90
-        python -m experiments.compare --task sentiment_reward --objectives reverse_kl rloo ppo
-        alpha=0.25 alpha=0.75 python -m experiments.compare --task gender_balance --objectives
-        forward_kl "adaptive proposal: --proposal adaptive" python -m experiments.compare --task
-        preference_pairs --objectives "dpo: --loss dpo" "chi_po: --loss chi_po" python -m
-        experiments.compare --task sentiment_reward --only-report python -m experiments.compare
-        --task lexical_constraint --runs runs/lexical_constraint/great-*
+        python -m experiments.compare --task lexical_constraint \\
+            --objectives jensen_shannon forward_kl total_variation \\
+            "reverse_kl clipped: --divergence reverse_kl --clip -8 8" \\
+            --seeds 0 1 2 --jobs 2 -- --word great --steps 90
+        python -m experiments.compare --task sentiment_reward \\
+            --objectives reverse_kl rloo ppo alpha=0.25 alpha=0.75
+        python -m experiments.compare --task gender_balance \\
+            --objectives forward_kl "adaptive proposal: --proposal adaptive"
+        python -m experiments.compare --task preference_pairs \\
+            --objectives "dpo: --loss dpo" "chi_po: --loss chi_po"
+        python -m experiments.compare --task sentiment_reward --only-report
+        python -m experiments.compare --task lexical_constraint \\
+            --runs runs/lexical_constraint/great-*
     """
 
-    task: Task
+    task: TaskName
     """The experiment that is run."""
     objectives: tuple[str, ...] = ()
     """What is compared, as above."""

@@ -1,12 +1,11 @@
 """An objective in a word, and the flags of the task that it stands for."""
 
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments._settings import DIVERGENCES
+from fjax.divergences import by_name
 
 ALGORITHMS = ("rloo", "ppo")
 
@@ -50,17 +49,16 @@ def parse_objective(text: str) -> Objective:
     """
     if ":" in text:
         return _labelled(text)
-    name, _, value = text.partition("=")
-    if name == "alpha":
-        return Objective(text, ("--divergence", "alpha", "--alpha", _number(text, value)))
-    if text in DIVERGENCES:
-        return Objective(text, ("--divergence", text))
     if text in ALGORITHMS:
         return Objective(text, ("--algorithm", text, "--divergence", "reverse_kl"))
-    known = ", ".join([*DIVERGENCES, "alpha=0.5 (or another number)", *ALGORITHMS])
-    raise ValueError(
-        f'--objectives are {known}, or "label: --flag value" with flags of the task; got {text!r}.'
-    )
+    try:
+        by_name(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--objectives are a divergence, {' or '.join(ALGORITHMS)}, or "
+            f'"label: --flag value" with flags of the task; got {text!r}. {error}'
+        ) from error
+    return Objective(text, ("--divergence", text))
 
 
 def _labelled(text: str) -> Objective:
@@ -77,14 +75,3 @@ def _labelled(text: str) -> Objective:
             f'--objectives with a colon are "label: --flag value --flag value"; got {text!r}.'
         )
     return objective
-
-
-def _number(text: str, value: str) -> str:
-    try:
-        if math.isfinite(float(value)):
-            return value
-    except ValueError:
-        pass
-    raise ValueError(
-        f"--objectives {text!r} needs a finite number after the sign, as in alpha=0.5."
-    )

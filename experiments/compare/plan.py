@@ -1,18 +1,29 @@
 """What is to be run: every objective with every seed, checked against the task and against what is
 there already."""
 
-import importlib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import _arguments
-from experiments._run_folder import MAY_CHANGE, RunError, check_same, read_json, read_metrics
-from experiments._settings import as_json
+from fjax.runs import RunError
+from fjax.runs.folder import (
+    MAY_CHANGE,
+    by_step,
+    check_same,
+    current_step,
+    is_begun,
+    is_finished,
+    read_config,
+    read_json,
+    read_metrics,
+)
 
-from .config import Config, Task
+from ..common import arguments as command_lines
+from ..common.command import PROGRAM
+from ..common.settings import as_json
+from ..tasks import TASKS
+from .config import Config
 from .objectives import Objective, parse_objectives
 
 
@@ -73,7 +84,7 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
         command = [
             sys.executable,
             "-m",
-            f"experiments.{config.task}",
+            __name__.replace("compare.plan", config.task),
             *config.arguments,
             *objectives[place.label].flags,
         ]
@@ -90,16 +101,16 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
     return plans
 
 
-def parse(task: Task, arguments: Sequence[str], label: str) -> dict:
+def parse(task: str, arguments: Sequence[str], label: str) -> dict:
     """What the task would make of its command line, found out in this process, before minutes are
     lost.
 
     Raises:
         RunError: if it would refuse it.
     """
-    task_config = importlib.import_module(f"experiments.{task}.config").Config
+    (task_config,) = (known.config for known in TASKS if known.name == task)
     try:
-        return as_json(_arguments.parse(task_config, f"python -m experiments.{task}", arguments))
+        return as_json(command_lines.parse(task_config, f"{PROGRAM} {task}", arguments))
     except ValueError as error:
         raise RunError(f"{task} refuses the objective {label!r}: {error}") from error
     except SystemExit as exit:
@@ -110,7 +121,7 @@ def parse(task: Task, arguments: Sequence[str], label: str) -> dict:
 
 def _check_folder(plan: Plan) -> None:
     folder = plan.place.folder
-    if (folder / "config.json").is_file():
+    if is_begun(folder):
         try:
             check_same(folder, plan.config)
         except RunError as error:
@@ -126,40 +137,16 @@ def _check_folder(plan: Plan) -> None:
         raise RunError(f"{folder} holds something else than a run. Give another --folder.")
 
 
-def is_begun(folder: Path) -> bool:
-    """Whether there is something to resume."""
-    return (folder / "config.json").is_file()
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run has come to its end: the aligned model is the last thing that it writes but its
-    pictures."""
-    return is_begun(folder) and (folder / "model").is_dir()
-
-
 def is_complete(plan: Plan) -> bool:
     """Whether nothing is left to do: all steps are taken, or it stopped early by the very rules
     that are asked for."""
     folder = plan.place.folder
     if not is_finished(folder):
         return False
-    saved = read_json(folder / "config.json")
-    rules = MAY_CHANGE - {"resume", "run_folder"}
-    records = read_metrics(folder / "metrics.jsonl")
-    evaluated = [record["step"] for record in records if record["kind"] == "evaluation"]
-    last = max(evaluated, default=0)
+    saved = read_config(folder)
+    rules = plan.config.keys() & MAY_CHANGE - {"resume", "run_folder"}
+    last = max(by_step(read_metrics(folder), "evaluation"), default=0)
     return last >= plan.steps or all(saved.get(name) == plan.config[name] for name in rules)
-
-
-def current_step(folder: Path) -> int:
-    """The step of the last record of metrics.jsonl, which may be long: its end is enough."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**15))
-        found = re.findall(rb'"step": (\d+),', file.read())
-    return int(found[-1]) if found else 0
 
 
 def default_folder(config: Config) -> Path:

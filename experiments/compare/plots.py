@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments._evaluate import NAMES
-from experiments._plots import STYLE, counted, label_counts
+from fjax.runs.names import title_of
+from fjax.runs.plots import STYLE, counted, label_counts
 
 from .results import Curve, Result, by_label, by_samples, curve, spread
 
@@ -180,7 +180,7 @@ def _smooth(records: Sequence[dict], name: str) -> list[dict]:
 
 def titled(name: str) -> str:
     """What a figure is called, with its unit."""
-    return NAMES.get(name, name) + (", nats" if name in NATS else "")
+    return title_of(name) + (", nats" if name in NATS else "")
 
 
 def _finish(figure, path: Path) -> None:

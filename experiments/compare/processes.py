@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from experiments._endings import graceful_stop
-from experiments._words import on_one_line
+from fjax.runs.endings import graceful_stop
+from fjax.runs.text import on_one_line
 
 from .plan import Plan, current_step, is_begun
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments._run_folder import MAY_CHANGE, RunError, read_json, read_metrics
+from fjax.runs import RunError
+from fjax.runs.folder import MAY_CHANGE, by_step, read_config, read_metrics
 
 from .plan import Place
 
@@ -56,21 +57,10 @@ def read_result(place: Place) -> Result:
     Raises:
         RunError: if it has no metrics, or no evaluation.
     """
-    try:
-        config = read_json(place.folder / "config.json")
-        records = read_metrics(place.folder / "metrics.jsonl")
-    except OSError as error:
-        raise RunError(
-            f"{place.folder} is no run folder: {error.strerror}: {error.filename}."
-        ) from error
-    # A resumed run may have repeated a step; the later record is the one that went on.
-    kinds = {
-        kind: {r["step"]: r for r in records if r["kind"] == kind}
-        for kind in ("evaluation", "step")
-    }
-    if not kinds["evaluation"]:
+    config, records = read_config(place.folder), read_metrics(place.folder)
+    evaluations, steps = (list(by_step(records, k).values()) for k in ("evaluation", "step"))
+    if not evaluations:
         raise RunError(f"{place.folder} has no evaluation yet.")
-    evaluations, steps = ([of_kind[step] for step in sorted(of_kind)] for of_kind in kinds.values())
     return Result(place, config, evaluations, steps)
 
 
@@ -85,10 +75,7 @@ def place_of(folder: Path, labels: dict[str, str]) -> Place:
     Raises:
         RunError: if it is no run folder.
     """
-    try:
-        config = read_json(folder / "config.json", "seed", "divergence")
-    except OSError as error:
-        raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
+    config = read_config(folder, "seed", "divergence")
     named = re.fullmatch(r"(.+)-seed(-?\d+)", folder.name)
     label = labels.get(named[1], named[1]) if named else label_of(config)
     return Place(label, config["seed"], folder)
@@ -98,9 +85,9 @@ def label_of(config: dict) -> str:
     """An objective in a word, from a run's configuration."""
     if config.get("algorithm", "fdpg") != "fdpg":
         return config["algorithm"]
-    label = (
-        f"alpha={config['alpha']:g}" if config["divergence"] == "alpha" else config["divergence"]
-    )
+    label = config["divergence"]
+    if label == "alpha":  # of a run from before the value was a part of the name
+        label = f"alpha={config['alpha']:g}"
     clip = f", f' clipped to {config['clip']}" if config.get("clip") else ""
     return label + clip + (", adaptive proposal" if config.get("proposal") == "adaptive" else "")
 

@@ -6,18 +6,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments._run_folder import RunError, locked, write_text
+from fjax.runs import RunError
+from fjax.runs.folder import is_begun, is_finished, locked, write_text
 
+from ..tasks import TASKS
 from . import plots, table
-from .config import HEADLINES, Config
+from .config import Config
 from .objectives import parse_objectives
 from .plan import (
     Place,
     Plan,
     default_folder,
-    is_begun,
     is_complete,
-    is_finished,
     make_plans,
     places,
     read_notes,
@@ -104,7 +104,7 @@ def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequenc
     if not done:
         raise RunError(f"There is no finished run of {config.task} in {folder} to report on.")
     results = [read_result(place) for place in done]
-    headlines = HEADLINES[config.task]
+    headlines = next(task.headlines for task in TASKS if task.name == config.task)
     figures = config.figures or (*headlines, *table.REPORTED)
     unknown = [
         name for name in config.figures if not any(name in result.last for result in results)

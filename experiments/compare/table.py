@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from experiments._evaluate import NAMES
-from experiments._plots import counted
+from fjax.runs.names import title_of
+from fjax.runs.plots import counted
 
 from .plan import Place
 from .results import Result, Spread, by_label, differing_settings, spread
@@ -44,7 +44,7 @@ def rows(results: Sequence[Result], missing: Sequence[Place], figures: Sequence[
     """Header, base model, and a row an objective; columns that no run has are left out."""
     known = [name for name in figures if any(name in result.last for result in results)]
     samples = counted([record for result in results for record in result.steps])
-    header = ["", *(NAMES.get(name, name) for name in known), samples, "seconds"]
+    header = ["", *(title_of(name) for name in known), samples, "seconds"]
     groups = by_label(results)
     wanted = {label: len(group) for label, group in groups.items()}
     for place in missing:

@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from experiments._arguments import check_numbers
-from experiments._settings import Settings
+from ..common.arguments import check_numbers
+from ..common.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Config:
 
         python -m experiments.conditional
         python -m experiments.conditional --normalizer global
-        python -m experiments.conditional --prompts my_prompts.txt --predicate
-        my_module:my_predicate
+        python -m experiments.conditional --prompts my_prompts.txt \\
+            --predicate my_module:my_predicate
     """
 
     predicate: str = "turns"

@@ -1,9 +1,11 @@
-"""Satisfaction prompt by prompt, runs beside one another: python -m experiments.conditional.plot
---help."""
+"""Satisfaction prompt by prompt, runs beside one another:
+python -m experiments.conditional.plot --help.
+"""
 
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments._command import run
-from experiments._plots import STYLE, known_contexts, per_context
-from experiments._run_folder import RunError, check_output, read_json, read_records
+from fjax.runs import RunError
+from fjax.runs.folder import read_config, read_contexts
+from fjax.runs.plots import STYLE, per_context
+
+from ..common.arguments import check_output
+from ..common.command import run
 
 PARTS = ("hardest third", "middle third", "easiest third")
 
@@ -25,7 +30,8 @@ class Config:
 
     Examples:
 
-        python -m experiments.conditional.plot runs/conditional/repeats-jensen_shannon-0 \\
+        python -m experiments.conditional.plot \\
+            runs/conditional/repeats-jensen_shannon-0 \\
             runs/conditional/repeats-jensen_shannon-global-z-0
     """
 
@@ -46,19 +52,20 @@ def read(folder: Path) -> tuple[str, list[dict]]:
         RunError: if it is no finished run of this experiment.
     """
     try:
-        config = read_json(folder / "config.json", "normalizer")
-        records = read_records(folder / "contexts.jsonl", "step", "prompt", "log_z", "satisfaction")
-    except (OSError, RunError) as error:
+        config, records = read_config(folder, "normalizer"), read_contexts(folder)
+        records = [_with_rate(record) for record in records]
+    except (KeyError, RunError) as error:
         raise RunError(f"{folder} is no run of conditional with an evaluation: {error}.") from error
     if not records:
         raise RunError(f"{folder} has no evaluation yet.")
-    return config["normalizer"], [_with_rate(record) for record in known_contexts(records)]
+    return config["normalizer"], records
 
 
 def _with_rate(record: dict) -> dict:
     """Before the first step satisfaction is Z_c, of many more samples than an evaluation has of one
     prompt."""
-    return record | {"satisfaction": math.exp(record["log_z"])} if record["step"] == 0 else record
+    satisfaction = math.exp(record["log_z"]) if record["step"] == 0 else record["satisfaction"]
+    return record | {"satisfaction": satisfaction}
 
 
 def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +83,7 @@ def by_thirds(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return means(first), means(last)
 
 
-def main(config: Config) -> int:
+def draw(config: Config) -> int:
     """Draws, and prints the means."""
     check_output(config.output, "--output")
     found = [read(folder) for folder in config.runs]
@@ -121,5 +128,7 @@ def main(config: Config) -> int:
     return 0
 
 
+main = partial(run, Config, draw, name="conditional.plot", computes=False)
+
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.conditional.plot", computes=False))
+    sys.exit(main())

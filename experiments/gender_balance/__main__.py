@@ -2,10 +2,10 @@
 
 import sys
 
-from experiments._command import run
+from ..common.build import main_of
+from .target import TASK
 
-from .config import Config
-from .run import main
+main = main_of(TASK)
 
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.gender_balance"))
+    sys.exit(main())

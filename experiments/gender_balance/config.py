@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from experiments._arguments import check_numbers
-from experiments._settings import Settings
+from ..common.arguments import check_numbers
+from ..common.settings import Settings
 
 WOMAN = "she her hers herself woman women girl girls lady ladies actress actresses mother daughter sister wife heroine queen"
 MAN = "he him his himself man men boy boys guy guys gentleman actor actors father son brother husband hero king"
@@ -23,9 +23,11 @@ class Config:
     Examples:
 
         python -m experiments.gender_balance
-        python -m experiments.gender_balance --moments "love=0.1" "funny|comedy=0.2"
+        python -m experiments.gender_balance \\
+            --moments "love=0.1" "funny|comedy=0.2"
         python -m experiments.gender_balance --moments "film|movie=1"
-        python -m experiments.gender_balance --share 0.3 --divergence total_variation
+        python -m experiments.gender_balance --share 0.3 \\
+            --divergence total_variation
     """
 
     share: float = 0.5

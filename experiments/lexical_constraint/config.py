@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from experiments._arguments import check_numbers
-from experiments._settings import Settings
+from ..common.arguments import check_numbers
+from ..common.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,11 @@ class Config:
     Examples:
 
         python -m experiments.lexical_constraint --word amazing
-        python -m experiments.lexical_constraint --word amazing --divergence reverse_kl --clip -8 8
-        python -m experiments.lexical_constraint --word amazing --model gpt2 --learning-rate 1e-5
-        --steps 1000
+        python -m experiments.lexical_constraint --word amazing \\
+            --divergence reverse_kl --clip -8 8
+        python -m experiments.lexical_constraint --divergence alpha=0.5
+        python -m experiments.lexical_constraint --word amazing --model gpt2 \\
+            --learning-rate 1e-5 --steps 1000
     """
 
     word: str = "amazing"

@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from experiments._arguments import FolderOrName, check_numbers
-from experiments._settings import Settings
+from ..common.arguments import FolderOrName, check_numbers
+from ..common.settings import ASSETS, Settings
 
 BUILT_IN = Path(__file__).parent / "pairs.jsonl"
 
@@ -27,8 +27,8 @@ class Config:
         python -m experiments.preference_pairs
         python -m experiments.preference_pairs --loss chi_po --beta 0.1 --steps 280
         python -m experiments.preference_pairs --loss f_dpo --f jensen_shannon
-        python -m experiments.preference_pairs --pairs my_pairs.jsonl --skip-bad-lines --reward
-        my_module:my_rewards
+        python -m experiments.preference_pairs --pairs my_pairs.jsonl \\
+            --skip-bad-lines --reward my_module:my_rewards
     """
 
     loss: Literal["dpo", "f_dpo", "chi_po", "ipo", "exo"] = "dpo"
@@ -57,7 +57,7 @@ class Config:
     """β of the target p ∝ a·exp(r/β) that evaluations report the distance from."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
-    corpora: Path = Path("experiments/assets")
+    corpora: Path = ASSETS
     """Folder with sentence_polarity.zip, the labels of the built-in reward."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(
         default_factory=lambda: Settings(

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._prompts import token_ids
-from experiments._run_folder import RunError
+from fjax.runs import RunError
 from fjax.training import PairBatch
+
+from ..common.prompts import token_ids
 
 SHOWN = 5
 """Bad lines that a report names; there may be thousands."""

@@ -1,9 +1,11 @@
-"""Preference pairs of the base model's own continuations: python -m
-experiments.preference_pairs.make_pairs --help."""
+"""Preference pairs of the base model's own continuations:
+python -m experiments.preference_pairs.make_pairs --help.
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,16 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fjax
-from experiments._arguments import FolderOrName, check_numbers
-from experiments._command import run
-from experiments._programs import check_positions, decode, load_model, make_sampler
-from experiments._prompts import Prompts, openings, read_prompts
-from experiments._run_folder import RunError, check_output, write_text
-from experiments._settings import Settings
-from experiments.sentiment_reward.config import Config as RewardConfig
-from experiments.sentiment_reward.run import Rewards, make_reward
-from fjax.models import PretrainedModel
+from fjax.models import LanguageModel
+from fjax.rollouts import Prompts, make_decode, make_sample_fn
+from fjax.runs import RunError
+from fjax.runs.folder import write_text
 
+from ..common.arguments import FolderOrName, check_numbers, check_output
+from ..common.build import check_positions, load_model
+from ..common.command import run
+from ..common.prompts import openings, read_prompts
+from ..common.rewards import Rewards, make_reward
+from ..common.settings import ASSETS, Settings
 from .data import Pair, as_line
 
 ROWS = 256
@@ -38,9 +41,10 @@ class Config:
     Examples:
 
         python -m experiments.preference_pairs.make_pairs
-        python -m experiments.preference_pairs.make_pairs --labels bradley-terry --output
-        my_pairs.jsonl python -m experiments.preference_pairs.make_pairs --reward
-        my_module:my_rewards --prompts my_prompts.txt
+        python -m experiments.preference_pairs.make_pairs \\
+            --labels bradley-terry --output my_pairs.jsonl
+        python -m experiments.preference_pairs.make_pairs \\
+            --reward my_module:my_rewards --prompts my_prompts.txt
     """
 
     output: Path = Path("pairs.jsonl")
@@ -67,7 +71,7 @@ class Config:
     texts (prompt and continuation) to as many numbers."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
-    corpora: Path = Path("experiments/assets")
+    corpora: Path = ASSETS
     """Folder with sentence_polarity.zip, the labels of the built-in reward."""
     seed: int = 0
     """Of samples and labels."""
@@ -90,11 +94,17 @@ class Answer(NamedTuple):
 
 
 def draw_answers(
-    config: Config, model: PretrainedModel, prompts: Prompts, reward: Rewards
+    config: Config, model: LanguageModel, prompts: Prompts, reward: Rewards
 ) -> Iterator[list[Answer]]:
     """The continuations of each prompt in turn, as many as its pairs need."""
     each, count = config.group * config.pairs_per_prompt, len(prompts.texts)
-    draw, at_once = make_sampler(model, max_new_tokens=config.max_new_tokens), max(1, ROWS // each)
+    draw = make_sample_fn(
+        model.decode_fn,
+        model.init_cache,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=model.eos_id,
+    )
+    decode, at_once = make_decode(model.tokenizer), max(1, ROWS // each)
     rng_key = jax.random.key(config.seed)
     for first in range(0, count, at_once):
         # the last batch is filled up, so that all have one shape
@@ -104,7 +114,7 @@ def draw_answers(
         )
         drawn = draw(model.params, rng_key, tokens, where, row_ids, each=each)
         samples = fjax.Samples(*(x[: each * (count - first)] for x in jax.device_get(drawn)))
-        texts = decode(model, samples.tokens, samples.where)
+        texts = decode(samples.tokens, samples.where)
         rewards = reward([prompts.texts[ids[i // each]] + text for i, text in enumerate(texts)])
         answers = [
             Answer(*row)
@@ -138,7 +148,7 @@ def label(
     return None if no_pair else (chosen, rejected)
 
 
-def main(config: Config) -> int:
+def make_pairs(config: Config) -> int:
     """Draws, scores, labels, writes, and says what the pairs are like."""
     if config.output.exists():
         raise RunError(f"{config.output} is there already. Give another --output, or move it away.")
@@ -147,11 +157,7 @@ def main(config: Config) -> int:
     model = load_model(settings)
     prompts, reports = _prompts(config, model)
     check_positions(settings, model, prompts.tokens.shape[1])
-    reward = make_reward(
-        RewardConfig(
-            reward=config.reward, reward_folder=config.reward_folder, corpora=config.corpora
-        )
-    )
+    reward = make_reward(config.reward, config.reward_folder, config.corpora)
     console = Console(width=None if sys.stdout.isatty() else 110)
     for report in reports:
         console.print(report, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -168,7 +174,7 @@ def main(config: Config) -> int:
     return 0
 
 
-def _prompts(config: Config, model: PretrainedModel) -> tuple[Prompts, list[str]]:
+def _prompts(config: Config, model: LanguageModel) -> tuple[Prompts, list[str]]:
     if config.prompts is None:
         return openings(model.tokenizer)[0], []
     return read_prompts(config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens)
@@ -202,5 +208,7 @@ def _write(config: Config, prompts: Prompts, answers: Sequence[Sequence[Answer]]
     )
 
 
+main = partial(run, Config, make_pairs, name="preference_pairs.make_pairs")
+
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.preference_pairs.make_pairs"))
+    sys.exit(main())

@@ -1,11 +1,13 @@
 """Command line: python -m experiments.pretrain --help."""
 
 import sys
+from functools import partial
 
-from experiments._command import run
-
+from ..common.command import run
 from .config import Config
-from .run import main
+from .run import main as pretrain
+
+main = partial(run, Config, pretrain, name="pretrain")
 
 if __name__ == "__main__":
-    sys.exit(run(Config, main, module="experiments.pretrain"))
+    sys.exit(main())

@@ -10,11 +10,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from experiments._programs import hardware
-from fjax.models import gpt2, huggingface
+from fjax.models import LanguageModel, gpt2, huggingface
+from fjax.runs.display import hardware
 from fjax.sampling import Samples, sample
 
-from . import data, train
+from ..common import corpora as data
+from . import train
 from .config import Config
 
 NEW_TOKENS = 64
@@ -83,7 +84,7 @@ def bits_per_byte(nats_per_sentence: float, sentences: list[str]) -> float:
     )
 
 
-def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samples:
+def _draw(shipped: LanguageModel, *, rows: int, seed: int) -> Samples:
     prompt = jnp.full((rows, 1), shipped.tokenizer.eos_token_id, jnp.int32)
     new_tokens = _new_tokens(shipped)
     cache = shipped.init_cache(rows, 1 + new_tokens)
@@ -103,7 +104,7 @@ def _draw(shipped: huggingface.PretrainedModel, *, rows: int, seed: int) -> Samp
     return jax.jit(draw)(shipped.params, jax.random.key(seed), prompt, cache)
 
 
-def _new_tokens(shipped: huggingface.PretrainedModel) -> int:
+def _new_tokens(shipped: LanguageModel) -> int:
     return min(NEW_TOKENS, shipped.config.n_positions - 1)
 
 

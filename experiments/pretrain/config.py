@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments._arguments import check_numbers
+from ..common.arguments import check_numbers
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments._run_folder import RunError
 from fjax.models import gpt2
+from fjax.runs import RunError
 from fjax.training import Checkpoints, JsonlLogger
 
-from . import card, data, ngram, train
+from ..common import corpora as data
+from . import card, ngram, train
 from .config import Config
 
 console = Console(stderr=True)

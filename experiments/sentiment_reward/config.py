@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
-from experiments._arguments import FolderOrName, check_numbers
-from experiments._settings import Settings
+from ..common.arguments import FolderOrName, check_numbers
+from ..common.settings import ASSETS, Settings
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ class Config:
     Examples:
 
         python -m experiments.sentiment_reward
-        python -m experiments.sentiment_reward --beta 0.5 --divergence jensen_shannon
-        python -m experiments.sentiment_reward --reward my_module:my_rewards --beta 0.1
+        python -m experiments.sentiment_reward --beta 0.5 \\
+            --divergence jensen_shannon
+        python -m experiments.sentiment_reward --beta 0.1 \\
+            --reward my_module:my_rewards
     """
 
     reward: FolderOrName = "sentiment"
@@ -35,7 +37,7 @@ class Config:
     0 the target would be the best single sample."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
-    corpora: Path = Path("experiments/assets")
+    corpora: Path = ASSETS
     """Folder with sentence_polarity.zip (Pang and Lee 2005, CC BY 4.0), the labels of the built-in
     reward."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(

@@ -1,6 +1,9 @@
 """Language models as pure functions, the families of them, and their Hugging Face folders."""
 
-from fjax.models import gpt2
+from fjax.models import (
+    _extra,  # noqa: F401 - before all that needs it
+    gpt2,
+)
 from fjax.models.base import Family, KVCache, LanguageModel, PretrainedModel, RewardModel
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface import (

@@ -2,8 +2,10 @@
 is kept of it.
 """
 
+from typing import TYPE_CHECKING
+
+from fjax._optional import import_optional
 from fjax.training.base import Rollout, StepInfo, TrainState, Tuner
-from fjax.training.checkpoint import Checkpoints
 from fjax.training.f_dpg import fdpg
 from fjax.training.logging import (
     FanOut,
@@ -15,6 +17,9 @@ from fjax.training.logging import (
 )
 from fjax.training.pairs import PairBatch, PairInfo, PairTuner, preference_tuner
 from fjax.training.rl import ppo_tuner, rloo_tuner
+
+if TYPE_CHECKING:
+    from fjax.training.checkpoint import Checkpoints
 
 __all__ = [
     "Checkpoints",
@@ -39,3 +44,13 @@ __all__ = [
 
 # The names that they had, when `rloo` was a loss (`fjax.policy_gradients.rloo`) and a tuner.
 ppo, rloo = ppo_tuner, rloo_tuner
+
+
+def __getattr__(name: str) -> object:
+    """Checkpoints alone need orbax, which comes with ``fjax[lm]``."""
+    if name == "Checkpoints":
+        import_optional("orbax.checkpoint", extra="lm")
+        from fjax.training.checkpoint import Checkpoints
+
+        return Checkpoints
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

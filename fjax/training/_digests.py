@@ -3,6 +3,7 @@ lie.
 """
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -59,3 +60,8 @@ def _of_array(array: np.ndarray) -> str:
 def digest_text(text: str) -> str:
     """Of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_params(params: PyTree) -> str:
+    """Of all parameters, by their names."""
+    return digest_text(json.dumps(describe_arrays(params), sort_keys=True))

@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Checkpoints:
         self, folder: str | Path, *, keep: int = 2, score: Callable[[dict], float] | None = None
     ):
         self._folder, self._keep, self._score = Path(folder).absolute(), keep, score
-        self._pending, self._lock = None, None
+        self._pending, self._lock, self._hushed = None, None, ExitStack()
         self._metrics: dict[int, Any] = {}  # of the steps that were asked for; they never change
         self._orbax = self._open()
 
@@ -81,6 +81,7 @@ class Checkpoints:
         try:
             self._orbax.close()
         finally:
+            self._hushed.close()
             if self._lock is not None:
                 self._lock.release()
 
@@ -214,6 +215,7 @@ class Checkpoints:
         """From here on nobody else saves here, and what a kill left half-written may go."""
         if self._lock is None:
             self._lock = FolderLock(self._folder)
+            self._hushed.enter_context(_without_late_news())
             self._reopen(clean=True)
 
     def _reopen(self, *, clean: bool = False) -> None:
@@ -409,3 +411,22 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook = hook
+
+
+@contextmanager
+def _without_late_news() -> Iterator[None]:
+    """Of a save that failed tensorstore's threads still tell orbax, array by array, when its event
+    loop is closed: each would print a page, and `Checkpoints.wait` raises the failure anyway.
+    """
+    hook = sys.unraisablehook
+
+    def heard(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = heard
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is heard:  # and nobody else's since
+            sys.unraisablehook = hook

@@ -1,11 +1,17 @@
-"""Runs an experiment's command in this process, as a shell would: arguments in; exit status and
-files out."""
+"""Runs a command in this process, as a shell would: arguments in; exit status and files out."""
 
+import io
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
-from experiments import _command
+import pytest
+
+from experiments.common.build import load_model, make_built
+from experiments.common.task import Built, Task
+from fjax.runs import Display
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny-gpt2"
 SMALL = (
@@ -23,10 +29,28 @@ SMALL = (
 """A model and sizes with which a step takes milliseconds; compiling takes the seconds."""
 
 
-def run(monkeypatch, config: type, main: Callable, *arguments: object) -> int:
-    """What ``python -m <experiment> <arguments>`` would exit with."""
+def run(monkeypatch: pytest.MonkeyPatch, command: Callable[[], int], *arguments: object) -> int:
+    """What the command would exit with, such as `experiments.lexical_constraint.__main__.main`."""
     monkeypatch.setattr(sys, "argv", ["experiment", *map(str, arguments)])
     try:
-        return _command.run(config, main, module="experiment")
+        return command()
     except SystemExit as exit:  # tyro's, for what cannot be parsed
         return int(exit.code or 0)
+
+
+def finish(command: Callable[[], int], *arguments: object) -> str:
+    """Runs it to a good end, for all tests that look at what it leaves; returns what it printed."""
+    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(io.StringIO()) as printed:
+        assert run(monkeypatch, command, *arguments) == 0
+    return " ".join(printed.getvalue().split())
+
+
+def build(task: Task, config: Any) -> Built:
+    """All that a run of a task does before its first sample: whatever is wrong is raised here."""
+    task.make_target(config)
+    model = load_model(config.settings)
+    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
+    built = make_built(config.settings, model, contexts, Display())
+    if task.make_stepper is not None:
+        task.make_stepper(config, built)
+    return built

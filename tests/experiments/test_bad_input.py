@@ -6,28 +6,28 @@ import json
 import sys
 import types
 from errno import EACCES, ENOENT, ENOSPC
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _command, evaluate, generate, kl_gradients, tabulate
-from experiments._display import Display
-from experiments._evaluate import Evaluation, Figure, Target
-from experiments._programs import hardware
-from experiments._python import load_function
-from experiments._run_folder import RunError, describe_run, write_text
-from experiments.compare import run as compare
-from experiments.compare.config import Config as CompareConfig
+from experiments.common import command, rewards
+from experiments.common.functions import load_function
+from experiments.compare import __main__ as compare
 from experiments.conditional import plot
-from experiments.conditional import run as conditional
+from experiments.conditional import target as conditional
 from experiments.gender_balance.config import Config as GenderConfig
 from experiments.gender_balance.config import parse_moments
-from experiments.gender_balance.run import make_features
+from experiments.gender_balance.target import make_features
 from experiments.preference_pairs import make_pairs
 from experiments.preference_pairs.data import read_pairs
-from experiments.sentiment_reward import run as sentiment
-from experiments.sentiment_reward.config import Config as SentimentConfig
+from experiments.sentiment_reward.__main__ import main as sentiment
+from experiments.tools import evaluate, generate, kl_gradients, tabulate
+from fjax.evaluation import Evaluation, Scored, TextTarget
+from fjax.evaluation.figures import figure
+from fjax.runs.display import Display, hardware
+from fjax.runs.folder import OpenRun, RunError, describe_run, write_text
 
 from .commands import SMALL, TINY, run
 
@@ -87,7 +87,7 @@ BAD_REWARDS = {
 def test_a_reward_that_is_none_is_a_sentence(name):
     function, message = BAD_REWARDS[name]
     with pytest.raises(RunError) as raised:
-        sentiment.checked(function, "mine")(TEXTS)
+        rewards.checked(function, "mine")(TEXTS)
     assert message in str(raised.value)
     assert len(str(raised.value)) < 400
 
@@ -105,7 +105,7 @@ def test_a_reward_that_is_none_is_a_sentence(name):
     ids=lambda x: f"{type(x).__name__} {getattr(x, 'dtype', '')}",
 )
 def test_numbers_of_any_kind_are_rewards(answer):
-    values = sentiment.checked(lambda texts: answer, "mine")(TEXTS)
+    values = rewards.checked(lambda texts: answer, "mine")(TEXTS)
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, [float(x) for x in answer])
 
@@ -119,7 +119,7 @@ def test_what_a_reward_does_with_its_arguments_and_answers_later_changes_nothing
         texts.clear()
         return held
 
-    checked, texts = sentiment.checked(reward, "mine"), list(TEXTS)
+    checked, texts = rewards.checked(reward, "mine"), list(TEXTS)
     first = checked(texts)
     checked(["", ""])
     assert texts == TEXTS
@@ -170,7 +170,7 @@ def test_one_truth_of_any_kind_is_an_answer(answer):
 
 def test_leaving_from_within_a_reward_is_an_error_of_the_reward(monkeypatch, capsys):
     arguments = ("--reward", f"{HERE}:leaves", *SMALL)
-    assert run(monkeypatch, SentimentConfig, sentiment.main, *arguments) == 2
+    assert run(monkeypatch, sentiment, *arguments) == 2
     assert "test_bad_input:leaves failed on 2 texts, SystemExit: 0" in " ".join(
         capsys.readouterr().err.split()
     )
@@ -197,24 +197,22 @@ PLAIN = ESCAPE.translate(
 
 def test_a_sample_cannot_steer_the_terminal(monkeypatch, capsys):
     """Nor can the name of a figure, a title, a word, or what a library says of an error."""
-    target = Target(lambda *_: {}, lambda *_: np.zeros(1), headline="x", bound="x")
-    feature = {"x": np.ones(1), ESCAPE: np.ones(1)}
-    evaluation = Evaluation(
-        {"x": Figure(1.0), ESCAPE: Figure(2.0), "forward_kl": Figure(0.1)},
-        [ESCAPE],
-        [ESCAPE],
-        feature,
-    )
+    target = TextTarget(lambda *_: {}, lambda *_: np.zeros(1), headline="x", bound="x")
+    feature, one = {"x": np.ones(1), ESCAPE: np.ones(1)}, np.zeros(1)
+    texts = {"prompts": [ESCAPE], "texts": [ESCAPE], "references": [""], "features": feature}
+    samples = Scored(*[one] * 6, contexts=None, **texts)
+    figures = {"x": figure(1.0), ESCAPE: figure(2.0), "forward_kl": figure(0.1)}
+    evaluation = Evaluation(figures, samples, None, {})
     display = Display()
     monkeypatch.setattr(display._console, "width", 300)
     display.evaluation(evaluation, 0, target)
-    display.beside({}, evaluation, target, first=ESCAPE, last="after")
+    display.beside({}, evaluation, target, None, first=ESCAPE, last="after")
     display.table("moments", ("feature", "base"), [(ESCAPE, "1")])
     display.warn(ESCAPE)
     printed = capsys.readouterr().out
     assert not {c for c in printed if not c.isprintable()} - {"\n"}
     assert printed.count(PLAIN) == 3 + 5 + 1 + 1
-    assert _command._fail(ESCAPE) == 2
+    assert command._fail(ESCAPE) == 2
     assert PLAIN in capsys.readouterr().err
 
 
@@ -280,10 +278,9 @@ def some_run(folder):
 
 
 READERS = {
-    "tabulate": (tabulate.Config, tabulate.main, lambda folder: (folder,)),
-    "plot": (plot.Config, plot.main, lambda folder: (folder, "--output", folder / "x.png")),
+    "tabulate": (tabulate.main, lambda folder: (folder,)),
+    "plot": (plot.main, lambda folder: (folder, "--output", folder / "x.png")),
     "compare": (
-        CompareConfig,
         compare.main,
         lambda folder: (
             "--task",
@@ -326,8 +323,8 @@ def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys
         "contexts.jsonl": ("plot",),
     }
     for reader in readers.get(name, () if damage in ("a folder", "not there") else ("compare",)):
-        config, main, arguments = READERS[reader]
-        assert run(monkeypatch, config, main, *arguments(folder)) == 2, reader
+        main, arguments = READERS[reader]
+        assert run(monkeypatch, main, *arguments(folder)) == 2, reader
         shown = capsys.readouterr().err
         assert "Error: " in shown
         assert path.name in shown or "has no evaluation" in shown
@@ -336,27 +333,27 @@ def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("config", "main", "arguments", "flags"),
+    ("main", "arguments", "flags"),
     [
-        (evaluate.Config, evaluate.main, ("--aligned", TINY), ("--output",)),
-        (generate.Config, generate.main, ("--model", TINY, "--word", "w9"), ("--output", "--plot")),
-        (kl_gradients.Config, kl_gradients.main, (), ("--output",)),
-        (make_pairs.Config, make_pairs.main, (), ("--output",)),
-        (plot.Config, plot.main, (TINY,), ("--output",)),
+        (evaluate.main, ("--aligned", TINY), ("--output",)),
+        (generate.main, ("--model", TINY, "--word", "w9"), ("--output", "--plot")),
+        (kl_gradients.main, (), ("--output",)),
+        (make_pairs.main, (), ("--output",)),
+        (plot.main, (TINY,), ("--output",)),
     ],
     ids=["evaluate", "generate", "kl_gradients", "make_pairs", "plot"],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
-    config, main, arguments, flags, monkeypatch, tmp_path, capsys
+    main, arguments, flags, monkeypatch, tmp_path, capsys
 ):
     for module in (evaluate, generate, make_pairs):
         monkeypatch.setattr(module, "load_model", lambda _: pytest.fail("the work has begun"))
     monkeypatch.setattr(kl_gradients, "page", lambda _: pytest.fail("the work has begun"))
-    task = ("lexical_constraint",) if config is evaluate.Config else ()
+    task = ("lexical_constraint",) if main is evaluate.main else ()
     (tmp_path / "file").touch()
     for flag in flags:
         for path in (tmp_path / "nowhere" / "x", tmp_path, tmp_path / "file" / "x"):
-            assert run(monkeypatch, config, main, *arguments, flag, path, *task) == 2
+            assert run(monkeypatch, main, *arguments, flag, path, *task) == 2
             shown = capsys.readouterr().err
             assert "--output" in shown or "--plot" in shown or "is there already" in shown
             assert str(path) in shown
@@ -367,6 +364,11 @@ def raising(error):
         raise error
 
     return main
+
+
+def tabulating(main):
+    """A command that takes a folder, and does that with it."""
+    return partial(command.run, tabulate.Config, main, name="tabulate")
 
 
 def caused_by(error, cause):
@@ -409,7 +411,7 @@ JSON = '{"metadata": ["' + "x" * 5000 + '"]}\n'
     ],
 )
 def test_what_the_system_refuses_is_a_sentence(error, message, monkeypatch, capsys):
-    assert run(monkeypatch, tabulate.Config, raising(error), "folder") == 2
+    assert run(monkeypatch, tabulating(raising(error)), "folder") == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
@@ -421,7 +423,7 @@ def test_what_the_system_refuses_is_a_sentence(error, message, monkeypatch, caps
 )
 def test_a_bug_keeps_its_traceback(error, monkeypatch):
     with pytest.raises(type(error)):
-        run(monkeypatch, tabulate.Config, raising(error), "folder")
+        run(monkeypatch, tabulating(raising(error)), "folder")
 
 
 @pytest.mark.parametrize(
@@ -454,11 +456,11 @@ def test_an_accelerator_that_is_asked_for_is_had_or_refused(
         config=types.SimpleNamespace(jax_platforms=asked, update=lambda *_: None),
         default_backend=default_backend,
     )
-    monkeypatch.setattr(_command, "jax", fake)
-    assert run(monkeypatch, kl_gradients.Config, lambda _: 0) == (2 if message else 0)
+    monkeypatch.setattr(command, "jax", fake)
+    assert run(monkeypatch, tabulating(lambda _: 0), "folder") == (2 if message else 0)
     assert (message or "") in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["tabulate", "folder"])
-    assert _command.run(tabulate.Config, lambda _: 0, module="tabulate", computes=False) == 0
+    reading = partial(command.run, tabulate.Config, lambda _: 0, name="tabulate", computes=False)
+    assert run(monkeypatch, reading, "folder") == 0
 
 
 @pytest.mark.parametrize("name", ["reports", "prints"])
@@ -467,7 +469,7 @@ def test_a_locale_without_utf_8_changes_nothing(name, tmp_path, monkeypatch):
     if name == "prints":
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         monkeypatch.setattr(sys, "stdout", stream)
-        assert run(monkeypatch, tabulate.Config, lambda _: print("π → p") or 0, "folder") == 0
+        assert run(monkeypatch, tabulating(lambda _: print("π → p") or 0), "folder") == 0
         assert stream.buffer.getvalue() == b"? ? p\n"
         return
     monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
@@ -493,5 +495,5 @@ def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monke
     monkeypatch.setattr("jax.devices", lambda: [device] * there)
     monkeypatch.setattr("jax.device_count", lambda: there)
     assert hardware().endswith(said)
-    describe_run(tmp_path, {}, experiment="x", digests={})
+    describe_run(OpenRun(tmp_path, {}, {}, resume=False, command="python x"))
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["devices"] == [kind]

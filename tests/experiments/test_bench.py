@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench
+from experiments.tools import bench
 from fjax.sampling import categorical, top_p
 
 from .commands import TINY, run
@@ -44,9 +44,9 @@ def test_the_command(monkeypatch, capsys):
         "--max-new-tokens",
         3,
     )
-    assert run(monkeypatch, bench.Config, bench.main, *small) == 0
+    assert run(monkeypatch, bench.main, *small) == 0
     printed = capsys.readouterr().out
     for row in ("blocks (fjax)", "top-p 0.9 by a sort", "whole step", "update"):
         assert row in printed
-    assert run(monkeypatch, bench.Config, bench.main, "--rounds", 0) == 2
+    assert run(monkeypatch, bench.main, "--rounds", 0) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err

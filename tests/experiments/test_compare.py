@@ -14,11 +14,18 @@ import numpy as np
 import pytest
 
 from experiments.compare import plan, plots, processes, results, table
-from experiments.compare.config import HEADLINES, Config
+from experiments.compare.__main__ import main
+from experiments.compare.config import Config
 from experiments.compare.objectives import parse_objective, parse_objectives
 from experiments.compare.plan import Place, Plan, is_complete, make_plans
-from experiments.compare.run import main
+from experiments.compare.run import main as make_comparison
 from experiments.compare.run import report as write_report
+from experiments.lexical_constraint.__main__ import main as lexical_constraint
+from experiments.tasks import TASKS
+from fjax.divergences import names
+from fjax.runs import RunError
+from fjax.runs.names import title_of
+from fjax.runs.plots import STYLE
 from fjax.training import JsonlLogger, read_jsonl
 
 from .commands import SMALL, run
@@ -32,7 +39,7 @@ ARGUMENTS = tuple(map(str, ("--word", "w9", *SMALL, "--steps", 2)))
 def compare(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(processes, "POLL", 0.02)
-    return lambda *arguments: run(monkeypatch, Config, main, *arguments)
+    return lambda *arguments: run(monkeypatch, main, *arguments)
 
 
 def error_of(capsys) -> str:
@@ -93,8 +100,8 @@ def figures_of(value: float) -> dict:
     ("text", "label", "flags", "file_name"),
     [
         ("jensen_shannon", "jensen_shannon", "--divergence jensen_shannon", "jensen_shannon"),
-        ("alpha=0.5", "alpha=0.5", "--divergence alpha --alpha 0.5", "alpha-0.5"),
-        ("alpha=-1", "alpha=-1", "--divergence alpha --alpha -1", "alpha--1"),
+        ("alpha=0.5", "alpha=0.5", "--divergence alpha=0.5", "alpha-0.5"),
+        ("alpha=-1", "alpha=-1", "--divergence alpha=-1", "alpha--1"),
         ("rloo", "rloo", "--algorithm rloo --divergence reverse_kl", "rloo"),
         (
             "reverse_kl, f' in [-8, 8]: --clip -8 8",
@@ -112,61 +119,77 @@ def test_an_objective_is_flags_of_the_task(text, label, flags, file_name):
     assert objective.file_name == file_name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ("--objectives", "forward_lk"),
-            "--objectives are forward_kl, reverse_kl, total_variation, jensen_shannon, alpha=0.5",
-        ),
-        (
-            ("--objectives", "alpha"),
-            "'alpha' needs a finite number after the sign, as in alpha=0.5",
-        ),
-        (("--objectives", "alpha=inf"), "'alpha=inf' needs a finite number"),
-        (("--objectives", "clipped:"), "\"label: --flag value --flag value\"; got 'clipped:'"),
-        (("--objectives", "clipped: 8"), "got 'clipped: 8'"),
-        (("--objectives", "odd: --word 'x"), "has flags that cannot be read: No closing quotation"),
-        (("--objectives", "ppo", "ppo"), "'ppo' and 'ppo' would share a folder"),
-        (
-            ("--objectives", "a b: --clip -8 8", "a-b: --clip -4 4"),
-            "'a b' and 'a-b' would share a folder",
-        ),
-        ((), "Name what to compare with --objectives"),
-        (("--objectives", "ppo", "--seeds", "1", "1"), "each once; got 1 1"),
-        (("--objectives", "ppo", "--jobs", "0"), "--jobs must be at least 1"),
-        (
-            ("--objectives", "ppo", "--", "--seed", "3"),
-            "--seed is given to each run by the comparison",
-        ),
-        (
-            ("--objectives", "x: --run_folder=here"),
-            "--run_folder=here is given to each run by the comparison",
-        ),
-        # What the task itself would refuse is found out before the first run.
-        (
-            ("--objectives", "x: --clpi -8 8"),
-            "lexical_constraint refuses the objective 'x' for the reason above",
-        ),
-        (
-            ("--objectives", "ppo", "--", "--clip", "-8", "8"),
-            "refuses the objective 'ppo' for the reason above",
-        ),
-        (
-            ("--only-report",),
-            "There is no comparison runs/compare/lexical_constraint-* to report on",
-        ),
-        (("--runs", "nowhere"), "nowhere is no run folder"),
-    ],
-)
-def test_bad_input_is_named_before_any_run(
-    compare, monkeypatch, tmp_path, capsys, arguments, message
-):
+@pytest.mark.parametrize("name", names())
+def test_every_divergence_of_the_library_is_an_objective(name):
+    assert parse_objective(name).flags == ("--divergence", name)
+
+
+BAD = [
+    (
+        {"objectives": ("forward_lk",)},
+        '--objectives are a divergence, rloo or ppo, or "label: --flag value" with flags of the '
+        "task; got 'forward_lk'. There is no divergence 'forward_lk'. There are ",
+    ),
+    ({"objectives": ("alpha",)}, "'alpha' lacks its parameter. It is written alpha=0.5"),
+    ({"objectives": ("alpha=inf",)}, "It is written alpha=0.5"),
+    ({"objectives": ("clipped:",)}, "\"label: --flag value --flag value\"; got 'clipped:'"),
+    ({"objectives": ("clipped: 8",)}, "got 'clipped: 8'"),
+    ({"objectives": ("odd: --word 'x",)}, "has flags that cannot be read: No closing quotation"),
+    ({"objectives": ("ppo", "ppo")}, "'ppo' and 'ppo' would share a folder"),
+    (
+        {"objectives": ("a b: --clip -8 8", "a-b: --clip -4 4")},
+        "'a b' and 'a-b' would share a folder",
+    ),
+    ({}, "Name what to compare with --objectives"),
+    ({"objectives": ("ppo",), "seeds": (1, 1)}, "each once; got 1 1"),
+    ({"objectives": ("ppo",), "jobs": 0}, "--jobs must be at least 1"),
+    (
+        {"objectives": ("ppo",), "arguments": ("--seed", "3")},
+        "--seed is given to each run by the comparison",
+    ),
+    (
+        {"objectives": ("x: --run_folder=here",)},
+        "--run_folder=here is given to each run by the comparison",
+    ),
+    # What the task itself would refuse is found out before the first run.
+    (
+        {"objectives": ("x: --clpi -8 8",)},
+        "lexical_constraint refuses the objective 'x' for the reason above",
+    ),
+    (
+        {"objectives": ("ppo",), "arguments": ("--clip", "-8", "8")},
+        "refuses the objective 'ppo' for the reason above",
+    ),
+    (
+        {"only_report": True},
+        "There is no comparison runs/compare/lexical_constraint-* to report on",
+    ),
+    ({"runs": (Path("nowhere"),)}, "nowhere is no run folder"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[message[-40:] for _, message in BAD])
+def test_bad_input_is_named_before_any_run(monkeypatch, tmp_path, options, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.compare.run.run_all", None)
-    assert compare(*TASK, *arguments) == 2
-    assert message in error_of(capsys)
+    with pytest.raises((ValueError, RunError)) as error:
+        make_comparison(Config("lexical_constraint", **options))
+    assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_it_in_a_sentence(compare, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (("--objectives", "forward_lk"), "There is no divergence 'forward_lk'"),
+        (("--objectives", "ppo", "--", "--clip", "-8", "8"), "refuses the objective 'ppo'"),
+        (("--runs", "nowhere"), "nowhere is no run folder"),
+    ):
+        assert compare(*TASK, *arguments) == 2
+        assert message in error_of(capsys)
+    assert compare("--task", "lexical") == 2
+    shown = error_of(capsys)
+    assert all(task.name in shown for task in TASKS)
 
 
 # What is run, what is resumed, what is left alone
@@ -178,10 +201,10 @@ def test_every_objective_with_every_seed_seed_by_seed(tmp_path):
         "jensen_shannon-seed0", "alpha-0.5-seed0", "jensen_shannon-seed1", "alpha-0.5-seed1",
     ]  # fmt: skip
     assert plans[3].command == [
-        sys.executable, "-m", "experiments.lexical_constraint", *ARGUMENTS, "--divergence", "alpha", "--alpha", "0.5",
+        sys.executable, "-m", "experiments.lexical_constraint", *ARGUMENTS, "--divergence", "alpha=0.5",
         "--seed", "1", "--run-folder", str(tmp_path / "alpha-0.5-seed1"),
     ]  # fmt: skip
-    assert plans[3].config["alpha"] == 0.5
+    assert plans[3].config["divergence"] == "alpha=0.5"
     assert plans[3].config["seed"] == 1
     assert plans[3].steps == 2
 
@@ -505,11 +528,12 @@ def test_looks_are_distinct_and_legends_name_every_objective():
         assert len({str(plots.look(i, count)) for i in range(count)}) == count
 
 
-def test_runs_made_elsewhere_are_labelled_and_reported(compare, tmp_path, capsys):
+def test_runs_made_elsewhere_are_labelled_and_reported(compare, monkeypatch, tmp_path, capsys):
     config = {"divergence": "reverse_kl", "clip": [-8, 8], "seed": 0, "algorithm": "fdpg"}
     write_run(tmp_path / "great-0", config, last=figures_of(0.8))
     write_run(tmp_path / "my js-seed1", config | {"seed": 1}, last=figures_of(0.6))
     folders = [tmp_path / "great-0", tmp_path / "my js-seed1"]
+    monkeypatch.setattr("experiments.compare.plots.write", lambda *_: ["curves.png"])
     assert (
         compare(
             *TASK,
@@ -540,23 +564,38 @@ def test_runs_made_elsewhere_are_labelled_and_reported(compare, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "divergence", "label"),
-    [("ppo", "reverse_kl", "ppo"), ("fdpg", "alpha", "alpha=0.5")],
+    ("config", "label"),
+    [
+        ({"algorithm": "ppo", "divergence": "reverse_kl"}, "ppo"),
+        ({"algorithm": "fdpg", "divergence": "alpha=0.5", "clip": None}, "alpha=0.5"),
+        (
+            {"divergence": "reverse_kl", "clip": [-8, 8], "proposal": "adaptive"},
+            "reverse_kl, f' clipped to [-8, 8], adaptive proposal",
+        ),
+        # Of runs that were made before α was a part of the name, and before there were algorithms.
+        ({"algorithm": "fdpg", "divergence": "alpha", "alpha": 0.5, "clip": None}, "alpha=0.5"),
+        ({"algorithm": "fdpg", "divergence": "jensen_shannon", "alpha": 0.5}, "jensen_shannon"),
+        ({"divergence": "forward_kl"}, "forward_kl"),
+    ],
 )
-def test_labels_of_configurations(algorithm, divergence, label):
-    assert (
-        results.label_of(
-            {"algorithm": algorithm, "divergence": divergence, "alpha": 0.5, "clip": None}
-        )
-        == label
-    )
-    assert results.label_of({"divergence": "forward_kl"}) == "forward_kl"  # as older runs have it
+def test_labels_of_configurations(config, label):
+    assert results.label_of(config) == label
 
 
-@pytest.mark.parametrize("task", HEADLINES)
-def test_every_task_has_its_pictures(task, tmp_path, capsys):
-    figures = dict.fromkeys(HEADLINES[task], 0.4) | dict.fromkeys(plots.PANELS, 1.0)
-    offline = task == "preference_pairs"  # steps on pairs have a margin, and no pseudo-reward
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_table_begins_with_the_headlines_of_the_task(task):
+    last = dict.fromkeys((*table.REPORTED, *task.headlines), 0.4)
+    header, *_ = table.rows([result("a", 0, last)], [], (*task.headlines, *table.REPORTED))
+    assert header.startswith(f"|  | {' | '.join(map(title_of, task.headlines))} | KL(π‖a) |")
+
+
+# Two headlines; and steps on pairs, which have a margin and no pseudo-reward.
+@pytest.mark.parametrize("name", ["sentiment_reward", "preference_pairs"])
+def test_a_report_has_its_pictures(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(STYLE, "savefig.dpi", 30)
+    (headlines,) = (task.headlines for task in TASKS if task.name == name)
+    figures = dict.fromkeys(headlines, 0.4) | dict.fromkeys(plots.PANELS, 1.0)
+    offline = name == "preference_pairs"
     places, options = [], {"steps": 4, "of_steps": "margin" if offline else "reward_std"}
     for label in ("a", "b"):
         for seed in (0, 1):
@@ -567,7 +606,7 @@ def test_every_task_has_its_pictures(task, tmp_path, capsys):
                 last=figures | {"reverse_kl": float("inf")},
                 **options,
             )
-    assert write_report(Config(task, only_report=True), tmp_path / "out", places, []) == 0
+    assert write_report(Config(name, only_report=True), tmp_path / "out", places, []) == 0
     pictures = {"curves.png", "frontier.png"} | (set() if offline else {"spread.png"})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *pictures}
     text = (tmp_path / "out" / "table.md").read_text()
@@ -581,8 +620,23 @@ def test_every_task_has_its_pictures(task, tmp_path, capsys):
 # The whole command
 
 
-def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, capsys):
+def make_here(monkeypatch):
+    """Runs in this process, by the arguments that processes of their own would have."""
+
+    def run_here(plans, jobs):
+        for one in plans:
+            interpreter, _, module, *arguments = one.command
+            assert (interpreter, module) == (sys.executable, "experiments.lexical_constraint")
+            one.place.log.write_text("")
+            assert run(monkeypatch, lexical_constraint, *arguments) == 0
+
+    monkeypatch.setattr("experiments.compare.run.run_all", run_here)
+
+
+def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, monkeypatch, tmp_path, capsys):
     """Two objectives with two seeds, of which three runs are there already."""
+    monkeypatch.setattr("experiments.compare.plots.write", lambda *_: ["curves.png"])
+    make_here(monkeypatch)
     *there, left = planned(tmp_path, "forward_kl", "js: --divergence jensen_shannon")
     for i, one in enumerate(there):
         write_run(one.place.folder, one.config, last=figures_of(0.5 + 0.1 * i))
@@ -592,7 +646,6 @@ def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, c
     assert compare(*command) == 0
     printed = capsys.readouterr().out
     assert "1 of 4 runs are to be made, 1 at a time" in printed
-    assert "js, seed 1: done in" in printed
     assert {folder: (folder / "metrics.jsonl").read_bytes() for folder in before} == before
     last = read_jsonl(left.place.folder / "metrics.jsonl")[-1]
     assert (last["step"], last["samples"]) == (2, 32)
@@ -630,11 +683,8 @@ def test_a_comparison_makes_what_is_left_and_reports_on_all(compare, tmp_path, c
 def test_help_teaches(compare, capsys):
     assert compare("--help") == 0
     printed = capsys.readouterr().out
-    assert "--divergence alpha --alpha 0.5" in printed
-    assert (
-        "python -m experiments.compare --task sentiment_reward --objectives reverse_kl rloo ppo"
-        in printed
-    )
+    assert "--divergence of that name" in printed
+    assert "python -m experiments.compare --task sentiment_reward" in printed
 
 
 def test_the_examples_of_the_help_are_objectives():

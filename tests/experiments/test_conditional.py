@@ -1,22 +1,31 @@
 """Conditional constraints on the tiny model: prompts in, one Z a prompt, evaluated on others; and
 every kind of bad input."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from experiments._programs import Contexts, base_samples, load_model, make_programs
-from experiments._prompts import Prompts, encode
-from experiments._settings import Settings
+from experiments.common.build import load_model, make_collector
+from experiments.common.prompts import encode
+from experiments.common.settings import Settings
+from experiments.conditional.__main__ import main
 from experiments.conditional.config import Config
 from experiments.conditional.predicates import repeats, turns
-from experiments.conditional.run import main
+from experiments.conditional.target import TASK
+from fjax.rollouts import Contexts, Prompts, to_rollout
+from fjax.runs import RunError
 from fjax.training import read_jsonl
 
-from .commands import SMALL, TINY, run
+from .commands import SMALL, TINY, build, run
 
 HERE = "tests.experiments.test_conditional"
 WORDS = ("w9", "w19", "w26", "w42", "w27", "w7", "w12", "w30")
+
+
+SETTINGS = Settings(model=str(TINY), samples=32, max_new_tokens=8, base_fraction=0.25)
 
 
 def same_word(prompt, continuation):
@@ -31,26 +40,29 @@ def broken(prompt, continuation):
     return [1, 2] if "w" in continuation else 1 / 0
 
 
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Files to align on and to evaluate on."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "training.txt").write_text("".join(f"w1 {word}\n" for word in WORDS))
+    (folder / "unseen.txt").write_text("".join(f"w2 w3 {word}\n" for word in WORDS))
+    return folder / "training.txt", folder / "unseen.txt"
+
+
 @pytest.fixture
-def experiment(monkeypatch, tmp_path):
-    training, unseen = tmp_path / "training.txt", tmp_path / "unseen.txt"
-    training.write_text("".join(f"w1 {word}\n" for word in WORDS))
-    unseen.write_text("".join(f"w2 w3 {word}\n" for word in WORDS))
-    given = ("--prompts", training, "--unseen-prompts", unseen, "--prompts-per-step", 4)
+def experiment(monkeypatch, prompts):
+    training, unseen = prompts
+    given = ("--prompts", training, "--unseen-prompts", unseen, "--prompts-per-step", 4, *SMALL)
 
     def call(*arguments, predicate="same_word"):
-        return run(
-            monkeypatch,
-            Config,
-            main,
-            *given,
-            *SMALL,
-            "--predicate",
-            f"{HERE}:{predicate}",
-            *arguments,
-        )
+        return run(monkeypatch, main, *given, "--predicate", f"{HERE}:{predicate}", *arguments)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(SETTINGS)
 
 
 def test_a_word_of_the_prompt_used_again():
@@ -102,19 +114,18 @@ def test_a_run_evaluates_on_unseen_prompts(normalizer, experiment, tmp_path, cap
     assert (folder / "contexts.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_batch_has_the_samples_of_each_prompt_together():
+def test_a_batch_has_the_samples_of_each_prompt_together(model):
     """And to_rollout puts the policy's and the base model's samples of a prompt into one row."""
-    settings = Settings(model=str(TINY), samples=32, max_new_tokens=8, base_fraction=0.25)
-    model = load_model(settings)
     prompts = encode([f"w1 {word}" for word in WORDS], model.tokenizer)
-    programs = make_programs(settings, model, Contexts(prompts, prompts, per_step=4))
-    batch = programs.draw_unseen(1, model.params, jax.random.key(0))
+    contexts = Contexts(prompts, prompts, per_step=4)
+    collector = make_collector(SETTINGS, model, contexts)
+    batch = collector.draw_unseen(1, model.params, jax.random.key(0))
     assert batch.from_policy == 24
     assert (
         np.asarray(batch.contexts).tolist()
         == [4] * 6 + [5] * 6 + [6] * 6 + [7] * 6 + [4] * 2 + [5] * 2 + [6] * 2 + [7] * 2
     )
-    rollout = programs.to_rollout(batch, np.arange(32, dtype=np.float32))
+    rollout = to_rollout(batch, np.arange(32, dtype=np.float32), contexts=contexts)
     assert rollout.contexts.tolist() == [4, 5, 6, 7]
     assert rollout.strata.tolist() == [[0] * 6 + [1] * 2] * 4
     assert rollout.log_score[1].tolist() == [6, 7, 8, 9, 10, 11, 26, 27]
@@ -123,38 +134,37 @@ def test_a_batch_has_the_samples_of_each_prompt_together():
         assert (np.asarray(row)[:, : len(expected)] == expected).all()
     # Scoring the rows again gives the sampler's own log-probability: nothing is shifted by the
     # prompts.
-    again = programs.score(model.params, batch.tokens, batch.where)
+    again = collector.score(model.params, batch.tokens, batch.where)
     np.testing.assert_allclose(again, batch.log_a, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("fraction", "of_each"), [(0.0, 0), (0.01, 1), (0.125, 1), (0.5, 2), (0.9, 3)]
 )
-def test_a_share_of_base_samples_is_never_none_and_never_all(fraction, of_each):
+def test_a_share_of_base_samples_is_never_none_and_never_all(fraction, of_each, model):
     """A13: an eighth of 4 samples a prompt was rounded to 0, in silence; 0.9 of 4 to 4. Without
     prompts likewise."""
     prompts = Prompts(
         ["a", "b", "c", "d"], np.zeros((4, 2), np.int32), np.ones((4, 2), bool), [""] * 4
     )
-    settings = Settings(samples=16, base_fraction=fraction)
+
+    def base_samples(settings, contexts=None):
+        return settings.samples - make_collector(settings, model, contexts).policy_samples
+
+    settings = dataclasses.replace(SETTINGS, samples=16, base_fraction=fraction)
     assert base_samples(settings, Contexts(prompts, prompts, per_step=4)) == 4 * of_each
-    assert base_samples(Settings(samples=4, base_fraction=fraction), None) == of_each
-    assert (
-        base_samples(
-            Settings(samples=4, base_fraction=fraction, algorithm="rloo", divergence="reverse_kl"),
-            None,
-        )
-        == 0
-    )
+    few = dataclasses.replace(settings, samples=4)
+    assert base_samples(few) == of_each
+    own = dataclasses.replace(few, algorithm="rloo", divergence="reverse_kl")
+    assert base_samples(own) == 0
 
 
-def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(monkeypatch):
+def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(model, monkeypatch):
     """A13: the choice of prompts and row 0 had one key. No row of samples may fold in what chooses
     them."""
-    settings = Settings(model=str(TINY), samples=32, max_new_tokens=8, base_fraction=0.25)
-    model = load_model(settings)
     prompts = encode([f"w1 {word}" for word in WORDS], model.tokenizer)
-    programs = make_programs(settings, model, Contexts(prompts, prompts, per_step=4))
+    contexts = Contexts(prompts, prompts, per_step=4)
+    collector = make_collector(SETTINGS, model, contexts)
     chosen, rng_key = [], jax.random.key(3)
     monkeypatch.setattr(
         jax.random,
@@ -163,54 +173,51 @@ def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(monkeypatch):
             chosen.append(key) or before(key, *args, **options)
         ),
     )
-    programs.draw(model.params, rng_key)
+    collector.draw(model.params, rng_key)
     rows = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, np.arange(32))
     assert all((jax.random.key_data(chosen[0]) != jax.random.key_data(row)).any() for row in rows)
     assert (jax.random.key_data(chosen[0]) != jax.random.key_data(rng_key)).any()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "predicate", "message"),
+    ("options", "settings", "message"),
     [
-        (("--prompts-per-step", 9), "same_word", "must be a multiple of the 9 prompts a step"),
+        ({"prompts_per_step": 9}, {}, "must be a multiple of the 9 prompts a step"),
         (
-            ("--samples", 40, "--prompts-per-step", 10),
-            "same_word",
+            {"prompts_per_step": 10},
+            {"samples": 40},
             "There are 8 prompts to align on, fewer than the 10",
         ),
-        (("--max-new-tokens", 4096), "same_word", "Ask for at most"),
-        ((), "nowhere", "cannot be imported, AttributeError"),
-        ((), "WORDS", "is tuple, not a function"),
+        ({}, {"max_new_tokens": 4096}, "Ask for at most"),
+        ({"predicate": f"{HERE}:nowhere"}, {}, "cannot be imported, AttributeError"),
+        ({"predicate": f"{HERE}:WORDS"}, {}, "is tuple, not a function"),
         (
-            (),
-            "broken",
+            {"predicate": f"{HERE}:broken"},
+            {},
             "failed on the prompt 'a prompt' and the continuation ' and a continuation', "
             "ZeroDivisionError",
         ),
-        (
-            ("--predicate", "nonsense"),
-            "same_word",
-            "--predicate is turns, repeats or module:function",
-        ),
-        (("--prompts-per-step", 1), "same_word", "--prompts-per-step must be at least 2"),
-        (("--prompts", "/nowhere.txt"), "same_word", "Cannot read the prompts /nowhere.txt"),
+        ({"predicate": "nonsense"}, {}, "--predicate is turns, repeats or module:function"),
+        ({"prompts_per_step": 1}, {}, "--prompts-per-step must be at least 2"),
+        ({"prompts": Path("/nowhere.txt")}, {}, "Cannot read the prompts /nowhere.txt"),
+        ({"prompts": None}, {}, "--unseen-prompts go with --prompts"),
     ],
 )
-def test_bad_input_is_named_before_any_step(
-    experiment, tmp_path, capsys, arguments, predicate, message
-):
-    assert (
-        experiment("--steps", 2, "--run-folder", tmp_path / "run", *arguments, predicate=predicate)
-        == 2
-    )
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_bad_input_is_named_before_any_step(prompts, options, settings, message):
+    training, unseen = prompts
+    given = {"prompts": training, "unseen_prompts": unseen, "predicate": f"{HERE}:same_word"}
+    small = Settings(**{"model": str(TINY), "samples": 16, "max_new_tokens": 8} | settings)
+    with pytest.raises((ValueError, RunError)) as error:
+        build(TASK, Config(**given | {"prompts_per_step": 4} | options, settings=small))
+    assert message in str(error.value)
 
 
-def test_prompts_to_evaluate_on_must_be_others(experiment, tmp_path, capsys):
+def test_the_command_says_it_in_a_sentence_and_begins_nothing(experiment, tmp_path, capsys):
+    """Prompts to evaluate on must be others."""
     same = tmp_path / "same.txt"
     same.write_text("w1 w9\nw1 w19\nw5\nw6\n")
-    assert experiment("--steps", 2, "--unseen-prompts", same) == 2
-    assert "2 prompts are in both files, 'w1 w19' first" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    arguments = ("--steps", 2, "--run-folder", tmp_path / "run", "--unseen-prompts", same)
+    assert experiment(*arguments) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "2 prompts are in both files, 'w1 w19' first" in shown
+    assert not (tmp_path / "run").exists()

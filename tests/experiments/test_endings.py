@@ -1,23 +1,33 @@
-"""How a command ends before its time: signals in every phase, a reader that leaves, and what a kill
-left behind."""
+"""How a command ends before its time: signals in every phase, those in a user's function too, and a reader that
+leaves."""
 
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from experiments import _endings, _evaluate, _loop, tabulate
-from experiments.lexical_constraint.config import Config
-from experiments.lexical_constraint.run import main
-from fjax.training import read_jsonl
+from experiments.common import build
+from experiments.common.command import run as run_command
+from experiments.common.functions import call, load_function
+from experiments.lexical_constraint.__main__ import main
+from experiments.sentiment_reward.__main__ import main as align_to_reward
+from experiments.tools import tabulate
+from fjax.runs.endings import SIGNALS as NUMBERS
+from fjax.runs.endings import Interrupted, handled_by, interrupt
 
 from .commands import SMALL, run
 
 ROOT = Path(__file__).parents[2]
-SIGNALS = pytest.mark.parametrize("number", _endings.SIGNALS, ids=lambda number: number.name)
+SIGNALS = pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+
+
+def command(does):
+    """One that is parsed as tabulate is, and does what a test wants."""
+    return partial(run_command, tabulate.Config, does, name="tabulate", computes=False)
 
 
 @pytest.fixture(autouse=True)
@@ -25,49 +35,16 @@ def handlers_as_before():
     """And before them those of a terminal: under nohup, processes that tests start would ignore
     SIGHUP as well."""
     inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    before = [signal.getsignal(number) for number in _endings.SIGNALS]
+    before = [signal.getsignal(number) for number in NUMBERS]
     yield
-    assert [signal.getsignal(number) for number in _endings.SIGNALS] == before
+    assert [signal.getsignal(number) for number in NUMBERS] == before
     signal.signal(signal.SIGHUP, inherited)
-
-
-@SIGNALS
-def test_the_first_signal_asks_and_the_second_interrupts(number):
-    with _endings.graceful_stop() as stop:
-        assert not stop.signal
-        signal.raise_signal(number)
-        assert stop.signal == number
-        with pytest.raises(_endings.Interrupted) as raised:
-            signal.raise_signal(signal.SIGTERM)
-        assert raised.value.status == 128 + signal.SIGTERM
-        assert signal.getsignal(number) is _endings.leave_at_once
-
-
-@SIGNALS
-def test_what_changes_nothing_is_left_at_once(number):
-    with _endings.graceful_stop() as stop:
-        with pytest.raises(_endings.AskedToStop), stop.obeyed_at_once():
-            signal.raise_signal(number)
-        assert stop.signal == number
-        with pytest.raises(_endings.AskedToStop), stop.obeyed_at_once():
-            pytest.fail("it was asked to stop before")
-
-
-def test_a_hang_up_that_is_ignored_stays_so():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with _endings.graceful_stop() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop.signal
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @SIGNALS
 def test_a_signal_outside_a_run_is_one_line(number, monkeypatch, capsys):
     assert (
-        run(monkeypatch, tabulate.Config, lambda _: signal.raise_signal(number) or 0, "folder")
+        run(monkeypatch, command(lambda _: signal.raise_signal(number) or 0), "folder")
         == 128 + number
     )
     shown = capsys.readouterr().err
@@ -98,7 +75,7 @@ def test_a_reader_that_leaves_is_a_hang_up(fails, begin, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Closed())
     arguments = ["folder"] if begin == "print" else ["--help"]
     assert (
-        run(monkeypatch, tabulate.Config, lambda _: print("a table") or 0, *arguments)
+        run(monkeypatch, command(lambda _: print("a table") or 0), *arguments)
         == 128 + signal.SIGHUP
     )
     assert capsys.readouterr().err.startswith("Nobody reads any more what is printed: stopping.\n")
@@ -110,8 +87,7 @@ def test_without_any_output_a_command_runs(monkeypatch):
     assert (
         run(
             monkeypatch,
-            tabulate.Config,
-            lambda _: print("a table", file=sys.stderr) or print("a table") or 0,
+            command(lambda _: print("a table", file=sys.stderr) or print("a table") or 0),
             "folder",
         )
         == 0
@@ -119,7 +95,12 @@ def test_without_any_output_a_command_runs(monkeypatch):
 
 
 @SIGNALS
-def test_a_signal_during_imports_cannot_be_swallowed(number, tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [["experiments.tools.kl_gradients"], ["experiments", "kl_gradients"]],
+    ids=("module", "word"),
+)
+def test_a_signal_during_imports_cannot_be_swallowed(number, words, tmp_path):
     """A module in jax's place sends the signal and catches whatever comes of it, as code of others
     may."""
     (tmp_path / "jax.py").write_text(
@@ -128,25 +109,12 @@ def test_a_signal_during_imports_cannot_be_swallowed(number, tmp_path):
         encoding="utf-8",
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT), *sys.path])
-    command = [sys.executable, "-m", "experiments.kl_gradients"]
+    command = [sys.executable, "-m", *words]
     ended = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 128 + number
     assert (ended.stdout, ended.stderr) == ("", f"Interrupted at once ({number.name}).\n")
-
-
-def test_an_interruption_that_is_lost_ends_the_process_all_the_same():
-    code = (
-        "import signal, time\nfrom experiments import _endings\n_endings.PATIENCE = 0.2\n"
-        "with _endings.handled_by(_endings.interrupt):\n"
-        "    try:\n        signal.raise_signal(signal.SIGTERM)\n    except BaseException:\n        "
-        "pass\n    time.sleep(20)\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (ended.returncode, ended.stderr) == (143, "Interrupted at once (SIGTERM).\n")
 
 
 def test_importing_experiments_otherwise_takes_no_signal_over():
@@ -161,46 +129,43 @@ def test_importing_experiments_otherwise_takes_no_signal_over():
     )
 
 
-FREQUENT = ("--word", "w9", *SMALL, "--steps", 4)
-
-
 def test_a_signal_while_loading_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(_loop, "load_model", lambda _: signal.raise_signal(signal.SIGTERM))
-    assert run(monkeypatch, Config, main, *FREQUENT, "--run-folder", tmp_path / "run") == 143
+    monkeypatch.setattr(build, "load_model", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert run(monkeypatch, main, "--word", "w9", *SMALL, "--run-folder", tmp_path / "run") == 143
     assert "Interrupted at once (SIGTERM)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_while_evaluating_saves_what_there_is(monkeypatch, tmp_path, capsys):
-    """At the first evaluation, in the middle, and at the last: a save each time, and the run goes
-    on to its end."""
-    folder, evaluate = tmp_path / "run", _evaluate.evaluate
+@SIGNALS
+def test_a_signal_in_a_user_s_function_is_no_fault_of_it(number):
+    """It passes through what turns everything else that a function raises into a sentence."""
+    with handled_by(interrupt), pytest.raises(Interrupted) as raised:
+        call(lambda texts: signal.raise_signal(number), "reward", "2 texts", ["a", "b"])
+    assert raised.value.status == 128 + number
 
-    def and_signal(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return evaluate(*arguments)
 
-    for saved, resume in ((0, ()), (2, ("--resume",)), (4, ("--resume",))):
-        calls = iter(
-            [evaluate, and_signal]
-            if saved == 2
-            else [and_signal]
-            if saved == 0
-            else [evaluate, and_signal]
-        )
-        monkeypatch.setattr(_evaluate, "evaluate", lambda *given, calls=calls: next(calls)(*given))
-        assert run(monkeypatch, Config, main, *FREQUENT, "--run-folder", folder, *resume) == 143
-        assert f"Stopped and saved at step {saved}." in " ".join(capsys.readouterr().out.split())
-        assert str(saved) in os.listdir(folder / "checkpoints")
-    monkeypatch.setattr(_evaluate, "evaluate", evaluate)
-    (folder / ".model-killed").mkdir()
-    (folder / ".model-killed" / "model.safetensors").write_bytes(b"half")
-    assert run(monkeypatch, Config, main, *FREQUENT, "--run-folder", folder, "--resume") == 0
-    steps = [
-        record["step"]
-        for record in read_jsonl(folder / "metrics.jsonl")
-        if record["kind"] == "step"
-    ]
-    assert steps == [1, 2, 3, 4]
-    assert (folder / "model" / "model.safetensors").is_file()
-    assert not (folder / ".model-killed").exists()
+@SIGNALS
+def test_a_signal_while_a_user_s_module_is_imported_too(number, monkeypatch, tmp_path):
+    name = f"signals_{number.name.lower()}"
+    (tmp_path / f"{name}.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with handled_by(interrupt), pytest.raises(Interrupted) as raised:
+        load_function(f"{name}:reward", "--reward")
+    assert raised.value.status == 128 + number
+
+
+def stops(texts):
+    signal.raise_signal(signal.SIGTERM)
+    return [0.0 for _ in texts]
+
+
+def test_a_command_that_is_stopped_in_a_reward_ends_with_the_signal_s_status(
+    monkeypatch, tmp_path, capsys
+):
+    """With the model loaded and the reward asked for the first time."""
+    reward = f"{__name__}:stops"
+    arguments = "--reward", reward, *SMALL, "--run-folder", tmp_path / "run"
+    assert run(monkeypatch, align_to_reward, *arguments) == 143
+    captured = capsys.readouterr()
+    assert "Interrupted at once (SIGTERM)" in captured.err
+    assert "failed" not in captured.err

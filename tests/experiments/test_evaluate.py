@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import fjax
-from experiments import evaluate
-from experiments._programs import load_aligned
-from experiments._run_folder import RunError
-from experiments._settings import Settings
-from experiments.lexical_constraint.config import Config
-from experiments.lexical_constraint.run import main
+from experiments.common.build import load_aligned, load_model, loggers
+from experiments.common.settings import Settings
+from experiments.lexical_constraint.__main__ import main
+from experiments.tools.evaluate import main as evaluate
+from fjax.runs import RunError
+from fjax.runs.loggers import check_loggers
 from fjax.training import read_jsonl
 
 from .commands import SMALL, TINY, run
@@ -26,7 +26,7 @@ LEXICAL = ("lexical_constraint", "--word", "w9", *SMALL)
 def test_the_base_model_is_no_further_from_the_target_than_itself(monkeypatch, tmp_path, capsys):
     output = tmp_path / "figures.json"
     arguments = ("--aligned", TINY, "--output", output, *LEXICAL)
-    assert run(monkeypatch, evaluate.Config, evaluate.main, *arguments) == 0
+    assert run(monkeypatch, evaluate, *arguments) == 0
     assert "KL(π‖a)" in capsys.readouterr().out
     found = json.loads(output.read_text())
     assert abs(found["figures"]["kl_to_base"]["value"]) < 1e-5
@@ -44,7 +44,7 @@ def test_other_targets(monkeypatch, capsys):
         128,
         *SMALL,
     )
-    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", TINY, *gender) == 0
+    assert run(monkeypatch, evaluate, "--aligned", TINY, *gender) == 0
     assert "share of women" in capsys.readouterr().out
 
 
@@ -75,8 +75,7 @@ def test_a_conditional_target_of_the_base_model_itself(monkeypatch, tmp_path, ca
     assert (
         run(
             monkeypatch,
-            evaluate.Config,
-            evaluate.main,
+            evaluate,
             "--aligned",
             TINY,
             "--output",
@@ -100,56 +99,45 @@ def test_a_conditional_target_of_the_base_model_itself(monkeypatch, tmp_path, ca
     assert "Check KL(p‖π) ≥ -log E_π[b]" in capsys.readouterr().out
 
 
-def test_what_is_no_model_of_this_base_is_said(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path, *LEXICAL) == 2
+@pytest.fixture(scope="module")
+def base():
+    return fjax.from_pretrained(TINY)
+
+
+def test_what_is_no_model_of_this_base_is_said(base, monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, evaluate, "--aligned", tmp_path, *LEXICAL) == 2
     assert "Cannot load" in capsys.readouterr().err
-    model = fjax.from_pretrained(TINY)
-    other = dataclasses.replace(model.config, n_layer=1)
-    params = {name: leaf for name, leaf in model.params.items() if name != "h_1"}
-    fjax.save_pretrained(tmp_path / "other", params, other, model.tokenizer)
-    assert (
-        run(monkeypatch, evaluate.Config, evaluate.main, "--aligned", tmp_path / "other", *LEXICAL)
-        == 2
-    )
-    assert "differ in shape or tokenizer" in " ".join(capsys.readouterr().err.split())
+    other = dataclasses.replace(base.config, n_layer=1)
+    params = {name: leaf for name, leaf in base.params.items() if name != "h_1"}
+    fjax.save_pretrained(tmp_path / "other", params, other, base.tokenizer)
+    settings = Settings(model=str(TINY), max_new_tokens=8)
+    with pytest.raises(RunError, match="differ in shape or tokenizer"):
+        load_aligned(settings, load_model(settings), str(tmp_path / "other"))
 
 
-def test_a_run_can_begin_at_another_model(monkeypatch, tmp_path, capsys):
+def test_a_run_can_begin_at_another_model(base, lexical_run, monkeypatch, tmp_path, capsys):
     """Its step 0 is that model, and what that is measured against is the base model."""
-    model, rng = fjax.from_pretrained(TINY), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shaken = jax.tree.map(
         lambda leaf: leaf + 0.3 * leaf.std() * rng.normal(size=leaf.shape).astype(leaf.dtype),
-        model.params,
+        base.params,
     )
-    fjax.save_pretrained(tmp_path / "shaken", shaken, model.config, model.tokenizer)
+    fjax.save_pretrained(tmp_path / "shaken", shaken, base.config, base.tokenizer)
     word = ("--word", "w9", *SMALL, "--steps", 1, "--eval-samples", 512)
-    assert run(monkeypatch, Config, main, *word, "--run-folder", tmp_path / "base") == 0
-    assert (
-        run(
-            monkeypatch,
-            Config,
-            main,
-            *word,
-            "--start",
-            tmp_path / "shaken",
-            "--run-folder",
-            tmp_path / "run",
-        )
-        == 0
-    )
+    begin = (*word, "--start", tmp_path / "shaken", "--run-folder", tmp_path / "run")
+    assert run(monkeypatch, main, *begin) == 0
     assert f"from {tmp_path / 'shaken'}" in "".join(capsys.readouterr().out.split("\n"))
-    base, begun, later = (
-        read_jsonl(tmp_path / name / "metrics.jsonl")[i]
-        for name, i in (("base", 0), ("run", 0), ("run", -1))
-    )
-    assert (base["step"], begun["step"], later["step"]) == (0, 0, 1)
+    begun, *_, later = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    of_base = read_jsonl(lexical_run.folder / "metrics.jsonl")[0]
+    assert (of_base["step"], begun["step"], later["step"]) == (0, 0, 1)
     assert begun["kl_to_base"] > 20 * begun["kl_to_base_std_error"]
-    # both weigh samples as those of the base model, which they must then be
+    # Both weigh samples as those of the base model, which they must then be.
     for record in (begun, later):
-        error = np.hypot(base["log_z_std_error"], record["log_z_std_error"])
-        assert record["log_z"] == pytest.approx(base["log_z"], abs=4 * error)
-    assert run(monkeypatch, Config, main, *word, "--start", tmp_path) == 2
-    assert "Cannot load" in capsys.readouterr().err
+        error = np.hypot(of_base["log_z_std_error"], record["log_z_std_error"])
+        assert record["log_z"] == pytest.approx(of_base["log_z"], abs=4 * error)
+    settings = Settings(model=str(TINY), max_new_tokens=8)
+    with pytest.raises(RunError, match="Cannot load"):
+        load_aligned(settings, load_model(settings), str(tmp_path))
 
 
 def test_a_run_can_be_followed_in_tensorboard_and_wandb(monkeypatch, tmp_path):
@@ -158,7 +146,6 @@ def test_a_run_can_be_followed_in_tensorboard_and_wandb(monkeypatch, tmp_path):
     assert (
         run(
             monkeypatch,
-            Config,
             main,
             "--word",
             "w9",
@@ -182,24 +169,20 @@ def test_a_run_can_be_followed_in_tensorboard_and_wandb(monkeypatch, tmp_path):
 
 
 def test_a_logger_that_is_not_installed_is_said_at_once(monkeypatch):
-    from experiments import _loggers
-
-    monkeypatch.setattr(_loggers.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(
-        RunError, match="--wandb-project needs wandb, which is not installed: pip install wandb"
-    ):
-        _loggers.check_loggers(Settings(wandb_project="x"))
-    with pytest.raises(RunError, match="--tensorboard needs tensorboardX"):
-        _loggers.check_loggers(Settings(tensorboard=True))
+    monkeypatch.setattr("fjax.runs.loggers.importlib.util.find_spec", lambda package: None)
+    asked = Settings(tensorboard=True, wandb_project="x", wandb_mode="offline")
+    assert loggers(asked) == ["tensorboard", "wandb=x,offline"]
+    for name, package in zip(loggers(asked), ("tensorboardX", "wandb"), strict=True):
+        with pytest.raises(RunError, match=f"needs {package}, which is not installed: pip inst"):
+            check_loggers([name])
 
 
-def test_a_model_that_computes_the_same_is_one_of_this_base(tmp_path):
+def test_a_model_that_computes_the_same_is_one_of_this_base(base, tmp_path):
     """Though its config.json spells the activation otherwise, writes n_inner out, and was trained
     with other dropout."""
-    model = fjax.from_pretrained(TINY)
     other = dataclasses.replace(
-        model.config, attn_pdrop=0.0, n_inner=64, activation_function="gelu_pytorch_tanh"
+        base.config, attn_pdrop=0.0, n_inner=64, activation_function="gelu_pytorch_tanh"
     )
-    fjax.save_pretrained(tmp_path / "other", model.params, other, model.tokenizer)
+    fjax.save_pretrained(tmp_path / "other", base.params, other, base.tokenizer)
     settings = Settings(model=str(TINY), max_new_tokens=4)
-    assert load_aligned(settings, model, str(tmp_path / "other")).config == other
+    assert load_aligned(settings, base, str(tmp_path / "other")).config == other

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import generate
-from experiments._rejection_costs import Half, costs
-from experiments._run_folder import RunError
+from experiments.tools import generate
+from experiments.tools.rejection_costs import Half, costs
+from fjax.runs import RunError
 from fjax.training import read_jsonl
 
 from .commands import TINY, run
@@ -30,7 +30,7 @@ def test_everything_accepted_has_the_word(monkeypatch, capsys, tmp_path):
         "--plot",
         tmp_path / "costs.png",
     )
-    assert run(monkeypatch, generate.Config, generate.main, *arguments) == 0
+    assert run(monkeypatch, generate.main, *arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "of which 100% have the word" in printed
     assert "what β costs and is worth" in printed
@@ -65,19 +65,18 @@ def test_beta_is_chosen_for_the_rate():
     log_score = np.where(rng.uniform(size=2000) < 0.5, rng.normal(size=2000), -np.inf).astype(
         np.float32
     )
-    log_beta = generate.choose_log_beta(log_score, np.zeros(2000, np.float32), 0.1)
+    log_beta = generate.choose_beta(log_score, np.zeros(2000, np.float32), 0.1)
     assert np.minimum(np.exp(log_score - log_beta), 1).mean() == pytest.approx(0.1, rel=1e-3)
     with pytest.raises(RunError, match="None of 3 proposals has the word"):
-        generate.choose_log_beta(np.full(3, -np.inf), np.zeros(3), 0.1)
+        generate.choose_beta(np.full(3, -np.inf), np.zeros(3), 0.1)
 
 
 def test_bad_input_is_named(monkeypatch, capsys):
-    assert run(monkeypatch, generate.Config, generate.main, *MODELS, "--word", "nowhere") == 2
+    assert run(monkeypatch, generate.main, *MODELS, "--word", "nowhere") == 2
     assert "None of 48 proposals has the word" in " ".join(capsys.readouterr().err.split())
     assert (
         run(
             monkeypatch,
-            generate.Config,
             generate.main,
             *MODELS,
             "--word",

@@ -2,6 +2,7 @@
 makes them."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,13 @@ import optax
 import pytest
 
 import fjax
-from experiments._run_folder import RunError
-from experiments._settings import BUILT_IN
+from experiments.common.settings import BUILT_IN
 from experiments.preference_pairs.data import Pair, as_line, batch_at, read_pairs, to_batch
-from experiments.preference_pairs.make_pairs import Answer, Config, label, main
+from experiments.preference_pairs.make_pairs import Answer, Config, label, main, make_pairs
+from fjax.runs import RunError
 from fjax.training import preference_tuner
 
-from .commands import TINY, run
+from .commands import TINY, finish, run
 
 GOOD = '{"prompt": "w1", "chosen": "w2", "rejected": "w3", "source": 7}'
 BAD = [
@@ -248,47 +249,36 @@ def same_reward(texts):
     return [1.0] * len(texts)
 
 
-@pytest.fixture
-def make_pairs(monkeypatch, tmp_path):
-    path = tmp_path / "prompts.txt"
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("w1 w2\nw3\n\n" + "\n".join(f"w{i} w5" for i in range(10, 20)))
-    arguments = (
-        "--model",
-        TINY,
-        "--prompts",
-        path,
-        "--max-new-tokens",
-        20,
-        "--pairs-per-prompt",
-        3,
-    )
+    return path
 
-    def command(*more):
-        return run(monkeypatch, Config, main, *arguments, *more)
 
-    return command
+@pytest.fixture(scope="module")
+def made(compiled_once, prompts, tmp_path_factory):
+    """By either kind of labels: the file, and what was printed."""
+    sizes = ("--max-new-tokens", 20, "--pairs-per-prompt", 3)
+    given = ("--model", TINY, "--prompts", prompts, "--reward", f"{__name__}:count_reward", *sizes)
+    found = {}
+    for labels in ("best-worst", "bradley-terry"):
+        path = tmp_path_factory.mktemp("made") / "pairs.jsonl"
+        found[labels] = path, finish(main, *given, "--labels", labels, "--output", path)
+    return found
 
 
 @pytest.mark.parametrize("labels", ["best-worst", "bradley-terry"])
-def test_the_script_makes_pairs_that_can_be_read(make_pairs, tmp_path, capsys, labels):
-    path = tmp_path / "pairs.jsonl"
-    SEEN.clear()
-    assert (
-        make_pairs("--reward", f"{__name__}:count_reward", "--labels", labels, "--output", path)
-        == 0
-    )
+def test_the_script_makes_pairs_that_can_be_read(made, labels):
+    path, printed = made[labels]
     pairs, reports = read_pairs(path, skip_bad=False)
-    out = capsys.readouterr().out
     assert reports == []
-    assert "left out as blank: 1 line (3)" in out
-    assert f"{len(pairs)} pairs of 12 prompts are in {path}" in out
+    assert "left out as blank: 1 line (3)" in printed
+    assert f"{len(pairs)} pairs of 12 prompts are in {path}" in printed
     assert {pair.prompt for pair in pairs} == {"w1 w2", "w3", *(f"w{i} w5" for i in range(10, 20))}
     chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
     better = np.mean(np.array(count_reward(chosen)) >= np.array(count_reward(rejected)) - 0.02)
     assert better == 1 if labels == "best-worst" else 0.3 < better < 0.95
-    assert {pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)} <= set(
-        SEEN
-    )
     lengths = [(len(pair.chosen.split()), pair.chosen_ended) for pair in pairs]
     lengths += [(len(pair.rejected.split()), pair.rejected_ended) for pair in pairs]
     # all that --max-new-tokens allows
@@ -297,14 +287,22 @@ def test_the_script_makes_pairs_that_can_be_read(make_pairs, tmp_path, capsys, l
     assert {ended for _, ended in lengths} == {True, False}
 
 
-def test_pairs_do_not_depend_on_how_many_are_drawn_at_once(make_pairs, tmp_path, monkeypatch):
-    for rows in (60, 24):  # 5 prompts at once, so that the last batch is not full; and 2
-        monkeypatch.setattr("experiments.preference_pairs.make_pairs.ROWS", rows)
-        assert (
-            make_pairs("--reward", f"{__name__}:count_reward", "--output", tmp_path / str(rows))
-            == 0
-        )
-    assert (tmp_path / "60").read_text() == (tmp_path / "24").read_text()
+def configured(prompts, **options) -> Config:
+    given = {"reward": f"{__name__}:count_reward", "max_new_tokens": 20, "pairs_per_prompt": 3}
+    return Config(**{"model": str(TINY), "prompts": prompts} | given | options)
+
+
+def test_pairs_do_not_depend_on_how_many_are_drawn_at_once(made, prompts, tmp_path, monkeypatch):
+    """All at once before; now 5 prompts, so that the last batch is not full. And the reward was
+    asked about all that is written."""
+    monkeypatch.setattr("experiments.preference_pairs.make_pairs.ROWS", 60)
+    SEEN.clear()
+    again, (before, _) = tmp_path / "again", made["best-worst"]
+    assert make_pairs(configured(prompts, output=again)) == 0
+    assert again.read_text() == before.read_text()
+    pairs, _ = read_pairs(again, skip_bad=False)
+    texts = {pair.prompt + text for pair in pairs for text in (pair.chosen, pair.rejected)}
+    assert texts <= set(SEEN)
 
 
 def test_bradley_terry_labels_have_its_probabilities():
@@ -332,26 +330,30 @@ def test_what_is_no_pair_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (("--output", "{there}"), "is there already"),
-        (("--output", "{there}/no/pairs.jsonl"), "There is no folder"),
-        (("--max-new-tokens", 40), "The model has 24 positions"),
-        (("--candidates", 1), "--candidates must be at least 2"),
-        (("--pairs-per-prompt", 0), "--pairs-per-prompt must be at least 1"),
+        ({"output": Path("there")}, "is there already"),
+        ({"output": Path("no/pairs.jsonl")}, "There is no folder"),
+        ({"max_new_tokens": 40}, "The model has 24 positions"),
+        ({"candidates": 1}, "--candidates must be at least 2"),
+        ({"pairs_per_prompt": 0}, "--pairs-per-prompt must be at least 1"),
         (
-            ("--reward", f"{__name__}:same_reward"),
+            {"reward": f"{__name__}:same_reward"},
             "No two continuations of a prompt differ in text and reward",
         ),
-        (("--reward", "nowhere:f"), "--reward nowhere:f cannot be imported"),
+        ({"reward": "nowhere:f"}, "--reward nowhere:f cannot be imported"),
     ],
 )
-def test_bad_input_is_named(make_pairs, tmp_path, capsys, arguments, message):
-    there = tmp_path / "there"
-    there.write_text("")
-    output = ("--output", tmp_path / "new") if arguments[0] != "--output" else ()
-    arguments = [str(argument).format(there=there) for argument in arguments]
-    reward = ("--reward", f"{__name__}:count_reward") if "--reward" not in arguments else ()
-    assert make_pairs(*output, *reward, *arguments) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert there.read_text() == ""
+def test_bad_input_is_named(prompts, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("there").touch()
+    with pytest.raises((ValueError, RunError)) as error:
+        make_pairs(configured(prompts, **options))
+    assert message in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert Path("there").read_text() == ""
+
+
+def test_the_command_says_it_in_a_sentence(monkeypatch, capsys):
+    assert run(monkeypatch, main, "--candidates", 1) == 2
+    assert "--candidates must be at least 2" in capsys.readouterr().err

@@ -2,18 +2,30 @@
 cannot be is said."""
 
 import json
+from functools import partial
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fjax
+from experiments.common.settings import Settings
+from experiments.preference_pairs.__main__ import main
 from experiments.preference_pairs.config import BUILT_IN, Config
 from experiments.preference_pairs.data import read_pairs
-from experiments.preference_pairs.run import main
+from experiments.preference_pairs.target import TASK, make_loss, make_stepper
+from fjax import preferences
+from fjax.runs import RunError
 from fjax.training import read_jsonl
 
-from .commands import SMALL, run
+from .commands import SMALL, TINY, build, finish, run
 
 HERE = "tests.experiments.test_preference_pairs"
+PAIRS = [
+    {"prompt": f"w{i}", "chosen": " w9 w9", "rejected": f" w{i + 1} w4"} for i in range(20, 36)
+]
 
 
 def likes_w9(texts):
@@ -21,44 +33,62 @@ def likes_w9(texts):
     return [float(text.split().count("w9")) for text in texts]
 
 
-@pytest.fixture
-def experiment(monkeypatch, tmp_path):
-    pairs, unseen = tmp_path / "pairs.jsonl", tmp_path / "unseen.txt"
-    lines = [
-        {"prompt": f"w{i}", "chosen": " w9 w9", "rejected": f" w{i + 1} w4"} for i in range(20, 36)
-    ]
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    unseen.write_text("".join(f"w{i}\n" for i in range(10, 18)))
-    given = (
-        "--pairs",
-        pairs,
-        "--unseen-prompts",
-        unseen,
-        "--prompts-per-batch",
-        4,
-        "--pairs-per-step",
-        4,
-    )
-
-    def call(*arguments):
-        return run(
-            monkeypatch, Config, main, *given, *SMALL, "--reward", f"{HERE}:likes_w9", *arguments
-        )
-
-    return call
+def lines(*records: dict) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "f_dpo", "chi_po", "ipo", "exo"])
-def test_every_loss_learns_the_pairs(loss, experiment, tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pairs, and prompts to evaluate on."""
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "pairs.jsonl").write_text(lines(*PAIRS))
+    (folder / "unseen.txt").write_text("".join(f"w{i}\n" for i in range(10, 18)))
+    return folder / "pairs.jsonl", folder / "unseen.txt"
+
+
+def configured(files, settings=None, **options) -> Config:
+    pairs, unseen = files
+    small = {"model": str(TINY), "samples": 16, "max_new_tokens": 8, "divergence": "reverse_kl"}
+    given = {"pairs": pairs, "unseen_prompts": unseen, "reward": f"{HERE}:likes_w9"}
+    sizes = {"prompts_per_batch": 4, "pairs_per_step": 4}
+    return Config(**given | sizes | options, settings=Settings(**small | (settings or {})))
+
+
+@pytest.fixture(scope="module")
+def arguments(files):
+    pairs, unseen = files
+    sizes = ("--prompts-per-batch", 4, "--pairs-per-step", 4, *SMALL)
+    return ("--pairs", pairs, "--unseen-prompts", unseen, "--reward", f"{HERE}:likes_w9", *sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("dpo", preferences.dpo),
+        ("f_dpo", partial(preferences.f_dpo, divergence=fjax.forward_kl())),
+        ("chi_po", preferences.chi_po),
+        ("ipo", preferences.ipo),
+        ("exo", preferences.exo_pair),
+    ],
+)
+def test_a_loss_is_that_of_its_name(name, loss, files):
+    """That a step descends each of them: tests/training/test_preference.py."""
+    given = [jnp.array([x, 2 * x]) for x in (-1.0, -3.0, -2.5, -1.5)]
+    found = make_loss(configured(files, loss=name, f="forward_kl", beta=0.3))(*given)
+    np.testing.assert_array_equal(found, loss(*given, beta=0.3))
+
+
+@pytest.fixture(scope="module")
+def built(files):
+    return build(TASK, configured(files))
+
+
+def test_a_run_evaluates_on_prompts_that_no_pair_has(compiled_once, arguments, tmp_path):
     folder = tmp_path / "run"
-    rate = 1e-3 if loss == "ipo" else 3e-3
-    more = ("--learning-rate", rate, "--eval-every", 100, "--warmup-steps", 1)
-    assert experiment("--loss", loss, "--steps", 12, "--run-folder", folder, *more) == 0
+    finish(main, *arguments, "--steps", 3, "--learning-rate", 3e-3, "--run-folder", folder)
     records = read_jsonl(folder / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "step"]
-    assert [r["epoch"] for r in steps] == [i / 4 for i in range(1, 13)]
-    assert steps[-1]["samples"] == 48
-    assert steps[-1]["margin"] > steps[0]["margin"] + 0.1
+    assert [(r["epoch"], r["samples"]) for r in steps] == [(0.25, 4), (0.5, 8), (0.75, 12)]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
     assert 0 <= evaluations[-1]["win_rate"] <= 1
     # The base model against itself: half, within four standard errors.
@@ -67,20 +97,27 @@ def test_every_loss_learns_the_pairs(loss, experiment, tmp_path):
     assert (folder / "training.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(experiment, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert experiment("--steps", 6, "--run-folder", whole) == 0
-    assert experiment("--steps", 3, "--run-folder", parts) == 0
-    assert experiment("--steps", 6, "--run-folder", parts, "--resume") == 0
+def test_steps_learn_the_pairs_and_go_on_as_if_they_had_never_stopped(built, files):
+    """That the loop restores what `Progress` has: tests/runs/test_steps.py."""
+    config = configured(files, {"learning_rate": 3e-3, "warmup_steps": 1})
+    built = built._replace(settings=config.settings)
 
-    def figures(folder):
-        return [
-            {k: v for k, v in r.items() if k != "seconds"}
-            for r in read_jsonl(folder / "metrics.jsonl")
-            if r["kind"] == "step"
-        ]
+    def steps(progress, numbers):
+        stepper, figures = make_stepper(config, built), []
+        progress = stepper.begin(built.model.params) if progress is None else progress
+        stepper.go_on(progress)
+        for number in numbers:
+            progress, found = stepper.step(progress, number)
+            figures.append(found)
+        return progress, figures
 
-    assert figures(whole) == figures(parts)
+    whole, expected = steps(None, range(12))
+    assert expected[-1]["margin"] > expected[0]["margin"] + 0.1
+    assert [figures["epoch"] for figures in expected] == [step / 4 for step in range(1, 13)]
+    parts, first = steps(None, range(5))
+    parts, then = steps(parts, range(5, 12))
+    assert first + then == expected
+    jax.tree.map(np.testing.assert_array_equal, parts.state.params, whole.state.params)
 
 
 def test_the_built_in_pairs_are_whole():
@@ -91,85 +128,52 @@ def test_the_built_in_pairs_are_whole():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "settings", "message"),
     [
-        (("--beta", 0), "--beta must be at least 1e-06"),
-        (("--reward-beta", -1), "--reward-beta must be at least 1e-06"),
-        (("--pairs", "/nowhere.jsonl"), "Cannot read the pairs /nowhere.jsonl"),
-        (("--pairs-per-step", 17), "There are 16 pairs to be used, fewer than the 17 of a step"),
-        (("--algorithm", "rloo", "--divergence", "reverse_kl"), "steps on pairs draw none"),
+        ({"beta": 0.0}, {}, "--beta must be at least 1e-06"),
+        ({"reward_beta": -1.0}, {}, "--reward-beta must be at least 1e-06"),
+        ({"pairs": Path("/nowhere.jsonl")}, {}, "Cannot read the pairs /nowhere.jsonl"),
+        (
+            {"pairs_per_step": 17},
+            {},
+            "There are 16 pairs to be used, fewer than the 17 of a step",
+        ),
+        ({}, {"algorithm": "rloo"}, "steps on pairs draw none"),
     ],
 )
-def test_bad_input_is_named_before_any_step(experiment, tmp_path, capsys, arguments, message):
-    assert experiment("--steps", 2, "--run-folder", tmp_path / "run", *arguments) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_bad_input_is_named_before_any_step(files, options, settings, message):
+    with pytest.raises((ValueError, RunError)) as error:
+        build(TASK, configured(files, settings, **options))
+    assert message in str(error.value)
 
 
-def test_a_bad_line_stops_or_is_left_out(experiment, tmp_path, capsys):
+def test_a_bad_line_stops_or_is_left_out(files, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
-    good = [
-        json.dumps({"prompt": f"w{i}", "chosen": " w9", "rejected": " w4"}) for i in range(20, 24)
-    ]
-    bad.write_text("\n".join([*good, '{"prompt": "w1", "chosen": " w9"}']) + "\n")
-    arguments = ("--pairs", bad, "--steps", 1, "--run-folder", tmp_path / "run")
-    assert experiment(*arguments) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert 'line 5 has no "rejected"' in said
-    assert "--skip-bad-lines" in said
-    assert experiment(*arguments, "--skip-bad-lines") == 0
+    bad.write_text(lines(*PAIRS[:4], {"prompt": "w1", "chosen": " w9"}))
+    with pytest.raises(RunError, match=r'line 5 has no "rejected".*--skip-bad-lines'):
+        build(TASK, configured(files, pairs=bad))
+    build(TASK, configured(files, pairs=bad, skip_bad_lines=True))
     assert "1 of 5 lines left out" in " ".join(capsys.readouterr().out.split())
 
 
-def test_prompts_of_pairs_are_not_evaluated_on(experiment, tmp_path, capsys):
-    seen = tmp_path / "seen.txt"
-    seen.write_text("w20\nw10\nw11\nw12\n")
-    assert experiment("--steps", 1, "--unseen-prompts", seen) == 2
-    assert "1 prompts to evaluate on are in" in " ".join(capsys.readouterr().err.split())
-
-
-def test_spaces_around_a_prompt_hide_nothing(experiment, tmp_path, capsys):
-    """A prompt to evaluate on has none; one of a pair may, and is the same prompt."""
+@pytest.mark.parametrize("spaces", ["", " "])
+def test_prompts_of_pairs_are_not_evaluated_on(files, tmp_path, spaces):
+    """A prompt to evaluate on has no spaces around it; one of a pair may, and is the same one."""
     pairs, seen = tmp_path / "spaces.jsonl", tmp_path / "seen.txt"
-    lines = [{"prompt": f" w{i} ", "chosen": " w9", "rejected": " w4"} for i in range(20, 24)]
-    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs.write_text(lines(*(p | {"prompt": f"{spaces}{p['prompt']}{spaces}"} for p in PAIRS)))
     seen.write_text("w20\nw10\nw11\nw12\n")
-    assert experiment("--steps", 1, "--pairs", pairs, "--unseen-prompts", seen) == 2
-    assert "1 prompts to evaluate on are in" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(RunError, match="1 prompts to evaluate on are in"):
+        build(TASK, configured(files, pairs=pairs, unseen_prompts=seen))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"[" * 100_000, "line 2 is nested too deeply"),
-        (b'{"prompt": "w1", "chosen": "\xff"}', "line 2 is not UTF-8 text"),
-        (b'{"prompt": "w1", "prompt": "w2"}', 'line 2 has "prompt" twice'),
-        (
-            b'{"prompt": "w1", "chosen": "w2", "rejected": "film"}',
-            "reads a part of 'film' as its end token",
-        ),
-    ],
-)
-def test_whatever_a_line_has_is_one_sentence(experiment, tmp_path, capsys, content, message):
+def test_the_command_says_it_in_a_sentence(arguments, monkeypatch, tmp_path, capsys):
+    """Whatever a line has; all that one may have: test_preference_data.py."""
     bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(b'{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\r\n' + content + b"\r\n")
-    assert (
-        experiment(
-            "--pairs", bad, "--pairs-per-step", 1, "--steps", 1, "--run-folder", tmp_path / "run"
-        )
-        == 2
-    )
+    good = b'{"prompt": "w1", "chosen": "w2", "rejected": "w3"}\r\n'
+    bad.write_bytes(good + b"[" * 100_000 + b"\r\n")
+    folder = tmp_path / "run"
+    assert run(monkeypatch, main, *arguments, "--pairs", bad, "--run-folder", folder) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert message in said
+    assert "line 2 is nested too deeply" in said
     assert "Traceback" not in said
-
-
-def test_the_win_rate_is_that_of_pairs_of_samples():
-    from experiments._evaluate import _win_rate
-
-    mine, other = np.array([[1.0, 3.0], [2.0, 2.0]]), np.array([[2.0, 0.0], [2.0, 1.0]])
-    figure = _win_rate(mine, other)
-    # 1>0, 3>2, 3>0; and two ties, two wins
-    assert figure.value == pytest.approx((3 / 4 + 3 / 4) / 2)
-    single = _win_rate(mine[:1], other[:1])
-    assert single.value == 0.75
+    assert not folder.exists()

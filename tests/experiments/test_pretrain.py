@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import fjax
-from experiments._run_folder import RunError
-from experiments.pretrain import data, ngram
+from experiments.common import corpora as data
+from experiments.pretrain import ngram
 from experiments.pretrain.config import Config
 from experiments.pretrain.run import main
+from fjax.runs import RunError
 from fjax.training import read_jsonl
 
 SUBJECTS, VERBS, OBJECTS = (

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import fjax
-from experiments._prompts import encode, openings, read_prompts, token_ids
-from experiments._run_folder import RunError
-from experiments._settings import BUILT_IN
-from experiments.pretrain.data import held_out, read_labels
+from experiments.common.corpora import held_out, read_labels
+from experiments.common.prompts import encode, openings, read_prompts, token_ids
+from experiments.common.settings import BUILT_IN
+from fjax.runs import RunError
 
 from .commands import TINY
 

@@ -2,17 +2,21 @@
 labels."""
 
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments._run_folder import RunError
-from experiments.sentiment_reward import reward_model
+from experiments.common import reward_model
+from experiments.common.rewards import checked, make_reward
+from experiments.common.settings import Settings
+from experiments.sentiment_reward.__main__ import main
 from experiments.sentiment_reward.config import Config
-from experiments.sentiment_reward.run import checked, main, make_reward
+from experiments.sentiment_reward.target import TASK
+from fjax.runs import RunError
 from fjax.training import read_jsonl
 
-from .commands import SMALL, run
+from .commands import SMALL, TINY, build, run
 
 
 def length_reward(texts):
@@ -26,7 +30,7 @@ def broken_reward(texts):
 
 @pytest.fixture
 def experiment(monkeypatch):
-    return lambda *arguments: run(monkeypatch, Config, main, *arguments)
+    return lambda *arguments: run(monkeypatch, main, *arguments)
 
 
 def test_two_steps_with_a_function_of_ones_own(experiment, tmp_path):
@@ -45,26 +49,16 @@ def test_two_steps_with_the_built_in_reward(experiment, tmp_path, monkeypatch, c
             lines = [f"film number {i} is {word} ." for i in range(60)]
             archive.writestr(f"sentence_polarity/rt-polarity.{name}", "\n".join(lines))
     monkeypatch.setattr(reward_model, "EPOCHS", 1)
-    settings = (
-        "--samples",
-        4,
-        "--eval-samples",
-        8,
-        "--max-new-tokens",
-        4,
-        "--steps",
-        2,
-        "--run-folder",
-        tmp_path / "run",
-    )
     folder = tmp_path / "reward"
+    settings = (*SMALL, "--steps", 2, "--run-folder", tmp_path / "run")
     assert experiment("--corpora", tmp_path, "--reward-folder", folder, *settings) == 0
     assert "held-out snippets are classified as people did" in capsys.readouterr().out
     assert reward_model.load(folder).text_format == "end text end"
-    weights = (folder / "model.safetensors").stat().st_mtime_ns
-    again = ("--run-folder", tmp_path / "again", *settings[:-2])
-    assert experiment("--reward", folder, *again) == 0
-    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+    # From then on it is there, by its folder or as the built-in one.
+    monkeypatch.setattr(reward_model, "train", None)
+    texts = ["a great film", "dull"]
+    by_name = make_reward("sentiment", folder, tmp_path)(texts)
+    np.testing.assert_array_equal(make_reward(str(folder), tmp_path, tmp_path)(texts), by_name)
 
 
 def test_the_scores_do_not_depend_on_the_batches():
@@ -83,22 +77,25 @@ def test_the_scores_do_not_depend_on_the_batches():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (("--reward", "nowhere:f"), "--reward nowhere:f cannot be imported"),
-        (("--reward", "math:nowhere"), "--reward math:nowhere cannot be imported"),
-        (("--reward", f"{__name__}:broken_reward"), "broken_reward failed on"),
-        (("--reward", "./nowhere"), "Cannot load the reward model"),
-        (("--beta", 0.0), "--beta must be at least 1e-06"),
+        ({"reward": "nowhere:f"}, "--reward nowhere:f cannot be imported"),
+        ({"reward": "math:nowhere"}, "--reward math:nowhere cannot be imported"),
+        ({"reward": f"{__name__}:broken_reward"}, "broken_reward failed on"),
+        ({"reward": "./nowhere"}, "Cannot load the reward model"),
+        ({"beta": 0.0}, "--beta must be at least 1e-06"),
         (
-            ("--corpora", "./nowhere", "--reward-folder", "./nowhere"),
+            {"corpora": Path("nowhere"), "reward_folder": Path("nowhere")},
             "No labelled snippets at nowhere",
         ),
     ],
 )
-def test_bad_input_is_named(experiment, tmp_path, capsys, arguments, message):
-    assert experiment(*SMALL, "--steps", 2, "--run-folder", tmp_path / "run", *arguments) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_bad_input_is_named(options, message):
+    """That the command says it in a sentence: test_bad_input.py."""
+    small = {"model": str(TINY), "max_new_tokens": 8, "divergence": "reverse_kl"}
+    with pytest.raises((ValueError, RunError)) as error:
+        build(TASK, Config(**options, settings=Settings(**small)))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +157,9 @@ def test_the_format_of_a_folder_is_kept_and_a_missing_one_is_said(of_chance, tmp
             folder, of_chance.params, of_chance.config, of_chance.tokenizer, text_format=text_format
         )
         expected = reward_model.score_texts(of_chance._replace(text_format=text_format), texts)
-        found = make_reward(Config(reward=str(folder)))(texts)
+        found = make_reward(str(folder), tmp_path, tmp_path)(texts)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         assert ("says no text_format" in capsys.readouterr().out) is (text_format is None)
-    built_in = make_reward(Config(reward_folder=tmp_path / "None"))(texts)
+    built_in = make_reward("sentiment", tmp_path / "None", tmp_path)(texts)
     np.testing.assert_allclose(built_in, expected, rtol=1e-4)
     assert "text_format" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What a command line stands for: every number of every command, within its range or refused;
 paths; and the optimiser."""
 
+import dataclasses
 import importlib
 import types
 import typing
@@ -11,34 +12,31 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import _arguments
-from experiments._programs import load_model
-from experiments._run_folder import RunError
-from experiments._settings import Settings, make_optimizer
+import experiments.__main__ as every_command
+from experiments.common import arguments
+from experiments.common.arguments import parse
+from experiments.common.build import load_model, make_optimizer
+from experiments.common.settings import Settings
+from experiments.tasks import TASKS
+from fjax.divergences import names
+from fjax.runs import RunError
 
-from .commands import TINY, run
+from .commands import TINY
 
-EXPERIMENTS = (
-    "lexical_constraint",
-    "sentiment_reward",
-    "gender_balance",
-    "conditional",
-    "preference_pairs",
-)
 # Command -> the module of its Config, and what must be given besides.
 COMMANDS = {
-    **{name: (f"{name}.config", ()) for name in EXPERIMENTS},
+    **{task.name: (f"{task.name}.config", ()) for task in TASKS},
     "compare": ("compare.config", ("--task", "lexical_constraint", "--objectives", "ppo")),
     "pretrain": ("pretrain.config", ()),
     "make_pairs": ("preference_pairs.make_pairs", ()),
-    "evaluate": ("evaluate", ("--aligned", "folder", "lexical_constraint")),
-    "generate": ("generate", ("--model", "folder", "--word", "great")),
-    "bench": ("bench", ()),
-    "kl_gradients": ("kl_gradients", ()),
-    "tabulate": ("tabulate", ("folder",)),
+    "evaluate": ("tools.evaluate", ("--aligned", "folder", "lexical_constraint")),
+    "generate": ("tools.generate", ("--model", "folder", "--word", "great")),
+    "bench": ("tools.bench", ()),
+    "kl_gradients": ("tools.kl_gradients", ()),
+    "tabulate": ("tools.tabulate", ("folder",)),
     "plot": ("conditional.plot", ("folder",)),
 }
-VALUES = ("nan", "inf", "-1", "0", "1" + "0" * 400)
+VALUES = (float("nan"), float("inf"), -1, 0, 10**400, -(10**400))
 
 
 def config_of(command: str) -> type:
@@ -52,30 +50,25 @@ def numbers(annotation) -> type | None:
     return next(iter(found & {int, float}), None)
 
 
-def numeric_fields(config: type) -> dict[str, tuple[type, int]]:
-    """Field -> its type and how many words it takes."""
-    hints = typing.get_type_hints(config)
-    counts = {
-        name: 2 if tuple[float, float] in typing.get_args(hint) else 1
-        for name, hint in hints.items()
-    }
-    return {name: (numbers(hint), counts[name]) for name, hint in hints.items() if numbers(hint)}
-
-
 CASES = [
-    (command, name, *rest)
+    (command, name, kind)
     for command in COMMANDS
-    for name, rest in numeric_fields(config_of(command)).items()
-] + [("lexical_constraint", name, *rest) for name, rest in numeric_fields(Settings).items()]
+    for name, hint in typing.get_type_hints(config_of(command)).items()
+    if (kind := numbers(hint))
+] + [
+    ("settings", name, kind)
+    for name, hint in typing.get_type_hints(Settings).items()
+    if (kind := numbers(hint))
+]
 
 
 def test_every_command_is_in_the_table():
     """A file with a command line of its own, found by what it calls."""
-    folder = Path(_arguments.__file__).parent
+    folder = Path(every_command.__file__).parent
     files = {
         path
         for path in folder.rglob("*.py")
-        if "sys.exit(run(Config" in path.read_text(encoding="utf-8")
+        if "sys.exit(main())" in path.read_text(encoding="utf-8") and path.parent != folder
     }
     assert {path.stem if path.name != "__main__.py" else path.parent.name for path in files} == set(
         COMMANDS
@@ -83,38 +76,47 @@ def test_every_command_is_in_the_table():
 
 
 def test_there_is_a_row_for_every_number_and_no_other():
-    assert {name for _, name, *_ in CASES} == set(_arguments.RANGES)
+    assert {name for _, name, _ in CASES} == set(arguments.RANGES)
+
+
+@pytest.fixture(scope="module")
+def allowed():
+    """A configuration of each command, with what must be given."""
+    found = {name: parse(config_of(name), name, others) for name, (_, others) in COMMANDS.items()}
+    return found | {"settings": Settings()}
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "kind", "words"), CASES, ids=lambda x: str(x) if isinstance(x, str) else ""
+    ("command", "name", "kind"), CASES, ids=lambda x: str(x) if isinstance(x, str) else ""
 )
-def test_a_number_is_within_its_range_or_refused_in_a_sentence(
-    command, name, kind, words, monkeypatch, capsys
-):
-    """On the parser, with main doing nothing; whether a value is refused is read off the table."""
-    low, high = _arguments.RANGES[name]
-    flag = _arguments.flag(name)
-    chosen = []
-    for value in (
-        *VALUES,
-        *(f"{bound:g}" if kind is float else str(bound) for bound in (low, high)),
-    ):
-        chosen.clear()
-        given = [*COMMANDS[command][1], flag, *([value] if words == 1 else [value, "9e5"])]
-        status = run(
-            monkeypatch, config_of(command), lambda config: chosen.append(config) or 0, *given
-        )
-        number = float(value)
-        allowed = low <= number <= high and (
-            kind is float or ("." not in value and value not in ("nan", "inf"))
-        )
-        shown = capsys.readouterr().err
-        joint = needs_more_than_its_range(command, name, number)
-        assert status == (0 if allowed and not joint else 2), (value, shown)
-        assert bool(chosen) == (status == 0)
-        assert status == 0 or flag in shown
-        assert "Traceback" not in shown
+def test_a_number_is_within_its_range_or_refused_in_a_sentence(command, name, kind, allowed):
+    """Whether a value is refused is read off the table."""
+    low, high = arguments.RANGES[name]
+    for number in (*VALUES, low, high):
+        several = isinstance(getattr(allowed[command], name), tuple)
+        value = (number, 9e5) if name == "clip" else (number,) if several else number
+        if low <= number <= high and not needs_more_than_its_range(command, name, number):
+            assert getattr(dataclasses.replace(allowed[command], **{name: value}), name) == value
+            continue
+        with pytest.raises(ValueError, match=arguments.flag(name)):
+            dataclasses.replace(allowed[command], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--steps", "nan", "--steps"),
+        ("--steps", "1.5", "--steps"),
+        ("--steps", "1e3", "--steps"),
+        ("--learning-rate", "fast", "--learning-rate"),
+        ("--clip", "8", "--clip"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_its_flag(flag, value, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(config_of("lexical_constraint"), "x", (flag, value))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def needs_more_than_its_range(command: str, name: str, number: float) -> bool:
@@ -126,68 +128,70 @@ def needs_more_than_its_range(command: str, name: str, number: float) -> bool:
         ("pretrain", "vocab_size", 2),
         ("kl_gradients", "vocab_size", 2**20),
         ("kl_gradients", "max_tokens", 16),
-        ("lexical_constraint", "samples", 1),
-        ("lexical_constraint", "clip", 1e6),
+        ("settings", "samples", 1),
+        ("settings", "clip", 1e6),
     }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (("--clip", 8, -8), "--clip is the lowest and then the highest f', got 8 -8"),
-        (("--clip", 0, 0), "--clip is the lowest and then the highest f', got 0 0"),
+        (("--clip", "8", "-8"), "--clip is the lowest and then the highest f', got 8 -8"),
+        (("--clip", "0", "0"), "--clip is the lowest and then the highest f', got 0 0"),
         (("--smoothing", "1e-60"), "--smoothing must be 0 or at least 1e-30"),
-        (("--seed", 2**32), "--seed must be at least 0 and at most 4294967295, got 4294967296"),
+        (
+            ("--seed", str(2**32)),
+            "--seed must be at least 0 and at most 4294967295, got 4294967296",
+        ),
         (("--run-folder", ""), "a path must not be empty"),
         (("--run-folder", " "), "a path must not be empty"),
         (("--model", ""), "a path must not be empty"),
         (("--run-folder", "~nobody-here/run"), "~nobody-here"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(arguments, message, monkeypatch, capsys):
-    assert run(monkeypatch, config_of("lexical_constraint"), lambda _: 0, *arguments) == 2
+def test_a_value_that_cannot_be_is_refused(given, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parse(config_of("lexical_constraint"), "x", given)
     shown = "".join(c for c in capsys.readouterr().err if c not in " \n│╭╮╰╯─")
-    assert "".join(message.split()) in shown
+    assert "".join(message.split()) in shown + "".join(str(error.value).split())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_divergence_of_the_library_can_be_given(name):
+    settings = parse(config_of("lexical_constraint"), "x", ("--divergence", name)).settings
+    assert settings.divergence == name
+    assert settings.title == name.replace("=", "-")
+
+
+@pytest.mark.parametrize("name", ["kl", "alpha", "alpha=x", "jensen_shannon=1", ""])
+def test_a_divergence_that_does_not_exist_is_answered_with_those_that_do(name):
+    with pytest.raises(ValueError, match="--divergence: ") as error:
+        Settings(divergence=name)
+    assert all(known in str(error.value) for known in names())
 
 
 def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    chosen = []
     for command, (_, others) in COMMANDS.items():
         if command in ("compare", "tabulate", "plot", "evaluate"):
             continue
         hints = typing.get_type_hints(config_of(command), include_extras=True)
         paths = [name for name, hint in hints.items() if takes_a_path(hint)]
-        given = [word for name in paths for word in (_arguments.flag(name), "~/x")]
+        given = [word for name in paths for word in (arguments.flag(name), "~/x")]
         with_prompts = ["--prompts", "~/p"] if command == "conditional" else []
-        run(
-            monkeypatch,
-            config_of(command),
-            lambda config: chosen.append(config) or 0,
-            *others,
-            *given,
-            *with_prompts,
-        )
+        chosen = parse(config_of(command), command, (*others, *given, *with_prompts))
         for name in paths:
-            assert str(getattr(chosen[-1], name)) in ("/home/me/x", "/home/me/p"), (command, name)
+            assert str(getattr(chosen, name)) in ("/home/me/x", "/home/me/p"), (command, name)
     everywhere = ("--task", "lexical_constraint", "--runs", "~/a", "~/b", "--folder", "~/c")
-    run(monkeypatch, config_of("compare"), lambda config: chosen.append(config) or 0, *everywhere)
-    assert chosen[-1].runs == (Path("/home/me/a"), Path("/home/me/b"))
-    run(
-        monkeypatch,
-        config_of("lexical_constraint"),
-        lambda c: chosen.append(c) or 0,
-        "--model=~/m",
-        "--run-folder=~/r",
-    )
-    assert (chosen[-1].settings.model, chosen[-1].settings.run_folder) == (
-        "/home/me/m",
-        Path("/home/me/r"),
-    )
+    chosen = parse(config_of("compare"), "compare", everywhere)
+    assert chosen.runs == (Path("/home/me/a"), Path("/home/me/b"))
+    chosen = parse(config_of("lexical_constraint"), "x", ("--model=~/m", "--run-folder=~/r"))
+    assert chosen.settings.model == "/home/me/m"
+    assert chosen.settings.run_folder == Path("/home/me/r")
 
 
 def takes_a_path(hint) -> bool:
-    return hint in (Path, Path | None, _arguments.FolderOrName, _arguments.FolderOrName | None)
+    return hint in (Path, Path | None, arguments.FolderOrName, arguments.FolderOrName | None)
 
 
 def test_every_word_that_may_be_a_folder_is_taken_as_one():

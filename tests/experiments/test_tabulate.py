@@ -2,7 +2,7 @@
 
 import json
 
-from experiments import tabulate
+from experiments.tools import tabulate
 from fjax.training import JsonlLogger
 
 from .commands import run
@@ -29,7 +29,6 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
     assert (
         run(
             monkeypatch,
-            tabulate.Config,
             tabulate.main,
             *folders,
             "--figures",
@@ -48,7 +47,7 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
 
 
 def test_what_is_no_run_is_named(monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, tabulate.Config, tabulate.main, tmp_path) == 2
+    assert run(monkeypatch, tabulate.main, tmp_path) == 2
     assert "is no run folder" in capsys.readouterr().err
-    assert run(monkeypatch, tabulate.Config, tabulate.main) == 2
+    assert run(monkeypatch, tabulate.main) == 2
     assert "Name at least one run folder" in capsys.readouterr().err

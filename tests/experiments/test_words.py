@@ -6,8 +6,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from experiments._run_folder import RunError
-from experiments._words import contains_any
+from experiments.common.words import contains_any
+from fjax.runs import RunError
 
 
 @pytest.mark.parametrize(

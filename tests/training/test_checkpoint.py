@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -401,6 +402,26 @@ def test_a_save_that_fails_is_forgotten(tmp_path):
         assert checkpoints.steps == [1]
         checkpoints.save(2, like, wait=True)
         np.testing.assert_array_equal(checkpoints.restore(like)["w"], like["w"])
+
+
+def test_a_save_that_fails_says_so_once(tmp_path, monkeypatch):
+    """Not a page for every array, from threads that come too late; what others say is heard."""
+    tree = [np.random.default_rng(i).normal(size=(100, 100)) for i in range(60)]
+    limit, heard = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    other = SimpleNamespace(exc_value=RuntimeError("another"))
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    for attempt in range(3):  # one of them is almost sure to have latecomers
+        with Checkpoints(tmp_path / str(attempt)) as checkpoints:
+            checkpoints.save(1, tree, wait=True)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+            try:
+                with pytest.raises(OSError, match="File too large"):
+                    checkpoints.save(2, tree, wait=True)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            sys.unraisablehook(other)
+    assert heard == [other] * 3
+    assert sys.unraisablehook == heard.append
 
 
 def test_metrics_that_are_not_numbers_are_never_best(tmp_path):

@@ -49,6 +49,8 @@ def open_folder(
 def _local(name_or_path: str | Path) -> Path | None:
     """A folder that is there; None for what must be a name on the hub."""
     name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    if name == "built-in":
+        return _built_in()
     if name and folder.is_dir():  # the path of no name is the current folder
         return folder
     # Names on the hub are `model` or `owner/model`; all else is meant as a path.
@@ -63,6 +65,16 @@ def _local(name_or_path: str | Path) -> Path | None:
             f"the hub."
         )
     return None
+
+
+def _built_in() -> Path:
+    """The model that comes along: in the package, or in a copy of the repository beside it."""
+    package = Path(__file__).parents[2]
+    for place in (package, package.parent):
+        folder = place / "experiments" / "assets" / "reviews-gpt2"
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("The built-in model is not there: install fjax as a whole.")
 
 
 def _download(name: str, files: list[str], *, revision: str | None = None) -> Path:

@@ -1,0 +1,289 @@
+"""From settings to what they stand for: model, optimiser, tuner, collector, run. The one place
+where a command line becomes values of the library.
+"""
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fjax
+from fjax import rollouts
+from fjax.divergences import FDivergence, by_name
+from fjax.models import LanguageModel
+from fjax.rollouts import Collector, Contexts
+from fjax.runs import Display, RunError, align, open_run
+from fjax.runs.folder import new_folder, newest_folder
+from fjax.runs.loop import TARGET_KEY
+from fjax.training import ppo_tuner, rloo_tuner
+from fjax.types import Params
+
+from . import command
+from .inputs import input_digests
+from .settings import Settings, as_json
+from .task import Built, Task
+
+REPORTED = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
+"""The divergences of every evaluation; another one is reported where it is trained on."""
+
+PPO_EPOCHS, PPO_MINIBATCHES = 2, 4
+"""Of each batch of samples, with ``--algorithm ppo``."""
+
+
+def main_of(task: Task) -> Callable[[], int]:
+    """Its command."""
+    return partial(command.run, task.config, partial(run_task, task), name=task.name)
+
+
+def run_task(task: Task, config: Any) -> int:
+    """Runs a task from the command line's choices to the exported model; returns the exit status.
+
+    Raises:
+        RunError: for whatever the user can put right.
+    """
+    settings: Settings = config.settings
+    make_target = task.make_target(config)  # what is wrong with it is said before minutes are spent
+    display = Display()
+    display.say("Loading the model.")
+    model = load_model(settings)
+    begun = None if settings.start is None else load_aligned(settings, model, settings.start)
+    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
+    built = make_built(settings, model, contexts, display)
+    values, title = as_json(config), task.title(config)
+    folder, ours = choose_folder(settings, task.name, title)
+    opened = open_run(
+        folder,
+        values,
+        resume=settings.resume,
+        digests=input_digests(config, model, begun),
+        command=shlex.join(["python", "-m", f"experiments.{task.name}", *sys.argv[1:]]),
+        ours=ours,
+    )
+    with opened as run:
+        target = make_target(built)
+        stepper = task.make_stepper
+        result = align(
+            model,
+            target,
+            make_tuner(settings, model, contexts) if stepper is None else stepper(config, built),
+            built.collector,
+            folder=run,
+            steps=settings.steps,
+            divergences=reported_divergences(settings),
+            objective=settings.divergence,
+            seed=settings.seed,
+            initial=None if begun is None else begun.params,
+            proposal_every=settings.proposal_every if settings.proposal == "adaptive" else None,
+            overlap=settings.overlap,
+            eval_every=settings.eval_every,
+            eval_samples=settings.eval_samples,
+            checkpoint_every=settings.checkpoint_every,
+            stop_below=settings.stop_below,
+            patience=settings.patience,
+            loggers=loggers(settings),
+            title=title,
+            display=display,
+        )
+    return result.status
+
+
+def make_built(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None, display: Display
+) -> Built:
+    """What there is to make a target with."""
+    key = jax.random.fold_in(jax.random.key(settings.seed), TARGET_KEY)
+    collector = make_collector(settings, model, contexts)
+    return Built(settings, model, collector, key, display)
+
+
+def choose_folder(settings: Settings, name: str, title: str) -> tuple[Path, bool]:
+    """The run's folder, and whether it was made for it just now."""
+    if settings.run_folder is not None:
+        return settings.run_folder, False
+    base = Path("runs") / name
+    if settings.resume:
+        return newest_folder(base, title), False
+    return new_folder(base, title), True
+
+
+def loggers(settings: Settings) -> list[str]:
+    """By name, as `fjax.runs` opens them."""
+    names = ["tensorboard"] if settings.tensorboard else []
+    if settings.wandb_project:
+        mode = ",offline" if settings.wandb_mode == "offline" else ""
+        names.append(f"wandb={settings.wandb_project}{mode}")
+    return names
+
+
+def load_model(settings: Settings, *, prompt_tokens: int = 1) -> LanguageModel:
+    """The built-in model, a folder's, or a hub's.
+
+    Raises:
+        RunError: if it cannot be had, or has fewer positions than are asked for.
+    """
+    try:
+        model = fjax.from_pretrained(settings.model, dtype=jnp.dtype(settings.dtype))
+    except (OSError, ValueError) as error:
+        raise RunError(f"Cannot load --model {settings.model}: {error}") from error
+    check_positions(settings, model, prompt_tokens)
+    return model
+
+
+def load_aligned(settings: Settings, base: LanguageModel, name: str) -> LanguageModel:
+    """A model whose probabilities can be compared with the base model's.
+
+    Raises:
+        RunError: if it cannot be had, or has another shape or tokenizer.
+    """
+    aligned = load_model(dataclasses.replace(settings, model=name))
+    computes_as = getattr(base.config, "computes_as", base.config.__eq__)
+    if (
+        not computes_as(aligned.config)
+        or base.tokenizer.get_vocab() != aligned.tokenizer.get_vocab()
+    ):
+        raise RunError(
+            f"{name} and the base model {settings.model} differ in shape or tokenizer, so that "
+            f"their probabilities cannot be compared. Give the base model that it was aligned from."
+        )
+    return aligned
+
+
+def longest(model: LanguageModel) -> int:
+    """Tokens that the model can read."""
+    return sys.maxsize if model.max_length is None else model.max_length
+
+
+def check_positions(settings: Settings, model: LanguageModel, prompt_tokens: int) -> None:
+    """Whether prompts of so many tokens, the start token included, and what follows them have room
+    in the model.
+
+    Raises:
+        RunError: if not.
+    """
+    needed, there = prompt_tokens + settings.max_new_tokens, longest(model)
+    if needed > there:
+        alone = prompt_tokens == 1
+        prompt = "the start token" if alone else f"a prompt of {prompt_tokens} tokens"
+        raise RunError(
+            f"The model has {there} positions, but {prompt} and --max-new-tokens "
+            f"{settings.max_new_tokens} need {needed}. Ask for at most "
+            f"{max(there - prompt_tokens, 0)} new tokens."
+        )
+
+
+def make_collector(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None = None
+) -> Collector:
+    """How the run draws. Without contexts the prompt is the model's end-of-sequence token, as it
+    stands between texts.
+
+    Raises:
+        RunError: if samples cannot be shared out among the prompts.
+    """
+    try:
+        return rollouts.model_collector(
+            model,
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.samples,
+            base_samples=settings.base_samples,
+            contexts=contexts,
+        )
+    except ValueError as error:
+        raise RunError(f"--{error}" if str(error).startswith("samples") else str(error)) from error
+
+
+def make_tuner(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None = None
+) -> fjax.Tuner:
+    """What ``--algorithm`` stands for."""
+    start = 1 if contexts is None else contexts.start
+    optimizer = make_optimizer(settings, model.params)
+    microbatch_size = settings.microbatch_size
+    num_contexts = None
+    if contexts is not None and not contexts.global_z:
+        num_contexts = len(contexts.training.texts)
+    log_prob_fn = fjax.make_log_prob_fn(model.logits_fn, start=start)
+    if settings.algorithm == "rloo":
+        return rloo_tuner(
+            log_prob_fn, optimizer, microbatch_size=microbatch_size, num_contexts=num_contexts
+        )
+    if settings.algorithm == "ppo":
+        return ppo_tuner(
+            fjax.log_probs.make_token_log_prob_fn(model.logits_fn, start=start),
+            optimizer,
+            epochs=PPO_EPOCHS,
+            minibatches=PPO_MINIBATCHES,
+            microbatch_size=microbatch_size,
+            num_contexts=num_contexts,
+        )
+    return fjax.fdpg(
+        log_prob_fn,
+        optimizer,
+        divergence=by_name(settings.divergence),
+        clip=settings.clip,
+        microbatch_size=microbatch_size,
+        num_contexts=num_contexts,
+    )
+
+
+def reported_divergences(settings: Settings) -> dict[str, FDivergence]:
+    """Name -> f of those that evaluations report: the usual ones, and what is trained on."""
+    names = dict.fromkeys((*REPORTED, settings.divergence))
+    return {name: by_name(name) for name in names}
+
+
+def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransformation:
+    """Adam or SGD after a warm-up, on the clipped gradient of what is trainable.
+
+    Raises:
+        RunError: if nothing is.
+    """
+    # the first step has the whole rate either way
+    peak, warmup = settings.learning_rate, max(settings.warmup_steps, 1)
+    schedule = optax.linear_schedule(0.0, peak, warmup)
+    if settings.decay:
+        updates = settings.steps * (
+            PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1
+        )
+        fall = optax.linear_schedule(peak, 0.0, max(updates + 1 - warmup, 1))
+        schedule = optax.join_schedules([schedule, fall], [warmup])
+    # The first step is taken at a rate above zero.
+    optimizer = optax.sgd if settings.optimizer == "sgd" else partial(optax.adam, b2=0.98)
+    descend = optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optimizer(lambda count: schedule(count + 1)),
+    )
+    if settings.trainable is None:
+        return descend
+    return optax.partition(
+        {"moves": descend, "stays": optax.set_to_zero()}, _labels(settings.trainable, params)
+    )
+
+
+def _labels(pattern: str, params: Params) -> Params:
+    """Whether each parameter moves or stays: does its path have the pattern in it."""
+
+    def path_of(keys) -> str:
+        return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+    labels = jax.tree_util.tree_map_with_path(
+        lambda keys, _: "moves" if re.search(pattern, path_of(keys)) else "stays", params
+    )
+    if "moves" not in jax.tree.leaves(labels):
+        paths = {
+            re.sub(r"^h_\d+", "h_N", path_of(keys))
+            for keys, _ in jax.tree_util.tree_leaves_with_path(params)
+        }
+        raise RunError(
+            f"--trainable {pattern!r} is in no parameter's path. There are "
+            f"{', '.join(sorted(paths))}."
+        )
+    return labels

@@ -1,0 +1,188 @@
+"""What can be set on the command line of every experiment."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fjax import divergences
+
+from .arguments import FolderOrName, check_numbers
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BUILT_IN = ASSETS / "reviews-gpt2"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Model, objective, optimiser and run folder: the same for all experiments."""
+
+    model: FolderOrName = "built-in"
+    """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a
+    name on the Hugging Face hub such as gpt2, distilgpt2, gpt2-xl."""
+    start: FolderOrName | None = None
+    """Where the policy begins, if not as the base model: a model aligned from it, such as the
+    folder that a run exported. What is near another target of the same kind already takes fewer
+    steps to this one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation. Parameters and reductions are float32 either way; bfloat16 is for GPUs
+    and TPUs."""
+    divergence: str = "jensen_shannon"
+    """What is minimised, from the policy to the target: forward_kl, reverse_kl, total_variation,
+    jensen_shannon, alpha=0.5 (0 is forward, 1 reverse KL, ½ twice the squared Hellinger distance),
+    or any other of the library by its name. Reverse KL is infinite on a hard constraint: add
+    --clip."""
+    algorithm: Literal["fdpg", "rloo", "ppo"] = "fdpg"
+    """fdpg descends any divergence. rloo (REINFORCE with a leave-one-out baseline) and ppo (without
+    a critic) maximise E[r] - β KL(π‖a), which is reverse KL to the target, on samples of the policy
+    alone: what RLHF libraries do."""
+    clip: tuple[float, float] | None = None
+    """Bounds (lowest highest) on f'. They bias the gradient, and make reverse KL usable on a hard
+    constraint: the highest is what a violation costs, the lowest what a hit can earn. Try -8 8."""
+    steps: int = 200
+    """Gradient steps."""
+    samples: int = 256
+    """Samples a step."""
+    base_fraction: float = 0.125
+    """Share of them that is drawn from the base model. It keeps log Z right when the policy no
+    longer covers the target, by bounding the importance weights; the off-policy form keeps the
+    gradient exact. 0 draws from the policy alone; above 0 at least one sample is the base model's,
+    of every prompt where there are prompts."""
+    proposal: Literal["policy", "adaptive"] = "policy"
+    """Where the other samples come from: the policy, or a copy of it that is renewed only when the
+    policy has come closer to the target by forward KL (KL-adaptive DPG, for --algorithm fdpg)."""
+    proposal_every: int = 10
+    """Steps between those checks, on the samples drawn since the last."""
+    overlap: bool = False
+    """Score each batch in Python while the device draws the next one, which is then of the policy
+    one step back; the off-policy weights keep the gradient exact (for --algorithm fdpg). Worth it
+    if scoring takes as long as drawing."""
+    max_new_tokens: int = 40
+    """Longest sample, in tokens; a sentence that has not ended by then counts as it stands."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd, without momentum, is for a target near the base: Adam moves every weight alike, by noise
+    where there is no signal, which may cost more nats than the constraint itself."""
+    learning_rate: float = 5e-4
+    """Peak rate. Of Adam 1e-5 is right for the real GPT-2; the small built-in model takes more."""
+    warmup_steps: int = 10
+    """Steps over which the rate rises from 0; with 0 or 1 the first step has the whole of it."""
+    decay: bool = False
+    """Let the rate fall linearly to 0 at --steps, which averages the noise of the last steps away.
+    Without it the rate stays constant, and --resume may ask for more steps."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is longer."""
+    trainable: str | None = None
+    """Only the parameters whose path has this regular expression in it move: "wte" the token
+    embeddings, "h_3|ln_f" the last block of the built-in model, "bias" all biases. Without it all
+    do. Fewer directions take up less noise."""
+    microbatch_size: int | None = None
+    """Samples that go through the policy at once in the update. Smaller needs less memory; the
+    result is the same."""
+    seed: int = 0
+    """Of everything random."""
+    eval_every: int = 50
+    """Steps between evaluations on fresh samples."""
+    eval_samples: int = 1024
+    """Fresh samples of the policy in an evaluation, with prompts rounded up to as many of each;
+    those of the base model that log Z and the divergences also need come on top."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
+    stop_below: float | None = None
+    """Stop once the divergence, as evaluated on fresh samples, is below this."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a new lowest divergence."""
+    run_folder: Path | None = None
+    """All that the run writes. Without it a new folder under runs/ is made up, or with --resume the
+    newest one taken."""
+    tensorboard: bool = False
+    """Write all figures for TensorBoard too, into the run folder."""
+    wandb_project: str | None = None
+    """Send all figures to this project of Weights & Biases, too."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline keeps them in the run folder, for `wandb sync`."""
+    resume: bool = False
+    """Go on with an interrupted run of the same configuration (--steps may be larger)."""
+
+    def __post_init__(self):
+        check_numbers(self)
+        try:
+            divergences.by_name(self.divergence)
+        except ValueError as error:
+            raise ValueError(f"--divergence: {error}") from error
+        if self.samples < 2:
+            raise ValueError(
+                "--samples must be at least 2: the leave-one-out baseline compares samples with "
+                "others."
+            )
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(
+                f"--clip is the lowest and then the highest f', got {self.clip[0]:g} "
+                f"{self.clip[1]:g}."
+            )
+        try:
+            re.compile(self.trainable or "")
+        except re.error as error:
+            raise ValueError(
+                f"--trainable must be a regular expression, got {self.trainable!r}: {error}."
+            ) from error
+        self._check_algorithm()
+
+    def _check_algorithm(self):
+        if self.algorithm != "fdpg":
+            if self.divergence != "reverse_kl":
+                raise ValueError(
+                    f"--algorithm {self.algorithm} minimises reverse KL: give --divergence "
+                    f"reverse_kl, or take fdpg for {self.divergence}."
+                )
+            for name, value in (
+                ("clip", self.clip),
+                ("overlap", self.overlap),
+                ("proposal adaptive", self.proposal == "adaptive"),
+            ):
+                if value:
+                    raise ValueError(
+                        f"--{name} is for --algorithm fdpg; {self.algorithm} needs the policy's "
+                        f"own samples."
+                    )
+        if self.overlap and self.proposal == "adaptive":
+            raise ValueError(
+                "--overlap and --proposal adaptive cannot be had together; leave one out."
+            )
+
+    @property
+    def base_samples(self) -> int:
+        """Samples of a step that come from the base model, at least one where any are asked for;
+        the policy has the rest."""
+        if self.algorithm != "fdpg" or self.base_fraction == 0:
+            return 0
+        return min(max(round(self.base_fraction * self.samples), 1), self.samples - 1)
+
+    @property
+    def objective(self) -> str:
+        """What is optimised, in a word."""
+        return self.divergence if self.algorithm == "fdpg" else self.algorithm
+
+    @property
+    def title(self) -> str:
+        """The same as part of a folder's name."""
+        return self.objective.replace("=", "-")
+
+
+def as_json(config) -> dict:
+    """A configuration as plain values, nested settings included."""
+    return {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in _flat(dataclasses.asdict(config)).items()
+    }
+
+
+def _flat(nested: dict) -> dict:
+    flat = {}
+    for key, value in nested.items():
+        flat |= (
+            _flat(value)
+            if isinstance(value, dict)
+            else {key: list(value) if isinstance(value, tuple) else value}
+        )
+    return flat

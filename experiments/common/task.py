@@ -1,0 +1,52 @@
+"""What a task is: a configuration, a target, and what it is called."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fjax.evaluation import TextTarget
+from fjax.models import LanguageModel
+from fjax.rollouts import Collector, Contexts
+from fjax.runs import Display, Stepper
+
+from .settings import Settings
+
+
+class Built(NamedTuple):
+    """What there is to make a target with, before the first step.
+
+    settings: those that all tasks share.
+    model: the base model.
+    collector: how to draw.
+    rng_key: for samples that a target is fitted to.
+    display: where it is shown.
+    """
+
+    settings: Settings
+    model: LanguageModel
+    collector: Collector
+    rng_key: jax.Array
+    display: Display
+
+
+class Task(NamedTuple):
+    """An experiment, of which `experiments.tasks` lists all.
+
+    name: of its folder, and of its command.
+    config: what can be set, with the settings that all share in ``settings``.
+    title: (config) -> what a run of it is called.
+    make_target: (config) -> how to make the target once the model is loaded; whatever is wrong with
+        the configuration is said by the first call, which takes no time.
+    headlines: figures that it is about, first in tables and curves.
+    make_contexts: (config, model) -> the prompts of a conditional target.
+    make_stepper: (config, built) -> how to move, if not by samples of the policy.
+    """
+
+    name: str
+    config: type
+    title: Callable[[Any], str]
+    make_target: Callable[[Any], Callable[[Built], TextTarget]]
+    headlines: tuple[str, ...]
+    make_contexts: Callable[[Any, LanguageModel], Contexts] | None = None
+    make_stepper: Callable[[Any, Built], Stepper] | None = None

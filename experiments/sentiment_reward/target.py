@@ -1,0 +1,43 @@
+"""The task: a reward of texts, and the target that RL with a KL penalty has."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from fjax.evaluation import Features, TextTarget
+from fjax.targets import reward_tilted
+
+from ..common.rewards import make_reward
+from ..common.task import Task
+from .config import Config
+
+
+def make_target(config: Config) -> TextTarget:
+    """P(x) = a(x)·exp(r(x)/β)."""
+    reward = make_reward(config.reward, config.reward_folder, config.corpora)
+
+    def features(_: Sequence[str], texts: Sequence[str]) -> Features:
+        values = reward(texts)
+        return {"reward": values, "positive": (values > 0).astype(np.float32)}
+
+    def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
+        rewards = jnp.asarray(features["reward"])
+        return np.asarray(reward_tilted(jnp.asarray(log_a), rewards, beta=config.beta))
+
+    return TextTarget(features, log_score, headline="reward")
+
+
+def prepare(config: Config):
+    """The target, which needs nothing of the run."""
+    target = make_target(config)
+    return lambda built: target
+
+
+TASK = Task(
+    "sentiment_reward",
+    Config,
+    lambda config: f"beta-{config.beta:g}-{config.settings.title}",
+    prepare,
+    ("reward", "positive"),
+)

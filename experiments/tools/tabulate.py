@@ -1,0 +1,85 @@
+"""Runs beside one another as a Markdown table: python -m experiments tabulate --help."""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fjax.runs.folder import read_config, read_evaluations
+from fjax.runs.names import title_of
+
+from ..common.command import run
+
+DEFAULT = (
+    "satisfaction",
+    "kl_to_base",
+    "entropy",
+    "distinct_2",
+    "forward_kl",
+    "total_variation",
+    "jensen_shannon",
+    "log_z",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print the last evaluation of several runs as a Markdown table, with standard errors, samples
+    and seconds.
+
+    Examples:
+
+        python -m experiments tabulate runs/lexical_constraint/amazing-*
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders."""
+    figures: tuple[str, ...] = DEFAULT
+    """Which figures, by their names in metrics.jsonl."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("Name at least one run folder.")
+
+
+def run_tabulate(config: Config) -> int:
+    """One row a run, after a row for the base model of the first."""
+    header = ["", *(title_of(name) for name in config.figures), "samples drawn", "seconds"]
+    rows = [
+        header,
+        ["---"] * len(header),
+        row("base model", read_evaluations(config.runs[0])[0], config.figures),
+    ]
+    for folder in config.runs:
+        written = read_config(folder, "divergence", "clip")
+        clip = f", f' clipped to {written['clip']}" if written["clip"] else ""
+        rows.append(row(written["divergence"] + clip, read_evaluations(folder)[-1], config.figures))
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    return 0
+
+
+def row(title: str, record: dict, figures: tuple[str, ...]) -> list[str]:
+    """Title, figures with their errors, samples and seconds."""
+    cells = [
+        _cell(*(float(record.get(key, "nan")) for key in (name, f"{name}_std_error")))
+        for name in figures
+    ]
+    return [title, *cells, f"{record['samples']:,}", f"{record['seconds']:.0f}"]
+
+
+def _cell(value: float, error: float) -> str:
+    if math.isnan(value):  # unknown, or no figure of this run
+        return "–"
+    digits = 4 if abs(value) < 0.1 else 3 if abs(value) < 1 else 1
+    spread = f" ± {error:.{digits}f}" if error == error and abs(error) < float("inf") else ""
+    return f"{value:z.{digits}f}{spread}"
+
+
+main = partial(run, Config, run_tabulate, name="tabulate", computes=False)
+
+if __name__ == "__main__":
+    sys.exit(main())

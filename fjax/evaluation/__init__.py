@@ -1,0 +1,36 @@
+"""How near a policy is to a target over texts, from fresh samples of it: every figure an estimate
+with its standard error and effective sample size.
+"""
+
+from fjax.evaluation.figures import METRICS, Evaluation, Metric, evaluate, known_contexts, measure
+from fjax.evaluation.scored import (
+    Base,
+    Features,
+    Scored,
+    TextTarget,
+    draw_base,
+    draw_batches,
+    draw_scored,
+    make_base,
+    prompts_of,
+    score,
+)
+
+__all__ = [
+    "METRICS",
+    "Base",
+    "Evaluation",
+    "Features",
+    "Metric",
+    "Scored",
+    "TextTarget",
+    "draw_base",
+    "draw_batches",
+    "draw_scored",
+    "evaluate",
+    "known_contexts",
+    "make_base",
+    "measure",
+    "prompts_of",
+    "score",
+]

@@ -1,0 +1,259 @@
+"""The figures of an evaluation, by name."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fjax import estimators
+from fjax.divergences import FDivergence
+from fjax.estimators import (
+    Estimate,
+    estimate_log_z,
+    estimate_mean_over_contexts,
+    estimate_ratio,
+    estimate_win_rate,
+    over_contexts,
+)
+from fjax.evaluation.scored import Base, Scored, TextTarget, seen_by, take, together
+from fjax.metrics import bleu, distinct_n, rouge, self_bleu
+from fjax.rollouts import Collector
+from fjax.types import Params
+
+Metric = Callable[[Scored], Estimate | None]
+"""Of the policy's samples; None where it does not apply."""
+
+SELF_BLEU_SAMPLES = 512
+"""Of which self-BLEU is, at most. Like distinct-n it depends on their number: compare evaluations
+of one size."""
+
+
+class Evaluation(NamedTuple):
+    """What was found, and the samples of the policy that it was found on.
+
+    Attributes:
+        figures: by name; with contexts, of those whose Z is known.
+        samples: all those of the policy.
+        log_z: of each context, -inf where it is unknown; None without contexts.
+        by_context: estimates of each of the figures' contexts, one row each.
+    """
+
+    figures: dict[str, Estimate]
+    samples: Scored
+    log_z: np.ndarray | None
+    by_context: dict[str, Estimate]
+
+
+def evaluate(
+    collector: Collector,
+    params: Params,
+    target: TextTarget,
+    drawn: tuple[Scored, Scored],
+    base: Base | None = None,
+    *,
+    divergences: Mapping[str, FDivergence],
+    metrics: Mapping[str, Metric] | None = None,
+) -> dict[str, Estimate]:
+    """Estimates everything from fresh samples of the policy, and all samples of the base model.
+
+    Features, entropy, KL(π‖a) and the metrics are of samples of the policy. log Z and the
+    divergences need samples wherever π *or* p has mass, so those of the base model join in, as the
+    policy sees them now. With contexts all figures are means over those whose Z is known, and
+    standard errors those of such means, from the spread between contexts: each Z_c is from samples
+    of its own, so that its error is part of that spread.
+
+    Args:
+        collector: how to score.
+        params: of the policy.
+        target: what is wanted.
+        drawn: fresh samples, as `draw_scored` gives them.
+        base: more of the base model, with contexts and the Z of each; without contexts None says
+            that there are no more.
+        divergences: D_f(π‖p) to report, by name.
+        metrics: more figures of the policy's samples by name, after those of `METRICS`; one of the
+            same name takes its place.
+
+    Returns:
+        name -> `Estimate`, of Python's floats.
+    """
+    options = {"divergences": divergences, "metrics": metrics}
+    return measure(collector, params, target, drawn, base, **options).figures
+
+
+def measure(
+    collector: Collector,
+    params: Params,
+    target: TextTarget,
+    drawn: tuple[Scored, Scored],
+    base: Base | None = None,
+    *,
+    divergences: Mapping[str, FDivergence],
+    metrics: Mapping[str, Metric] | None = None,
+) -> Evaluation:
+    """`evaluate`, and what it was found on."""
+    mine, other = drawn
+    if base is not None:
+        other = together(other, seen_by(collector, params, base.scored))
+    log_z = None if base is None else base.log_z
+    known_mine, known_other, known_z = _counted(mine, other, log_z)
+    tables = [
+        part.table(x)
+        for part in (known_mine, known_other)
+        for x in (part.log_pi, part.log_a, part.log_score)
+    ]
+    by_context = _estimates(*tables, known_z, divergences=tuple(divergences.items()))
+    figures = {}
+    if log_z is not None:
+        figures["known"] = estimate_mean_over_contexts(
+            np.isfinite(log_z.value).astype(float)[:, None]
+        )
+    figures |= _of_task(target, known_mine, known_other)
+    named = ("log_z", *divergences, "kl_to_base", "entropy")
+    figures |= {name: over_contexts(by_context[name]) for name in named}
+    found = {name: metric(known_mine) for name, metric in (METRICS | dict(metrics or {})).items()}
+    figures |= {name: figure for name, figure in found.items() if figure is not None}
+    return Evaluation(figures, mine, None if log_z is None else np.asarray(log_z.value), by_context)
+
+
+def known_contexts(log_z: np.ndarray) -> np.ndarray:
+    """Which contexts the figures are of: those whose Z is known, or all if it is of none."""
+    known = np.isfinite(log_z)
+    return known if known.any() else np.ones_like(known)
+
+
+def _counted(
+    mine: Scored, other: Scored, log_z: Estimate | None
+) -> tuple[Scored, Scored, Estimate | None]:
+    """What figures are of: with contexts, the samples and Z of the known ones."""
+    if log_z is None:
+        return mine, other, None
+    chosen = known_contexts(np.asarray(log_z.value))
+    mine, other = (
+        take(part, np.repeat(chosen, len(part.texts) // len(chosen))) for part in (mine, other)
+    )
+    return mine, other, Estimate(*(x[chosen] for x in log_z))
+
+
+@partial(jax.jit, static_argnames="divergences")
+def _estimates(
+    log_pi, log_a, log_score, base_log_pi, base_log_a, base_log_score, log_z, divergences
+):
+    """Of each context: name -> Estimate. log_z is its own, or None to estimate it from these
+    samples.
+    """
+
+    def of_one(mine, other, log_z):
+        log_pi, log_score, log_q = _mixture(mine, other)
+        if log_z is None:
+            of_divergence = partial(
+                estimators.estimate_divergence_from_score, log_pi, log_score, log_q
+            )
+            log_z = estimate_log_z(log_score, log_q)
+        else:
+            unknown = jnp.isneginf(log_z.value)
+            log_p = log_score - jnp.where(unknown, jnp.nan, log_z.value)
+            of_divergence = partial(estimators.estimate_divergence, log_pi, log_p, log_q)
+        satisfied = jnp.where(log_score > -jnp.inf, log_pi, -jnp.inf)
+        return {
+            "log_z": log_z,
+            "log_rate": estimate_log_z(satisfied, log_q),
+            **{name: of_divergence(divergence=divergence) for name, divergence in divergences},
+            "kl_to_base": estimators.estimate_kl_to_base(*mine[:2]),
+            "entropy": estimators.estimate_entropy(mine[0]),
+        }
+
+    of_base = base_log_pi, base_log_a, base_log_score
+    return jax.vmap(of_one)((log_pi, log_a, log_score), of_base, log_z)
+
+
+def _mixture(mine, other):
+    """Log π, log P and log q of all samples, q being what they are of together.
+
+    Where P > 0 that is the mixture of policy and base model. Where P = 0 only the policy's samples
+    count, for all that is wanted is how often it goes there; so those of the base model need not be
+    scored, and are as if nothing had mass there.
+    """
+    log_pi, log_a, log_score = (jnp.concatenate(pair) for pair in zip(mine, other, strict=True))
+    share = len(mine[0]) / len(log_pi)
+    allowed, from_policy = log_score > -jnp.inf, jnp.arange(len(log_pi)) < len(mine[0])
+    mixed = estimators.log_mixture(log_pi, log_a, base_fraction=1 - share)
+    log_q = jnp.where(allowed, mixed, log_pi + math.log(share))
+    used = allowed | from_policy
+    return jnp.where(used, log_pi, -jnp.inf), log_score, jnp.where(used, log_q, 0.0)
+
+
+def _of_task(target: TextTarget, mine: Scored, other: Scored) -> dict[str, Estimate]:
+    """Its ratios, its win rate and the means of its features."""
+    of_policy, of_base = (
+        {name: part.table(values) for name, values in part.features.items()}
+        for part in (mine, other)
+    )
+    ratios = target.ratios.items()
+    figures = {
+        name: estimate_ratio(of_policy[top], of_policy[bottom]) for name, (top, bottom) in ratios
+    }
+    if target.wins and len(other.log_score):
+        figures["win_rate"] = estimate_win_rate(of_policy[target.wins], of_base[target.wins])
+    return figures | {
+        name: estimate_mean_over_contexts(values) for name, values in of_policy.items()
+    }
+
+
+def figure(value: Any, std_error: Any = math.nan, ess: Any = math.nan) -> Estimate:
+    """An estimate of Python's floats; NaN is an error that is not known."""
+    return Estimate(value, std_error, ess)
+
+
+def _perplexity(mine: Scored) -> Estimate:
+    """Under the base model, a token."""
+    lengths = mine.table(np.asarray(mine.where.sum(-1), float))
+    surprise = estimate_ratio(-mine.table(np.asarray(mine.log_a, float)), lengths)
+    perplexity = math.exp(surprise.value)
+    return figure(perplexity, perplexity * surprise.std_error, math.nan)
+
+
+def _self_bleu(mine: Scored) -> Estimate:
+    # Of some from all contexts.
+    some = np.linspace(0, len(mine.texts) - 1, min(SELF_BLEU_SAMPLES, len(mine.texts))).astype(int)
+    return figure(self_bleu(mine.tokens[some], where=mine.where[some]))
+
+
+def _with_references(mine: Scored) -> tuple[list[str], list[str]]:
+    """Texts of which it is known how they really went on, and how they did."""
+    pairs = [pair for pair in zip(mine.texts, mine.references, strict=True) if pair[1]]
+    return [text for text, _ in pairs], [reference for _, reference in pairs]
+
+
+def _bleu(mine: Scored) -> Estimate | None:
+    texts, references = _with_references(mine)
+    return figure(bleu(texts, references)) if texts else None
+
+
+def _rouge_l(mine: Scored) -> Estimate | None:
+    texts, references = _with_references(mine)
+    # An extra of its own, since it brings much along for one figure.
+    if not texts or find_spec("rouge_score") is None:
+        return None
+    found = rouge(texts, references).rouge_l
+    return figure(float(found.value), float(found.std_error), math.nan)
+
+
+METRICS: dict[str, Metric] = {
+    "perplexity": _perplexity,
+    "length": lambda mine: estimate_mean_over_contexts(
+        mine.table(np.asarray(mine.where.sum(-1), float))
+    ),
+    "ended": lambda mine: estimate_mean_over_contexts(mine.table(np.asarray(mine.finished, float))),
+    "distinct_1": lambda mine: figure(distinct_n(mine.tokens, n=1, where=mine.where)),
+    "distinct_2": lambda mine: figure(distinct_n(mine.tokens, n=2, where=mine.where)),
+    "distinct_3": lambda mine: figure(distinct_n(mine.tokens, n=3, where=mine.where)),
+    "self_bleu": _self_bleu,
+    "bleu": _bleu,
+    "rouge_l": _rouge_l,
+}
+"""What texts are like, whatever the target: each a function of the policy's samples."""

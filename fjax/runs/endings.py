@@ -1,0 +1,178 @@
+"""How a command ends before its time: at a signal, or because nobody reads any more what it prints.
+
+While it imports, it leaves at once: an exception there would pass through code that loses it, or
+dies of it. Later the first signal raises `Interrupted`, so that what was opened is closed; within
+`graceful_stop` it only asks to stop, so that a run saves. One more is always heard sooner than the
+one before.
+"""
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 10.0
+"""Seconds that a command has to end when it is interrupted at once."""
+
+_timers: list[threading.Timer] = []
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that was to be obeyed at once."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class AskedToStop(Interrupted):
+    """The first signal, where `Stop.obeyed_at_once` lets it through: there is time to save."""
+
+
+def leave_at_once(number: int, _: object) -> None:
+    """A handler: one line, and out, without a word from anything that is half imported or half
+    closed.
+    """
+    with suppress(OSError):
+        os.write(2, f"Interrupted at once ({signal.Signals(number).name}).\n".encode())
+    os._exit(128 + number)
+
+
+def interrupt(number: int, _: object) -> None:
+    """A handler: raises, and neither the next signal nor the clock waits for what that leads to.
+
+    An exception that happens to arise within a callback, or while an object is destroyed, is lost.
+    """
+    handle(leave_at_once)
+    last = threading.Timer(PATIENCE, leave_at_once, (number, None))
+    last.daemon = True
+    last.start()
+    _timers.append(last)
+    raise Interrupted(number)
+
+
+def handle(handler: Callable) -> dict:
+    """Gives every signal the handler, but for a SIGHUP that is ignored, as under nohup; returns
+    what they had.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if not (ignored and number == signal.SIGHUP)
+    }
+
+
+@contextmanager
+def handled_by(handler: Callable) -> Iterator[None]:
+    """Within it every signal has the handler."""
+    before = handle(handler)
+    try:
+        yield
+    finally:
+        while _timers:  # whatever was raised has come this far
+            _timers.pop().cancel()
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class Stop:
+    """Its number, once the first signal has come; read between steps."""
+
+    signal: int = 0
+
+    @contextmanager
+    def obeyed_at_once(self) -> Iterator[None]:
+        """For what takes long and leaves nothing half done: a signal within it, or before it,
+        raises `AskedToStop`.
+        """
+
+        def end(number: int, _: object) -> None:
+            self.signal = number
+            handle(leave_at_once)
+            raise AskedToStop(number)
+
+        with handled_by(end):
+            if self.signal:
+                end(self.signal, None)
+            yield
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Within it the first signal only asks to stop; a second one interrupts at once."""
+    stop = Stop()
+
+    def ask(number: int, _: object) -> None:
+        stop.signal = number
+        handle(interrupt)
+
+    with handled_by(ask):
+        yield stop
+
+
+class Nowhere(io.TextIOBase):
+    """A text stream that loses what is written."""
+
+    def write(self, text: str) -> int:
+        """As if it had been."""
+        return len(text)
+
+
+class Output:
+    """A text stream that outlives its reader: that is a hang-up then, as when a terminal is closed,
+    and no error.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """What is written when nobody reads any more is lost."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._hang_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """As for any stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            # what its buffer still has goes there, when the process ends
+            os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        self._stream = Nowhere()
+        with suppress(OSError):
+            print("Nobody reads any more what is printed: stopping.", file=sys.stderr)
+        signal.raise_signal(signal.SIGHUP)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within it printing does not fail: not for want of a reader, of a stream, or of a character in
+    its encoding.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # None if it was closed by whoever started us.
+    sys.stdout, sys.stderr = (Output(Nowhere() if stream is None else stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

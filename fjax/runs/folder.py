@@ -1,0 +1,469 @@
+"""The folder of a run: chosen, checked before any work is done, never written over, and read here
+and nowhere else.
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import fjax
+from fjax.training import read_jsonl
+from fjax.training._lock import LOCK_NAME, FolderLock
+
+MAY_CHANGE = {
+    "corpora",  # what a reward was trained on; the reward itself is looked at
+    "steps",
+    "resume",
+    "run_folder",
+    "eval_every",
+    "checkpoint_every",
+    "stop_below",
+    "patience",
+    "tensorboard",
+    "wandb_project",
+    "wandb_mode",
+}
+"""What a resumed run may be given differently: none of it changes a step that was taken."""
+
+METRICS, SAMPLES, CONTEXTS = "metrics.jsonl", "samples.jsonl", "contexts.jsonl"
+CHECKPOINTS, MODEL = "checkpoints", "model"
+
+
+class RunError(Exception):
+    """Something the user can put right; command lines print it without a traceback."""
+
+
+class OpenRun(NamedTuple):
+    """A run's folder while it is this process's, and what there is to be written about the run.
+
+    Attributes:
+        path: the folder.
+        config: what was chosen, as plain values.
+        digests: of what the run reads.
+        resume: whether it goes on.
+        command: what would start it again.
+    """
+
+    path: Path
+    config: Mapping[str, object]
+    digests: Mapping[str, str]
+    resume: bool
+    command: str
+
+
+@contextmanager
+def open_run(
+    folder: str | Path,
+    config: Mapping[str, object] | None = None,
+    *,
+    resume: bool = False,
+    digests: Mapping[str, str] | None = None,
+    command: str | None = None,
+    ours: bool = False,
+) -> Iterator[OpenRun]:
+    """The run's folder, ready to be written to, and nobody else's; `describe_run` begins it, once
+    nothing more can be wrong.
+
+    Args:
+        folder: made if it is not there.
+        config: what was chosen, as plain values; a resumed run must have been begun with the same,
+            but for `MAY_CHANGE`.
+        resume: go on with what is there.
+        digests: of what the run reads; a resumed run must find the same.
+        command: for the report; None takes this process's.
+        ours: whether the folder was made for this run, and goes if it is not begun.
+
+    Raises:
+        RunError: if it is in use, holds another run, there is nothing to resume, or it cannot be
+            written.
+    """
+    path, config = Path(folder), dict(config or {})
+    ours = ours or not path.exists()
+    if resume:
+        check_same(path, config)
+    _check_writable(path)
+    try:
+        with locked(path):
+            if resume:
+                check_same(path, config, digests)
+                _check_whole(path)
+            elif _holds_something(path):
+                raise RunError(
+                    f"{path} is not empty. Add --resume to go on with the run in it, or give "
+                    f"another --run-folder."
+                )
+            for left in path.glob("*.tmp"):  # by a kill in the middle of a write
+                left.unlink()
+            said = shlex.join(["python", *sys.argv]) if command is None else command
+            yield OpenRun(path, config, digests or {}, resume, said)
+    finally:
+        if ours and not resume:
+            with suppress(OSError):
+                path.rmdir()  # if nothing was begun
+
+
+def describe_run(run: OpenRun) -> None:
+    """config.json of a new run: what was chosen, by which command, what it ran on, and digests of
+    what it reads.
+    """
+    versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
+    devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
+    about = {"versions": versions, "devices": devices, "command": run.command}
+    written = {**run.config, **about, "digests": dict(run.digests)}
+    write_text(run.path / "config.json", json.dumps(written, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """What a file of ours holds, with at least these keys.
+
+    Raises:
+        OSError: if there is none to be read.
+        RunError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out."
+        ) from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        raise RunError(
+            f"{path} is damaged: it has no {' and no '.join(missing) or 'object in it'}."
+        )
+    return found
+
+
+def read_records(path: Path, *keys: str) -> list[dict]:
+    """The records of a file of JSON lines of ours, each with at least these keys.
+
+    Raises:
+        OSError: if there is none to be read.
+        RunError: if it is damaged.
+    """
+    try:
+        records = read_jsonl(path)
+    # the second of a line that is no object
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out."
+        ) from error
+    _check_keys(path, records, keys)
+    return records
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run's steps and evaluations, in the order in which they were written.
+
+    Raises:
+        RunError: if it is damaged, or there is none.
+    """
+    with _of_a_run(folder):
+        records = read_records(folder / METRICS, "kind", "step")
+        found = [record for record in records if record["kind"] == "evaluation"]
+        _check_keys(folder / METRICS, found, ("samples", "seconds"))
+        return records
+
+
+def read_config(folder: Path, *keys: str) -> dict:
+    """What a run was begun with.
+
+    Raises:
+        RunError: if it is damaged, or there is none.
+    """
+    with _of_a_run(folder):
+        return read_json(folder / "config.json", *keys)
+
+
+@contextmanager
+def _of_a_run(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
+
+
+def by_step(records: Sequence[dict], kind: str) -> dict[int, dict]:
+    """The records of a kind, "step" or "evaluation", by step and in its order; where a resumed run
+    repeated one, the later, which is the one that went on.
+    """
+    found = {record["step"]: record for record in records if record["kind"] == kind}
+    return dict(sorted(found.items()))
+
+
+def read_evaluations(folder: Path) -> list[dict]:
+    """The evaluations of a run, the first (the base model's) to the last.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = by_step(read_metrics(folder), "evaluation")
+    if not found:
+        raise RunError(f"{folder} has no evaluation yet.")
+    return list(found.values())
+
+
+def read_samples(folder: Path) -> list[dict]:
+    """Texts of all evaluations, each with its step and features."""
+    with _of_a_run(folder):
+        return read_records(folder / SAMPLES, "step", "text")
+
+
+def read_contexts(folder: Path) -> list[dict]:
+    """Means of each prompt, of those whose Z is known; [] for a run without prompts."""
+    path = folder / CONTEXTS
+    records = read_records(path, "step", "prompt", "log_z") if path.is_file() else []
+    known = [record for record in records if math.isfinite(record["log_z"])]
+    return known or records
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is something to resume."""
+    return (folder / "config.json").is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: the aligned model is the last thing that it writes but its
+    pictures.
+    """
+    return is_begun(folder) and (folder / MODEL).is_dir()
+
+
+def current_step(folder: Path) -> int:
+    """The step of the last record of a run that may be going on; its file may be long, so only its
+    end is read.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**15))
+        found = re.findall(rb'"step": (\d+),', file.read())
+    return int(found[-1]) if found else 0
+
+
+def _check_keys(path: Path, records: list[dict], keys: Sequence[str]) -> None:
+    for record in records:
+        missing = [key for key in keys if key not in record]
+        if missing:
+            raise RunError(
+                f"{path} is damaged: a record has no {' and no '.join(missing)} ({record!s:.100})."
+            )
+
+
+def check_space(folder: Path, parameters: int) -> None:
+    """Refuses to start a run whose checkpoints and export would not fit: 3 float32 copies each, up
+    to 4 of them.
+    """
+    needed, free = 4 * (4 * 3 + 1) * parameters + 2**24, shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"{folder} has {free / 2**20:.0f} MiB left, but checkpoints and export of this model "
+            f"need about {needed / 2**20:.0f} MiB. Free some, or give a --run-folder on another "
+            f"disk."
+        )
+
+
+def _numbers(base: Path, title: str) -> dict[int, Path]:
+    """The folders TITLE-NUMBER, by number."""
+    there = base.iterdir() if base.is_dir() else ()
+    numbered = {
+        path.name.removeprefix(f"{title}-"): path
+        for path in there
+        if path.name.startswith(f"{title}-")
+    }
+    return {int(number): path for number, path in numbered.items() if number.isdecimal()}
+
+
+def new_folder(base: Path, title: str) -> Path:
+    """TITLE-NUMBER, made here and now: two runs that begin at the same moment get one each."""
+    number = max(_numbers(base, title), default=-1) + 1
+    while True:
+        folder = base / f"{title}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not base.is_dir():
+                raise RunError(
+                    f"Cannot write to the run folder {folder}: {base} is no folder."
+                ) from None
+            number += 1
+        except OSError as error:
+            raise RunError(
+                f"Cannot write to the run folder {folder}: {error.strerror}. Choose a --run-folder."
+            ) from error
+
+
+def newest_folder(base: Path, title: str) -> Path:
+    """The one with the highest number in which a run has begun."""
+    begun = {
+        number: path
+        for number, path in _numbers(base, title).items()
+        if (path / "config.json").is_file()
+    }
+    if not begun:
+        raise RunError(
+            f"There is no run {base / title}-* to resume. Leave --resume out, or name it with "
+            f"--run-folder."
+        )
+    return begun[max(begun)]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, nobody else writes there.
+
+    Raises:
+        RunError: if another process does, or the lock cannot be written.
+    """
+    try:
+        lock = FolderLock(folder)
+    except BlockingIOError as error:
+        raise RunError(str(error)) from error
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to the run folder {folder}: {error.strerror}. Choose another "
+            f"--run-folder."
+        ) from error
+    try:
+        if lock.taken_over is not None:
+            print(
+                f"{folder} was in use by process {lock.taken_over}, which is gone; this run takes "
+                f"it over."
+            )
+        yield
+    finally:
+        lock.release()
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(path.name != LOCK_NAME and path.suffix != ".tmp" for path in folder.iterdir())
+
+
+def check_same(
+    folder: Path, config: Mapping[str, object], digests: Mapping[str, str] | None = None
+) -> None:
+    """Whether the folder's run is of this configuration, and what it reads is still the same.
+
+    Raises:
+        RunError: if not, with what differs.
+    """
+    saved = folder / "config.json"
+    if not saved.is_file():
+        raise RunError(
+            f"{folder} holds no run to resume (no config.json). Leave --resume out to start one."
+        )
+    old = read_json(saved)
+    differing = [
+        k for k in config if k not in MAY_CHANGE and old.get(k) != json.loads(json.dumps(config[k]))
+    ]
+    if differing:
+        listed = "; ".join(f"{k}: {old.get(k)!r} there, {config[k]!r} now" for k in differing)
+        raise RunError(
+            f"{folder} is a run of another configuration ({listed}). Resume it with the same, or "
+            f"start another with a "
+            "different --run-folder."
+        )
+    if digests is not None:
+        _check_digests(folder, old.get("digests"), digests)
+
+
+def _check_digests(folder: Path, old: Mapping[str, str] | None, new: Mapping[str, str]) -> None:
+    if not isinstance(old, dict):
+        print(
+            f"{folder} was begun before fjax took digests: whether model, files and functions are "
+            f"the same is not checked."
+        )
+        return
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed:
+        raise RunError(
+            f"{folder} was begun with another content of {', '.join(changed)}. Put back what was "
+            f"there, or start another run "
+            "with a different --run-folder."
+        )
+
+
+def _check_whole(folder: Path) -> None:
+    """Whether what a run has done is still there; going on without would begin it anew, and lose
+    what is left.
+    """
+    checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
+    taken = last_step(folder)
+    advice = f"Put it back, or delete {folder} and begin anew without --resume."
+    if taken and not checkpoints.is_dir():
+        raise RunError(f"{metrics} has {taken} steps, but {checkpoints} is gone. {advice}")
+    if not metrics.is_file() and any(path.name.isdecimal() for path in checkpoints.glob("*")):
+        raise RunError(f"{checkpoints} has checkpoints, but {metrics} is gone. {advice}")
+
+
+def check_none_saved(folder: Path, eval_every: int, checkpoint_every: int) -> None:
+    """Whether a run without a checkpoint may have none: it has taken too few steps, and says that
+    it begins again.
+
+    Raises:
+        RunError: if there must have been one.
+    """
+    taken, old = last_step(folder), read_json(folder / "config.json")
+    before = min(old.get("eval_every", math.inf), old.get("checkpoint_every", math.inf))
+    every = before, min(eval_every, checkpoint_every)
+    # A save begins when it is due, and is whole at the latest when the next one is; how often may
+    # have been changed.
+    if taken >= 2 * max(every):
+        raise RunError(
+            f"{folder / METRICS} has {taken} steps, but no checkpoint of them is left in "
+            f"{folder / CHECKPOINTS}. Put them back, or delete {folder} and begin anew without "
+            f"--resume."
+        )
+    if taken:
+        print(
+            f"No checkpoint had been saved when the run was stopped at step {taken}: it begins "
+            f"again."
+        )
+
+
+def last_step(folder: Path) -> int:
+    """Of metrics.jsonl; 0 if there is none.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    path = folder / METRICS
+    records = read_metrics(folder) if path.is_file() else []
+    try:
+        return max(
+            (int(record["step"]) for record in records if record["kind"] == "step"), default=0
+        )
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged: a step is no number ({error}).") from error
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(os.urandom(2**16))
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to the run folder {folder}: {error.strerror}. Choose another "
+            f"--run-folder."
+        ) from error

@@ -1,0 +1,492 @@
+"""The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when
+told to.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from fjax.divergences import FDivergence
+from fjax.estimators import Estimate
+from fjax.evaluation import (
+    Base,
+    Evaluation,
+    Metric,
+    Scored,
+    TextTarget,
+    draw_base,
+    draw_scored,
+    make_base,
+    measure,
+)
+from fjax.rollouts import Collector
+from fjax.runs import folder as folders
+from fjax.runs import plots, report
+from fjax.runs.display import Display
+from fjax.runs.distance import check_bound, distances
+from fjax.runs.endings import AskedToStop, Stop, graceful_stop
+from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metrics
+from fjax.runs.loggers import check_loggers, open_loggers
+from fjax.runs.names import title_of
+from fjax.runs.resume import Schedule, as_tree, begin_at, forget_later
+from fjax.runs.steps import Progress, Stepper, as_numbers, online
+from fjax.training import Checkpoints, JsonlLogger, Logger, Tuner
+from fjax.training._digests import digest_params
+from fjax.types import Params, PRNGKeyArray
+
+EVALUATION_KEY, TARGET_KEY = 2**31 - 1, 2**31 - 2
+"""Folded into the run's key for evaluations and for fitting a target, where no step's key is."""
+
+NO_STEP = 2**31 - 1
+"""In place of its number, for samples of the base model that no step's evaluation shares."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What a run needs of the base model; a `fjax.models.LanguageModel` is one."""
+
+    @property
+    def params(self) -> Params:
+        """Of the base model."""
+
+    @property
+    def save(self) -> Callable[..., None] | None:
+        """(folder, params) -> writes a model where whoever uses it can open it; None if nothing is
+        to be exported.
+        """
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        status: 0 of a whole run, 128 + signal of one that was stopped and saved.
+        step: the last.
+        figures: of the last evaluation; {} of a run that was stopped.
+        folder: of the run.
+    """
+
+    status: int
+    step: int
+    figures: dict[str, Estimate]
+    folder: Path
+
+
+class _Kept:
+    """What an evaluation leaves for those after it: samples of the base model, and the records of
+    all, by step.
+    """
+
+    base: Base | None = None
+
+    def __init__(self):
+        self.records: dict[int, dict] = {}
+
+
+class _Run(NamedTuple):
+    """What stays the same throughout a run."""
+
+    opened: OpenRun
+    title: str
+    model: Model
+    initial: Params
+    policy_of: Callable[[Params], Params]
+    target: TextTarget
+    collector: Collector
+    stepper: Stepper
+    schedule: Schedule
+    divergences: Mapping[str, FDivergence]
+    objective: str
+    metrics: Mapping[str, Metric] | None
+    rng_key: PRNGKeyArray
+    checkpoints: Checkpoints
+    logger: Logger
+    display: Display
+    kept: _Kept
+    stop: Stop
+
+    @property
+    def folder(self) -> Path:
+        return self.opened.path
+
+
+def align(
+    model: Model,
+    target: TextTarget,
+    tuner: Tuner | Stepper,
+    collector: Collector,
+    *,
+    folder: str | Path | OpenRun,
+    steps: int,
+    divergences: Mapping[str, FDivergence],
+    objective: str | None = None,
+    seed: int = 0,
+    initial: Params | None = None,
+    policy_of: Callable[[Params], Params] = lambda params: params,
+    proposal_every: int | None = None,
+    overlap: bool = False,
+    eval_every: int = 50,
+    eval_samples: int = 1024,
+    checkpoint_every: int = 50,
+    stop_below: float | None = None,
+    patience: int | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    loggers: Sequence[Logger | str] = (),
+    title: str = "align",
+    resume: bool = False,
+    display: Display | None = None,
+) -> Result:
+    """Moves a policy to a target, from the first sample to the exported model.
+
+    Evaluates on fresh samples on the way, saves, shows a bar, and leaves in the folder metrics,
+    samples, pictures, a report, checkpoints, and the model that was nearest to the target. Ctrl-C
+    and SIGTERM save first; resumed, it goes on bit for bit.
+
+    Args:
+        model: the base model a.
+        target: what is wanted.
+        tuner: an online algorithm such as `fjax.fdpg`, or a `Stepper` of one's own.
+        collector: how to draw, as `fjax.rollouts.make_collector` makes it.
+        folder: of the run; or one that `open_run` has opened, with the configuration to write.
+        steps: updates in all; a resumed run may be asked for more.
+        divergences: D_f(π‖p) to report, by name.
+        objective: which of them is the distance that stops a run and picks the model; None takes
+            the first.
+        seed: of everything random.
+        initial: parameters to begin with, if not the base model's.
+        policy_of: (params that are trained) -> the policy, in the shape of the base model's
+            parameters, where they are not its own, as of adapters; it is what is exported.
+        proposal_every: steps after which an adaptive proposal is looked at, as in `online`.
+        overlap: draw each batch while the one before is scored, as in `online`.
+        eval_every: steps between evaluations.
+        eval_samples: of the policy, in each of them.
+        checkpoint_every: steps between checkpoints.
+        stop_below: end once the distance is below it.
+        patience: end after so many evaluations without a new lowest distance.
+        metrics: more figures, as in `fjax.evaluation.evaluate`.
+        loggers: objects with ``log(record)`` and ``close()``, or names, as in
+            `fjax.runs.loggers.open_loggers`.
+        title: of the run.
+        resume: go on with the run in the folder.
+        display: where it is shown; None makes one.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        RunError: for what can be put right, with what to do.
+        ValueError: for an objective that is none of the divergences.
+    """
+    objective = next(iter(divergences)) if objective is None else objective
+    if objective not in divergences:
+        raise ValueError(f"objective must be one of {list(divergences)}, got {objective!r}.")
+    check_loggers(loggers)
+    display, rng_key = display or Display(), jax.random.key(seed)
+    schedule = Schedule(steps, eval_every, eval_samples, checkpoint_every, stop_below, patience)
+    _check_schedule(schedule)
+    if isinstance(tuner, Tuner):
+        tuner = online(
+            tuner,
+            collector,
+            target,
+            rng_key,
+            proposal_every=proposal_every,
+            overlap=overlap,
+            policy_of=policy_of,
+        )
+    values = schedule._asdict() | {"seed": seed, "objective": objective, "title": title}
+    with _opened(folder, values | {"samples": tuner.samples}, model, resume) as opened:
+        folders.check_space(opened.path, sum(x.size for x in jax.tree.leaves(model.params)))
+        if not opened.resume:
+            describe_run(opened)
+        kept = _Kept()
+        nearest_first = partial(_distance_of, objective, kept)
+        place = opened.path / folders.CHECKPOINTS
+        with graceful_stop() as stop, Checkpoints(place, score=nearest_first) as checkpoints:
+            start = model.params if initial is None else initial
+            progress, seconds = begin_at(opened, display, tuner, start, checkpoints, schedule)
+            step = int(progress.state.step)
+            forget_later(opened.path, step, schedule)
+            with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
+                run = _Run(
+                    opened, title, model, start, policy_of, target, collector, tuner, schedule, divergences,
+                    objective, metrics, rng_key, checkpoints, logger, display, kept, stop,
+                )  # fmt: skip
+                kept.records |= by_step(read_metrics(opened.path), "evaluation")
+                display.start(title, opened, schedule.steps, tuner, model.params, resumed_at=step)
+                return _train(run, progress, seconds)
+
+
+def _opened(
+    folder: str | Path | OpenRun, values: dict[str, Any], model: Model, resume: bool
+) -> AbstractContextManager[OpenRun]:
+    """As it is if it has been opened already; or else with these values to compare when it is
+    resumed.
+    """
+    if isinstance(folder, OpenRun):
+        return nullcontext(folder)
+    digests = {"model": digest_params(model.params)}
+    return folders.open_run(folder, values, resume=resume, digests=digests)
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    counts = {name: value for name, value in schedule._asdict().items() if name != "stop_below"}
+    bad = [f"{k}={v}" for k, v in counts.items() if v is not None and not v >= 1]
+    if bad:
+        raise ValueError(f"Counts must be at least 1, got {', '.join(bad)}.")
+
+
+def _distance_of(objective: str, kept: _Kept, metrics: dict) -> float:
+    """Of a checkpoint, by its step: what counts is what metrics.jsonl says of it, in the one unit
+    of the run.
+    """
+    _, known = distances(kept.records, objective)
+    return known.get(int(metrics.get("step", -1)), np.inf)
+
+
+def _train(run: _Run, progress: Progress, seconds: float) -> Result:
+    schedule, begun = run.schedule, time.monotonic() - seconds
+    step = int(progress.state.step)
+    enough = False
+    # Of a resumed run, what the stop kept from being done.
+    if step < schedule.steps and step % schedule.eval_every == 0:
+        with suppress(AskedToStop):
+            if step not in run.kept.records:
+                _evaluate_now(run, progress, step, begun)
+            enough = step > 0 and _is_enough(run)
+    headline = run.target.headline
+    shown = {"total": schedule.steps, "completed": step, "headline": headline}
+    with run.display.progress("align", **shown) as bar:
+        while step < schedule.steps and not run.stop.signal and not enough:
+            progress, figures = run.stepper.step(progress, step)
+            step += 1
+            samples = step * run.stepper.samples
+            record = {"kind": "step", "step": step, "samples": samples, **figures}
+            record["seconds"] = time.monotonic() - begun
+            run.logger.log(record)
+            bar(step, record)
+            if not record["finite"]:
+                _save(run, progress, begun)
+                raise RunError(_not_finite(run, step))
+            if step % schedule.eval_every == 0 and step < schedule.steps:
+                with suppress(AskedToStop):
+                    _evaluate_now(run, progress, step, begun)
+                _save(run, progress, begun)
+                if not run.stop.signal and _is_enough(run):
+                    break
+            elif step % schedule.checkpoint_every == 0:
+                _save(run, progress, begun)
+    if not run.stop.signal:
+        with suppress(AskedToStop):
+            figures = _finish(run, progress, step, begun)
+            return Result(0, step, figures, run.folder)
+    _save(run, progress, begun)
+    run.checkpoints.wait()
+    run.display.stopped(step, run.folder)
+    return Result(128 + run.stop.signal, step, {}, run.folder)
+
+
+def _evaluation_key(run: _Run, step: int) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
+
+
+def _draw(run: _Run, params: Params, step: int) -> tuple[Scored, Scored]:
+    with run.display.counting("evaluate") as progress:
+        given = run.collector, params, run.target, _evaluation_key(run, step)
+        return draw_scored(*given, run.schedule.eval_samples, progress=progress)
+
+
+def _base(run: _Run, step: int) -> Base | None:
+    """What evaluations share; None where that of step 0, still to be made, is of the base model and
+    will be shared.
+    """
+    apart = run.initial is not run.model.params or run.collector.z_rounds
+    if not apart and step == 0:
+        return None
+    what = "estimate Z" if run.collector.z_rounds else "evaluate"
+    with run.display.counting(what) as progress:
+        key = _evaluation_key(run, NO_STEP if apart else 0)
+        given = run.collector, run.model.params, run.target, key
+        return draw_base(*given, run.schedule.eval_samples, progress=progress)
+
+
+def _measure(run: _Run, progress: Progress, step: int) -> Evaluation:
+    params, kept = run.policy_of(progress.state.params), run.kept
+    with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
+        kept.base = kept.base or _base(run, step)
+        drawn = _draw(run, params, step)
+        options = {"divergences": run.divergences, "metrics": run.metrics}
+        found = measure(run.collector, params, run.target, drawn, kept.base, **options)
+        kept.base = kept.base or make_base(*drawn)
+        return found
+
+
+def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Evaluation:
+    """Evaluates, and puts the figures and samples wherever they are kept and shown."""
+    evaluation = _measure(run, progress, step)
+    drawn = step * run.stepper.samples
+    record = as_record(evaluation.figures, step, time.monotonic() - begun, drawn)
+    run.logger.log(record)
+    run.kept.records[step] = record
+    _keep_samples(run.folder, evaluation, step)
+    if step < run.schedule.steps:  # the last is shown by the summary, beside the first
+        run.display.evaluation(evaluation, step, run.target)
+    bound, of_base = run.target.bound, run.initial is run.model.params
+    if bound and step == 0 and of_base and evaluation.figures[bound].value == 0:
+        _absent(run, evaluation)
+    return evaluation
+
+
+def as_record(figures: Mapping[str, Estimate], step: int, seconds: float, drawn: int) -> dict:
+    """A line of metrics.jsonl."""
+    record = {"kind": "evaluation", "step": step, "seconds": seconds, "samples": drawn}
+    for name, figure in figures.items():
+        record |= as_numbers(name, figure)
+    return record
+
+
+def _keep_samples(folder: Path, evaluation: Evaluation, step: int) -> None:
+    """Some samples, from all contexts; and with contexts, the means of each."""
+    samples, features = evaluation.samples, evaluation.samples.features
+    count = len(samples.texts)
+    with JsonlLogger(folder / folders.SAMPLES) as logger:
+        for i in np.linspace(0, count - 1, min(64, count)).astype(int):
+            prompt = {"prompt": samples.prompts[i]} if samples.prompts[i] else {}
+            record = {"step": step, **prompt, "text": samples.texts[i]}
+            logger.log(record | {k: v[i] for k, v in features.items()})
+    if evaluation.log_z is None:
+        return
+    with JsonlLogger(folder / folders.CONTEXTS) as logger:
+        means = {k: samples.table(v).mean(axis=1) for k, v in features.items()}
+        for i, prompt in enumerate(samples.prompts[:: count // len(evaluation.log_z)]):
+            record = {"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]}
+            logger.log(record | {k: v[i] for k, v in means.items()})
+
+
+def _absent(run: _Run, evaluation: Evaluation) -> None:
+    """The constraint held for no sample of the base model: says what is known of its rate, and goes
+    on or gives up.
+    """
+    if evaluation.log_z is not None and np.isfinite(evaluation.log_z).any():
+        return  # it did for one of those that Z is from
+    samples = len(evaluation.samples.texts)
+    known = (
+        f"None of {samples} samples of the base model satisfies the constraint: with 95 % "
+        f"confidence its rate is below {3 / samples:.2g}, and log Z below "
+        f"{np.log(3 / samples):.1f}."
+    )
+    if run.target.stop_if_absent:
+        raise RunError(
+            f"{known} Look for the spelling that the model uses, or raise --eval-samples and "
+            f"--samples."
+        )
+    run.display.warn(
+        f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find "
+        f"one sooner."
+    )
+
+
+def _save(run: _Run, progress: Progress, begun: float) -> None:
+    """A checkpoint; its step is what it is found by in the records, so that the nearest is kept
+    beside the newest.
+    """
+    step = int(progress.state.step)
+    tree = as_tree(progress, time.monotonic() - begun)
+    run.checkpoints.save(step, tree, metrics={"step": float(step)})
+
+
+def _is_enough(run: _Run) -> bool:
+    """Whether the distance or patience ends the run here, and says so."""
+    schedule = run.schedule
+    unit, known = distances(run.kept.records, run.objective)
+    found = [value for step, value in sorted(known.items()) if step > 0]
+    name = title_of(unit)
+    newest = known.get(max(run.kept.records), np.inf)
+    if schedule.stop_below is not None and newest < schedule.stop_below:
+        limit = schedule.stop_below
+        run.display.say(f"{name} is {newest:.4f}, below --stop-below {limit:g}: done.")
+        return True
+    since = len(found) - 1 - int(np.argmin(found)) if found else 0
+    if schedule.patience is not None and since >= schedule.patience:
+        run.display.say(
+            f"No lower {name} in the last {since} evaluations (--patience {schedule.patience}): "
+            f"done."
+        )
+        return True
+    return False
+
+
+def nearest(run: _Run) -> int | None:
+    """The saved step at which the policy was nearest to the target; None where that is known of
+    none.
+    """
+    _, known = distances(run.kept.records, run.objective)
+    saved = (step for step in run.checkpoints.steps if step in known)
+    return min(saved, key=known.__getitem__, default=None)
+
+
+def _finish(run: _Run, progress: Progress, step: int, begun: float) -> dict[str, Estimate]:
+    if step not in run.kept.records:
+        after = _evaluate_now(run, progress, step, begun)
+        _save(run, progress, begun)
+    else:  # the distance or patience ended it at an evaluation
+        after = _measure(run, progress, step)
+    best, params = _nearest_params(run, progress, step)
+    run.checkpoints.wait()
+    _export(run, params)
+    records = read_metrics(run.folder)
+    plots.write(run.folder, run.target.headline, bounded=run.target.bound is not None)
+    report.write(run.folder)
+    evaluations = by_step(records, "evaluation")
+    check = check_bound(after, run.target.bound)
+    seconds = time.monotonic() - begun
+    run.display.summary(evaluations, after, run.target, check, run.folder, seconds)
+    if best != step:
+        unit, _ = distances(run.kept.records, run.objective)
+        run.display.say(
+            f"The model is that of step {best}, where {title_of(unit)} was lowest; the table is of "
+            f"step {step}."
+        )
+    return after.figures
+
+
+def _export(run: _Run, params: Params) -> None:
+    """The aligned model; what an export that was killed left beside it goes."""
+    for left in run.folder.glob(f".{folders.MODEL}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if run.model.save is not None:
+        run.model.save(run.folder / folders.MODEL, run.policy_of(params))
+
+
+def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Params]:
+    """The saved step that is nearest to the target, and the policy there; the last one where that
+    checkpoint is damaged.
+    """
+    best = nearest(run)
+    if best in (None, step):
+        return step, progress.state.params
+    try:
+        restored = run.checkpoints.restore(as_tree(progress, 0.0), step=best)
+        return best, restored["state"].params
+    except OSError as error:
+        run.display.warn(
+            f"{error} The model is that of the last step, {step}, though it was nearer at step "
+            f"{best}."
+        )
+        return step, progress.state.params
+
+
+def _not_finite(run: _Run, step: int) -> str:
+    return (
+        f"The gradient of step {step} was not finite. The parameters were left as they were and "
+        f"saved in {run.folder / folders.CHECKPOINTS}. To go on: lower --learning-rate; and where "
+        f"the divergence is infinite since the target is 0 somewhere, as reverse KL is, bound it "
+        f"with --clip -8 8, smooth the target, or take another --divergence."
+    )

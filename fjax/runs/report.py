@@ -1,0 +1,178 @@
+"""A run on one page: report.html, with its pictures inside, no scripts and nothing to load, so that
+it can be mailed.
+"""
+
+import base64
+import math
+from collections.abc import Iterable
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from fjax.runs.folder import read_config, read_evaluations, read_samples, write_text
+from fjax.runs.names import title_of
+from fjax.runs.text import on_one_line
+
+SHOWN = 20
+"""Samples of the first and of the last evaluation, beside one another."""
+
+ABOUT = ("command", "versions", "devices")
+"""What config.json has besides settings."""
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1e; --muted: #63636b; --page: #fff; --box: #f4f4f6; --line: #dcdce0 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e6e9; --muted: #9d9da6; --page: #17171a; --box: #222226; --line: #38383e }
+}
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere }
+h2 { margin: 2.4rem 0 .7rem; font-size: 1.15rem }
+.muted, dt { color: var(--muted); font-size: .85rem }
+pre { padding: .7rem 1rem; border-radius: 6px; background: var(--box); font-size: .9rem; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+table { border-collapse: collapse }
+th, td { padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th { color: var(--muted); font-size: .85rem; font-weight: 600 }
+.figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.samples { table-layout: fixed; width: 100% }
+.samples td { overflow-wrap: anywhere }
+.samples .muted { display: block }
+.prompt { color: var(--muted) }
+img { display: block; max-width: 100%; margin-bottom: 1rem; border: 1px solid var(--line); border-radius: 6px }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .5rem 1.2rem }
+dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+
+def write(folder: Path) -> None:
+    """Makes report.html of what a run has written so far.
+
+    Raises:
+        RunError: if it has no evaluation yet.
+    """
+    config = read_config(folder, *ABOUT)
+    records = read_evaluations(folder)
+    pictures = [_picture(path) for path in sorted(folder.glob("*.png"))]
+    parts = [
+        _head(folder.resolve().name, config, records[-1]),
+        "<h2>Before → after</h2>",
+        _figures(records[0], records[-1]),
+        *(["<h2>Plots</h2>", *pictures] if pictures else []),
+        "<h2>Samples</h2>",
+        _samples(read_samples(folder)),
+        "<h2>Settings</h2>",
+        _settings(config),
+    ]
+    write_text(folder / "report.html", _page(folder.resolve().name, "\n".join(parts)))
+
+
+def _page(title: str, body: str) -> str:
+    # The policy makes sure of it: whatever a text may hold, nothing of it is run or loaded.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta http-equiv="Content-Security-Policy" content="{policy}"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{_text(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _head(title: str, config: dict, last: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    devices = ", ".join(
+        f"{config['devices'].count(kind)} × {kind}" for kind in dict.fromkeys(config["devices"])
+    )
+    return f"""<h1>{_text(title)}</h1>
+<p class="muted">{last["step"]} steps, {last["samples"]:,} samples, {last["seconds"]:.0f} s on {_text(devices)}
+({_text(versions)})</p>
+<pre>{_text(config["command"])}</pre>"""
+
+
+def _figures(first: dict, last: dict) -> str:
+    names = [name for name in last if f"{name}_std_error" in last]
+    rows = ([_text(title_of(name)), _figure(first, name), _figure(last, name)] for name in names)
+    table = _table(
+        "figures", ["", f"before (step {first['step']})", f"after (step {last['step']})"], rows
+    )
+    return f'{table}\n<p class="muted">On fresh samples of the policy; ± is the standard error.</p>'
+
+
+def _figure(record: dict, name: str) -> str:
+    """The value to two digits of its standard error; to three digits where it has none."""
+    value, error = (
+        float(record.get(name, math.nan)),
+        float(record.get(f"{name}_std_error", math.nan)),
+    )
+    if math.isnan(value):
+        return "unknown"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if not math.isfinite(error) or error == 0:
+        return f"{value:z.{_decimals(value, 3)}f}"
+    decimals = _decimals(error, 2)
+    return f"{value:z.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """How many to write for so many digits of a number, up to 4."""
+    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 4) if value else 0
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{_text(path.stem)}" src="data:image/png;base64,{data}"/>'
+
+
+def _samples(records: list[dict]) -> str:
+    steps = [min(record["step"] for record in records), max(record["step"] for record in records)]
+    columns = (_spread([record for record in records if record["step"] == step]) for step in steps)
+    rows = ([_sample(record) if record else "" for record in row] for row in zip_longest(*columns))
+    return _table("samples", [f"before (step {steps[0]})", f"after (step {steps[1]})"], rows)
+
+
+def _spread(records: list[dict]) -> list[dict]:
+    """As many as are shown, from all of them: with contexts they are of different ones."""
+    return [
+        records[i] for i in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int)
+    ]
+
+
+def _sample(record: dict) -> str:
+    features = (
+        f"{_text(name)} {value:.3g}"
+        for name, value in record.items()
+        if name not in ("step", "prompt", "text")
+    )
+    prompt = f'<span class="prompt">{_text(record["prompt"])}</span> ' if "prompt" in record else ""
+    return f'{prompt}{_text(record["text"]) or "(empty)"}<span class="muted">{", ".join(features)}</span>'
+
+
+def _settings(config: dict) -> str:
+    pairs = (
+        (name, "none" if value is None else value)
+        for name, value in config.items()
+        if name not in (*ABOUT, "digests")
+    )
+    return f"<dl>{''.join(f'<div><dt>{_text(n)}</dt><dd>{_text(v)}</dd></div>' for n, v in pairs)}</dl>"
+
+
+def _table(kind: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    body = "\n".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="{kind}">\n<tr>{head}</tr>\n{body}\n</table>'
+
+
+def _text(value: object) -> str:
+    """Anything that a model or a user wrote, as text and nothing else."""
+    return escape(on_one_line(str(value)))

@@ -1,0 +1,130 @@
+"""What a resumed run goes on with: its newest checkpoint that is whole, and files without what comes
+again.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fjax.rollouts import Batch
+from fjax.runs import folder as folders
+from fjax.runs.display import Display
+from fjax.runs.folder import OpenRun, RunError, read_metrics
+from fjax.runs.steps import Progress, Stepper
+from fjax.training import Checkpoints, JsonlLogger
+from fjax.types import Params
+
+
+class Schedule(NamedTuple):
+    """When what is done."""
+
+    steps: int
+    eval_every: int
+    eval_samples: int
+    checkpoint_every: int
+    stop_below: float | None
+    patience: int | None
+
+
+def begin_at(
+    opened: OpenRun,
+    display: Display,
+    stepper: Stepper,
+    params: Params,
+    checkpoints: Checkpoints,
+    schedule: Schedule,
+) -> tuple[Progress, float]:
+    """Step 0, or the newest checkpoint that is whole."""
+    progress = stepper.begin(params)
+    if not opened.resume:
+        return progress, 0.0
+    restored = _restore(opened, display, as_tree(progress, 0.0), checkpoints, schedule)
+    if restored is None:
+        return progress, 0.0
+    progress = _from_tree(restored, progress)
+    step, known = int(progress.state.step), folders.last_step(opened.path)
+    if known < step:
+        display.warn(
+            f"metrics.jsonl ends at step {known}, the checkpoint is of step {step}: what was "
+            f"between is lost."
+        )
+    stepper.go_on(progress)
+    return progress, float(restored["seconds"])
+
+
+def _restore(
+    opened: OpenRun, display: Display, like: dict, checkpoints: Checkpoints, schedule: Schedule
+) -> dict | None:
+    """The newest checkpoint that is not damaged, those that are being set aside; None where none
+    was saved yet.
+
+    Raises:
+        RunError: if there is none, although there must have been one.
+    """
+    damaged = []
+    for step in reversed(checkpoints.steps):
+        try:
+            restored = checkpoints.restore(like, step=step)
+        except ValueError as error:
+            raise RunError(
+                f"{error} Resume with the fjax and the settings that saved it, or start another "
+                f"run."
+            ) from error
+        except OSError as error:
+            display.warn(str(error))
+            damaged.append(step)
+            continue
+        for bad in damaged:
+            aside = checkpoints.set_aside(bad)
+            display.warn(f"Going on from step {step}; the damaged one is now {aside}.")
+        return restored
+    if damaged:
+        raise RunError(
+            f"All checkpoints of {opened.path} are damaged. Delete it, and begin anew without "
+            f"--resume."
+        )
+    folders.check_none_saved(opened.path, schedule.eval_every, schedule.checkpoint_every)
+    return None
+
+
+def forget_later(folder: Path, step: int, schedule: Schedule) -> None:
+    """Drops what comes again: samples of later steps, from where on the files are only added to,
+    and the evaluation that ended a run which now goes on, unless it was due at that step anyway. So
+    a run in parts is as one in whole.
+    """
+    ended = 0 < step < schedule.steps and step % schedule.eval_every > 0
+    try:
+        for path in (folder / folders.SAMPLES, folder / folders.CONTEXTS):
+            if path.exists():
+                JsonlLogger(path, after_step=step - ended if step else -1).close()
+        path = folder / folders.METRICS
+        if ended and path.exists():
+            of_step = (r for r in read_metrics(folder) if r["step"] == step)
+            taken = [record for record in of_step if record["kind"] == "step"]
+            with JsonlLogger(path, after_step=step - 1) as logger:
+                for record in taken:
+                    logger.log(record)
+    except ValueError as error:
+        raise RunError(
+            f"A file of the run is damaged. {error} Mend or delete that line."
+        ) from error
+
+
+def as_tree(progress: Progress, seconds: float) -> dict[str, Any]:
+    """The arrays of a progress, and the seconds that it took."""
+    tree: dict[str, Any] = {"state": progress.state, "seconds": np.asarray(seconds)}
+    if progress.proposal is not None:
+        tree["proposal"] = progress.proposal
+    if progress.ahead is not None:
+        tree["ahead"] = [x for x in progress.ahead[:-1] if x is not None]
+    return tree
+
+
+def _from_tree(tree: dict, like: Progress) -> Progress:
+    ahead = like.ahead
+    if ahead is not None:
+        arrays = iter(tree["ahead"])
+        rows = (None if x is None else next(arrays) for x in ahead[:-1])
+        ahead = Batch(*rows, from_policy=ahead.from_policy)
+    return Progress(tree["state"], tree.get("proposal"), ahead)

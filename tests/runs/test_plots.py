@@ -1,0 +1,93 @@
+"""Pictures of a run: what is drawn, and what is said where there is nothing to draw."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from fjax.runs import plots
+from fjax.training import JsonlLogger
+
+SAID = "infinite or unknown throughout"
+
+
+def evaluation(step, **figures):
+    record = {"kind": "evaluation", "step": step, "samples": 100 * step, "seconds": 1.0}
+    for name, value in figures.items():
+        record |= {name: value, f"{name}_std_error": 0.1, f"{name}_ess": 5.0}
+    return record
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """(records of the metrics, of contexts) -> name of a picture -> its axes by their titles."""
+    kept = []
+    monkeypatch.setattr(plots.plt, "close", kept.append)
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 30)
+
+    def draw(metrics, contexts=(), *, headline="satisfaction", bounded=True):
+        for name, records in (("metrics", metrics), ("contexts", contexts)):
+            with JsonlLogger(tmp_path / f"{name}.jsonl") as logger:
+                for record in records:
+                    logger.log(record)
+        plots.write(tmp_path, headline, bounded=bounded)
+        names = [
+            n for n in ("evaluation", "training", "contexts") if (tmp_path / f"{n}.png").exists()
+        ]
+        return {
+            name: {ax.get_title(): ax for ax in figure.axes}
+            for name, figure in zip(names, kept, strict=True)
+        }
+
+    yield draw
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_figures_with_their_errors_and_a_gap_where_one_is_infinite(drawn):
+    values = (0.1, np.inf, 0.4)
+    metrics = [evaluation(i, forward_kl=x, satisfaction=0.2 * i) for i, x in enumerate(values)]
+    axes = drawn(metrics)["evaluation"]
+    (line,) = axes["divergence from the target, nats"].get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 0.1], [100, np.nan], [200, 0.4]])
+    (band,) = axes["divergence from the target, nats"].collections
+    corners = {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices}
+    assert {(0, -0.1), (0, 0.3)} <= corners  # two standard errors
+    headline = axes["satisfaction, mean under π"]
+    assert headline.get_ylim() == (0, 1.02)
+    assert [line.get_label() for line in headline.get_lines()] == [
+        "each step's own samples", "fresh samples",
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes["bounded divergences"].texts] == [SAID]
+
+
+def test_a_training_without_the_figures_of_a_tuner(drawn):
+    """Of a stepper of one's own."""
+    step = {"kind": "step", "step": 1, "samples": 100, "grad_norm": 0.5}
+    axes = drawn([evaluation(0, entropy=1.0), step], headline="", bounded=False)["training"]
+    assert axes["norm of the gradient"].get_yscale() == "log"
+    assert len(axes["effective samples of π/q"].get_lines()) == 1  # nothing was clipped
+    assert axes["running estimate of log Z"].texts[0].get_text() == SAID
+
+
+def test_steps_on_pairs_have_pictures_of_their_own(drawn):
+    step = {"kind": "step", "step": 1, "samples": 8, "margin": 0.1, "accuracy": 0.5, "loss": 0.7}
+    axes = drawn([evaluation(0, entropy=1.0), step])["training"]
+    assert {"loss", "pairs in the right order", "mean log π/a"} <= axes.keys()
+    assert axes["mean log π/a"].get_xlabel() == "pairs seen"
+
+
+def test_contexts_before_and_after(drawn):
+    contexts = [
+        {"step": step, "prompt": prompt, "log_z": -1.0, "satisfaction": value}
+        for step, values in ((0, (0.1, 0.3)), (5, (0.5, 0.9)))
+        for prompt, value in zip("ab", values, strict=True)
+    ]
+    (ax,) = drawn([evaluation(0, satisfaction=0.2)], contexts)["contexts"].values()
+    assert ax.collections[0].get_offsets().tolist() == [[0.1, 0.5], [0.3, 0.9]]
+    assert "mean: 0.200 → 0.700" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_contexts_of_a_target_without_a_headline_have_no_picture(drawn):
+    contexts = [{"step": 0, "prompt": "a", "log_z": -1.0}]
+    found = drawn([evaluation(0, entropy=1.0)], contexts, headline="", bounded=False)
+    assert list(found) == ["evaluation"]
