@@ -7,12 +7,19 @@ import importlib.util
 import inspect
 import re
 import runpy
+import shlex
+import sys
+import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 import fjax
+from experiments.common import arguments as arguments_of
+from experiments.common import command
 from experiments.tools import kl_gradients
+from tests import make_notebook
 from tests.make_api_page import LAYERS, MODULES, layers, page
 
 ROOT = Path(__file__).parents[1]
@@ -71,21 +78,55 @@ SMALLER = {
 """What stands in for what in the examples of whole runs, so that they take seconds."""
 
 
-@pytest.mark.parametrize("script", ["quickstart", "handwritten"])
-def test_whole_runs_from_python(script, tmp_path, monkeypatch, capsys):
-    """The twenty lines of the README, and the same by hand, on a tiny model."""
-    text = (ROOT / "docs/examples" / f"{script}.py").read_text()
-    for given, smaller in SMALLER.items():
-        text = text.replace(given, smaller)
-    (tmp_path / "script.py").write_text(text)
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", path.read_text(), re.DOTALL)
+
+
+def body(script: str) -> str:
+    """A script of docs/examples without its docstring."""
+    return (ROOT / "docs/examples" / f"{script}.py").read_text().split('"""', 2)[2].strip()
+
+
+def smaller(code: str) -> str:
+    for given, taken in SMALLER.items():
+        code = code.replace(given, taken)
+    return code
+
+
+def test_the_quickstart_is_one_text():
+    """In the scripts, on the page, in the README and in the notebook."""
+    first, by_hand = blocks(make_notebook.PAGE, "python")
+    assert first == body("quickstart")
+    assert first in blocks(ROOT / "README.md", "python")
+    assert by_hand.removeprefix("import jax\n\n") in body("handwritten")
+    text = make_notebook.NOTEBOOK.read_text()
+    assert text == make_notebook.notebook(make_notebook.PAGE.read_text()), "tests.make_notebook"
+
+
+@pytest.mark.usefixtures("bare")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """On a tiny model, and in small numbers: what `fjax.runs.align` does, then the same by hand."""
     monkeypatch.chdir(tmp_path)
-    found = runpy.run_path("script.py")
-    figures = found["result"].figures if script == "quickstart" else found["figures"]
-    assert 0 <= figures["satisfaction"].value <= 1
-    assert 0 < figures["jensen_shannon"].value < 0.75
-    if script == "quickstart":
-        assert (tmp_path / "runs/great/model").is_dir()
+    names: dict[str, object] = {}
+    for cell in make_notebook.code(make_notebook.NOTEBOOK.read_text()):
+        exec(compile(smaller(cell), "quickstart.ipynb", "exec"), names)
+    assert names["result"].status == 0
+    assert (tmp_path / "runs/great/model").is_dir()
+    for figures in (names["result"].figures, names["figures"]):
+        assert 0 <= figures["satisfaction"].value <= 1
+        assert 0 < figures["jensen_shannon"].value < 0.75
+    assert names["info"].finite
     assert "Estimate(" in capsys.readouterr().out
+
+
+def test_the_script_by_hand_is_whole():
+    """Its loop is run as the notebook's; what stands above it, the notebook has from before."""
+    above = body("handwritten").partition("update = ")[0].splitlines()
+    names = set(filter(None, above)) - set(body("quickstart").splitlines())
+    assert all(
+        line.startswith(("import jax", "from fjax", "def ", "model =", "target ="))
+        for line in names
+    ), names
 
 
 def test_the_readme_shows_the_quickstart():
@@ -133,6 +174,67 @@ def test_every_function_of_the_mathematics_has_formula_shapes_and_source(module)
         arguments = [a for a in thing.__annotations__ if a != "return"]
         described = "Args:" in text or len(arguments) <= 1
         assert described, name
+
+
+COMMANDS = [
+    (path, words)
+    for path in [
+        *PAGES,
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "experiments").rglob("README.md")),
+    ]
+    for block in blocks(path, "sh")
+    for line in block.replace("\\\n", " ").splitlines()
+    if (words := shlex.split(line, comments=True))
+]
+"""Every line of every block of shell."""
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    COMMANDS,
+    ids=[f"{path.parent.name}-{' '.join(w)[:60]}" for path, w in COMMANDS],
+)
+def test_a_command_is_one_that_there_is(path, words, monkeypatch):
+    """Programs are asked to parse it, and to do nothing."""
+    program, *rest = words
+    if program == "make":
+        targets = [word for word in rest if "=" not in word]
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ]
+        assert set(re.findall(r"[\w-]+", rest[1].partition("[")[2])) <= set(extras)
+    elif program == "fjax":
+        assert parses(["experiments", *rest], monkeypatch)
+    elif program.endswith("python") and rest[0] == "-m":
+        assert parses(rest[1:], monkeypatch)
+    else:
+        assert (ROOT / (rest[0] if program.endswith("python") else program)).exists()
+
+
+def parses(words: list[str], monkeypatch) -> bool:
+    """Whether ``python -m`` would take these words: it is run with the parser alone behind it."""
+    module, *arguments = words
+    spec = importlib.util.find_spec(module)
+    if not module.startswith("experiments"):
+        return spec is not None
+    name = module if spec.submodule_search_locations is None else f"{module}.__main__"
+    parsed = []
+
+    def parse(config, main, name, computes):
+        parsed.append(arguments_of.parse(config, name))
+        return 0
+
+    monkeypatch.setattr(command, "_run", parse)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(name, run_name="__main__")
+    return not ended.value.code and (len(parsed) == 1 or not arguments or "--help" in arguments)
 
 
 def test_links_lead_somewhere():
