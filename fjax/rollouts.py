@@ -1,9 +1,9 @@
-"""Drawing what an update is made of: samples of the policy with a share of the base model's among
-them, each with the density of what it was drawn from.
+"""Drawing what an update is made of: samples of the policy and of the base model.
 
-A batch is drawn from q = (1 - ε) π + ε a, by numbers that are fixed beforehand. The base model's
-share bounds the importance weights P/q wherever the policy no longer covers the target, and so
-keeps log Z right; the off-policy form of the loss keeps its gradient exact.
+Each comes with the density of what it was drawn from. A batch is drawn from q = (1 - ε) π + ε a, by
+numbers that are fixed beforehand. The base model's share bounds the importance weights P/q wherever
+the policy no longer covers the target, and so keeps log Z right; the off-policy form of the loss
+keeps its gradient exact.
 
 Everything is given as functions, so that samples may come from anywhere: an engine outside of JAX
 serves as a `SampleFn` if it returns what it drew and the log-probability of each token.
@@ -89,10 +89,9 @@ class Contexts(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples of the policy, then some of the base model, and what both say of each; on the device
-    or the host.
+    """Samples of the policy, then some of the base model, and what both say of each.
 
-    The rows of a context are together, and every context has as many.
+    On the device or the host. The rows of a context are together, and every context has as many.
 
     Attributes:
         tokens: ``[N, T]``, prompt and completion, padded on the right.
@@ -194,8 +193,9 @@ def make_sample_fn(
 
 
 def make_decode(tokenizer: Any) -> Callable[[AnyArray, AnyArray], list[str]]:
-    """(tokens, where) -> texts of the tokens that count, without special ones, by a tokenizer of
-    transformers.
+    """(tokens, where) -> texts of the tokens that count, without special ones.
+
+    By a tokenizer of transformers.
     """
 
     def decode(tokens: AnyArray, where: AnyArray) -> list[str]:
@@ -355,8 +355,10 @@ def model_collector(
     contexts: Contexts | None = None,
     transform: Transform = identity,
 ) -> Collector:
-    """`make_collector` of a `fjax.models.LanguageModel`, or whatever has its fields: its own
-    sampler, its tokenizer, and its end of a sequence as the start of a text.
+    """`make_collector` of a `fjax.models.LanguageModel`, or whatever has its fields.
+
+    It takes the model's own sampler, its tokenizer, and its end of a sequence as the start of a
+    text.
 
     With a transform the policy is the transformed distribution: give it to the tuner's
     `make_log_prob_fn` too.
@@ -385,8 +387,9 @@ def model_collector(
 
 
 def to_rollout(batch: Batch, log_score: AnyArray, *, contexts: Contexts | None = None) -> Rollout:
-    """What an update takes, of a batch and log P of its rows; with contexts, a row for each of
-    them, the policy's samples before the base model's.
+    """What an update takes, of a batch and log P of its rows.
+
+    With contexts it has a row for each of them, the policy's samples before the base model's.
     """
     of_base = (np.arange(len(batch.tokens)) >= batch.from_policy).astype(np.int32)
     arrays = batch.tokens, batch.where, batch.log_q, log_score, of_base

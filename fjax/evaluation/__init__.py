@@ -1,5 +1,6 @@
-"""How near a policy is to a target over texts, from fresh samples of it: every figure an estimate
-with its standard error and effective sample size.
+"""How near a policy is to a target over texts, from fresh samples of it.
+
+Every figure is an estimate, with its standard error and effective sample size.
 """
 
 from fjax.evaluation.figures import METRICS, Evaluation, Metric, evaluate, known_contexts, measure

@@ -143,8 +143,9 @@ def _counted(
 def _estimates(
     log_pi, log_a, log_score, base_log_pi, base_log_a, base_log_score, log_z, divergences
 ):
-    """Of each context: name -> Estimate. log_z is its own, or None to estimate it from these
-    samples.
+    """Of each context: name -> Estimate.
+
+    log_z is its own, or None to estimate it from these samples.
     """
 
     def of_one(mine, other, log_z):

@@ -49,8 +49,9 @@ class TextTarget(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """N samples on the host, what the policy and the base model say of them, and what a target
-    does. The rows of a context are together, contexts in order.
+    """N samples on the host, and what policy, base model and target say of them.
+
+    The rows of a context are together, contexts in order.
 
     Attributes:
         tokens, where, finished: as in `fjax.rollouts.Batch`.
@@ -107,7 +108,8 @@ def draw_batches(
     turn: int = 1,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Batch]:
-    """Fresh batches on the host, every ``turn``-th of them continuing the same prompts;
+    """Fresh batches on the host, every ``turn``-th of them continuing the same prompts.
+
     ``advance`` is told how many are done after each.
     """
     drawn = []
@@ -127,8 +129,9 @@ def draw_scored(
     *,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> tuple[Scored, Scored]:
-    """As many fresh samples of the policy as are asked for, and those of the base model that come
-    with them.
+    """As many fresh samples of the policy as are asked for.
+
+    Beside them, those of the base model that come with them.
 
     Args:
         collector: how to draw.
@@ -154,8 +157,10 @@ def draw_base(
     *,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> Base:
-    """Samples of the base model for all evaluations of so many samples each; with contexts, those
-    that the Z of each is estimated from. ``params`` are the base model's as a policy's.
+    """Samples of the base model for all evaluations of so many samples each.
+
+    With contexts, those that the Z of each is estimated from. ``params`` are the base model's as a
+    policy's.
     """
     if not collector.z_rounds:
         drawn = draw_scored(collector, params, target, rng_key, samples, progress=progress)
@@ -168,8 +173,9 @@ def draw_base(
 
 
 def _turn(collector: Collector, samples: int) -> int:
-    """How many batches continue all the prompts of an evaluation: with few samples, the first of
-    them alone.
+    """How many batches continue all the prompts of an evaluation.
+
+    With few samples, the first of them alone.
     """
     return min(collector.unseen_batches, -(-samples // collector.policy_samples))
 
@@ -177,8 +183,9 @@ def _turn(collector: Collector, samples: int) -> int:
 def score(
     collector: Collector, target: TextTarget, drawn: Sequence[Batch], samples: int
 ) -> tuple[Scored, Scored]:
-    """Exactly so many samples of the policy, or with contexts as many of each, rounded up; and all
-    those of the base model. Python is asked about all of them at once.
+    """Exactly so many samples of the policy, and all those of the base model.
+
+    With contexts, as many of each, rounded up. Python is asked about all of them at once.
 
     What share of a batch is of the base model differs between objectives. What is said of the
     policy must not differ with it: distinct-n and self-BLEU depend on how many samples they are of.

@@ -1,5 +1,6 @@
-"""What a person sees: bars with rate and time left, figures and samples as they come, and the
-summary at the end.
+"""What a person sees: bars, figures and samples as they come, and the summary.
+
+Bars have rate and time left.
 """
 
 import math
@@ -73,8 +74,9 @@ class Display:
         *,
         resumed_at: int,
     ) -> None:
-        """Says what is about to happen, how many samples of a step are of the base model, and where
-        it will all be.
+        """Says what is about to happen, and where it will all be.
+
+        And how many samples of a step are of the base model.
         """
         chosen = run.config.get("start")
         begin = "from the start" if chosen is None else f"from {_safe(str(chosen))}"
@@ -90,8 +92,9 @@ class Display:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-        """For what takes long and has no figures: call what it gives with the total, and what that
-        gives with how much is done.
+        """For what takes long and has no figures.
+
+        Call what it gives with the total, and what that gives with how much is done.
         """
         with ExitStack() as shown:
 
@@ -105,8 +108,9 @@ class Display:
     def progress(
         self, name: str, *, total: int, completed: int, headline: str = ""
     ) -> Iterator[Callable[[int, dict], None]]:
-        """A bar; call what it gives with (completed, record of the step), of which the headline is
-        shown first.
+        """A bar, which shows the headline first.
+
+        Call what it gives with (completed, record of the step).
         """
         columns = (
             TextColumn(f"{name:9}"),
@@ -175,8 +179,9 @@ class Display:
         first: str,
         last: str,
     ) -> None:
-        """Figures of a record and of an evaluation in one table, samples of the latter, and the
-        check on them.
+        """Figures of a record and of an evaluation in one table.
+
+        Below it, samples of the latter, and the check on them.
         """
         table = Table(title=_safe(f"{first} → {last}"), title_justify="left")
         _add_columns(table, "figure", _safe(first), _safe(last), "± std. error")
@@ -261,8 +266,9 @@ def _samples(evaluation: Evaluation, target: TextTarget, shown: int = SHOWN) -> 
 
 
 def _safe(text: str) -> str:
-    """What a model or a user wrote, as it is and nothing else: no colours of its own, and no orders
-    to the terminal.
+    """What a model or a user wrote, as it is and nothing else.
+
+    No colours of its own, and no orders to the terminal.
     """
     return escape(on_one_line(text))
 

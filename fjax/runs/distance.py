@@ -19,8 +19,9 @@ class Check(NamedTuple):
 
 
 def distances(records: Mapping[int, Mapping], divergence: str) -> tuple[str, dict[int, float]]:
-    """How far the policy was from the target at each evaluated step, and by what: the divergence
-    that is trained on.
+    """How far the policy was from the target at each evaluated step, and by what.
+
+    By the divergence that is trained on.
 
     Once that was infinite in one evaluation, total variation stands in for it in all: a sample
     without a violation would otherwise look finite beside others that were as bad, and numbers of
@@ -33,8 +34,10 @@ def distances(records: Mapping[int, Mapping], divergence: str) -> tuple[str, dic
 
 
 def check_bound(evaluation: Evaluation, bound: str | None) -> Check | None:
-    """With contexts, the mean over them of -log E_c[b] is below that of KL(p_c‖π), and no other
-    bound is as near. None where there is no such bound, or KL(p‖π) was not asked for.
+    """Whether KL(p‖π) ≥ -log E_π[b] holds; None where there is no such bound.
+
+    With contexts, the mean over them of -log E_c[b] is below that of KL(p_c‖π), and no other bound
+    is as near. None as well where KL(p‖π) was not asked for.
     """
     if bound is None or "forward_kl" not in evaluation.figures:
         return None

@@ -34,8 +34,9 @@ class AskedToStop(Interrupted):
 
 
 def leave_at_once(number: int, _: object) -> None:
-    """A handler: one line, and out, without a word from anything that is half imported or half
-    closed.
+    """A handler: one line, and out.
+
+    Without a word from anything that is half imported or half closed.
     """
     with suppress(OSError):
         os.write(2, f"Interrupted at once ({signal.Signals(number).name}).\n".encode())
@@ -56,8 +57,9 @@ def interrupt(number: int, _: object) -> None:
 
 
 def handle(handler: Callable) -> dict:
-    """Gives every signal the handler, but for a SIGHUP that is ignored, as under nohup; returns
-    what they had.
+    """Gives every signal the handler, and returns what they had.
+
+    Not a SIGHUP that is ignored, as under nohup.
     """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return {
@@ -87,8 +89,9 @@ class Stop:
 
     @contextmanager
     def obeyed_at_once(self) -> Iterator[None]:
-        """For what takes long and leaves nothing half done: a signal within it, or before it,
-        raises `AskedToStop`.
+        """For what takes long and leaves nothing half done.
+
+        A signal within it, or before it, raises `AskedToStop`.
         """
 
         def end(number: int, _: object) -> None:
@@ -124,8 +127,9 @@ class Nowhere(io.TextIOBase):
 
 
 class Output:
-    """A text stream that outlives its reader: that is a hang-up then, as when a terminal is closed,
-    and no error.
+    """A text stream that outlives its reader.
+
+    That is a hang-up then, as when a terminal is closed, and no error.
     """
 
     def __init__(self, stream):
@@ -163,8 +167,9 @@ class Output:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it printing does not fail: not for want of a reader, of a stream, or of a character in
-    its encoding.
+    """Within it printing does not fail.
+
+    Not for want of a reader, of a stream, or of a character in its encoding.
     """
     before = sys.stdout, sys.stderr
     for stream in before:

@@ -1,5 +1,6 @@
-"""The folder of a run: chosen, checked before any work is done, never written over, and read here
-and nowhere else.
+"""The folder of a run, read here and nowhere else.
+
+It is chosen, checked before any work is done, and never written over.
 """
 
 import json
@@ -72,8 +73,9 @@ def open_run(
     command: str | None = None,
     ours: bool = False,
 ) -> Iterator[OpenRun]:
-    """The run's folder, ready to be written to, and nobody else's; `describe_run` begins it, once
-    nothing more can be wrong.
+    """The run's folder, ready to be written to, and nobody else's.
+
+    `describe_run` begins it, once nothing more can be wrong.
 
     Args:
         folder: made if it is not there.
@@ -114,8 +116,9 @@ def open_run(
 
 
 def describe_run(run: OpenRun) -> None:
-    """config.json of a new run: what was chosen, by which command, what it ran on, and digests of
-    what it reads.
+    """config.json of a new run.
+
+    What was chosen, by which command, what it ran on, and digests of what it reads.
     """
     versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
     devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
@@ -202,8 +205,9 @@ def _of_a_run(folder: Path) -> Iterator[None]:
 
 
 def by_step(records: Sequence[dict], kind: str) -> dict[int, dict]:
-    """The records of a kind, "step" or "evaluation", by step and in its order; where a resumed run
-    repeated one, the later, which is the one that went on.
+    """The records of a kind, "step" or "evaluation", by step and in its order.
+
+    Where a resumed run repeated one, the later, which is the one that went on.
     """
     found = {record["step"]: record for record in records if record["kind"] == kind}
     return dict(sorted(found.items()))
@@ -241,15 +245,17 @@ def is_begun(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has come to its end: the aligned model is the last thing that it writes but its
-    pictures.
+    """Whether a run has come to its end.
+
+    The aligned model is the last thing that it writes but its pictures.
     """
     return is_begun(folder) and (folder / MODEL).is_dir()
 
 
 def current_step(folder: Path) -> int:
-    """The step of the last record of a run that may be going on; its file may be long, so only its
-    end is read.
+    """The step of the last record of a run that may be going on.
+
+    Its file may be long, so only its end is read.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -270,8 +276,9 @@ def _check_keys(path: Path, records: list[dict], keys: Sequence[str]) -> None:
 
 
 def check_space(folder: Path, parameters: int) -> None:
-    """Refuses to start a run whose checkpoints and export would not fit: 3 float32 copies each, up
-    to 4 of them.
+    """Refuses to start a run whose checkpoints and export would not fit.
+
+    These are 3 float32 copies each, up to 4 of them.
     """
     needed, free = 4 * (4 * 3 + 1) * parameters + 2**24, shutil.disk_usage(folder).free
     if free < needed:
@@ -404,8 +411,9 @@ def _check_digests(folder: Path, old: Mapping[str, str] | None, new: Mapping[str
 
 
 def _check_whole(folder: Path) -> None:
-    """Whether what a run has done is still there; going on without would begin it anew, and lose
-    what is left.
+    """Whether what a run has done is still there.
+
+    Going on without would begin it anew, and lose what is left.
     """
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
     taken = last_step(folder)
@@ -417,8 +425,9 @@ def _check_whole(folder: Path) -> None:
 
 
 def check_none_saved(folder: Path, eval_every: int, checkpoint_every: int) -> None:
-    """Whether a run without a checkpoint may have none: it has taken too few steps, and says that
-    it begins again.
+    """Whether a run without a checkpoint may have none.
+
+    It may if it has taken too few steps, and says that it begins again.
 
     Raises:
         RunError: if there must have been one.

@@ -1,5 +1,6 @@
-"""Where a run's figures go besides metrics.jsonl: TensorBoard, Weights & Biases, a logger of one's
-own.
+"""Where a run's figures go besides metrics.jsonl.
+
+TensorBoard, Weights & Biases, a logger of one's own.
 """
 
 import importlib.util
@@ -39,8 +40,9 @@ def check_loggers(loggers: Sequence[Logger | str]) -> None:
 def open_loggers(
     loggers: Sequence[Logger | str], run: OpenRun, title: str, *, after_step: int
 ) -> FanOut:
-    """metrics.jsonl and all that are asked for as one, to be closed; a resumed run goes on in what
-    is there.
+    """metrics.jsonl and all that are asked for as one, to be closed.
+
+    A resumed run goes on in what is there.
 
     Args:
         loggers: objects, or names: "tensorboard", "wandb=PROJECT", "wandb=PROJECT,offline".

@@ -135,8 +135,9 @@ def _contexts(path: Path, records: list[dict], headline: str) -> None:
 
 
 def per_context(ax, records: list[dict], headline: str, *, label: str, color: str = "C0") -> None:
-    """The mean of each context after against before, above the diagonal where it has risen; and the
-    mean over contexts.
+    """The mean of each context, after against before; and the mean over contexts.
+
+    It is above the diagonal where it has risen.
     """
     first, last = (
         {r["prompt"]: r[headline] for r in records if r["step"] == end}
@@ -165,8 +166,9 @@ def _xy(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
 def _with_error(
     ax, records: list[dict], name: str, label: str | None = None, marker: str = "."
 ) -> None:
-    """A line with a band of two standard errors; nothing where the figure is infinite or
-    unknown.
+    """A line with a band of two standard errors.
+
+    Nothing where the figure is infinite or unknown.
     """
     x, y = _xy(records, name)
     if np.isnan(y).all():

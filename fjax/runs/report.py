@@ -1,5 +1,6 @@
-"""A run on one page: report.html, with its pictures inside, no scripts and nothing to load, so that
-it can be mailed.
+"""A run on one page: report.html.
+
+With its pictures inside, no scripts and nothing to load, so that it can be mailed.
 """
 
 import base64

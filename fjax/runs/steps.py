@@ -1,5 +1,6 @@
-"""One step of a run: draw, score in Python, update; with a proposal that adapts, or a batch drawn
-ahead.
+"""One step of a run: draw, score in Python, update.
+
+With a proposal that adapts, or a batch drawn ahead.
 
 Whatever the next step needs is in `Progress`, and so in the checkpoint: a run that goes on takes
 the very steps it would have taken.
@@ -144,8 +145,9 @@ def score_batch(collector: Collector, target: TextTarget, batch: Batch) -> tuple
 
 
 def proposal_gain(collector: Collector, params: Params, window: list[Drawn]) -> Estimate:
-    """By how much the policy is nearer to the target than its proposal, from what was drawn since
-    it was last looked at; see `fjax.estimators.estimate_proposal_gain`.
+    """By how much the policy is nearer to the target than its proposal.
+
+    From what was drawn since it was last looked at; see `fjax.estimators.estimate_proposal_gain`.
     """
     log_pi = [collector.score(params, batch.tokens, batch.where) for batch, _ in window]
     proposal, log_q = (

@@ -2,8 +2,9 @@
 
 
 def on_one_line(text: str) -> str:
-    """A text as it is shown: spaces for line ends, and nothing in it that would steer a terminal or
-    hide itself.
+    """A text as it is shown: spaces for line ends.
+
+    Nothing in it would steer a terminal or hide itself.
     """
     shown = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)

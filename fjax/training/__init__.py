@@ -1,5 +1,6 @@
-"""Where mathematics and language models meet: one optimiser step on a rollout, its state, and what
-is kept of it.
+"""Where mathematics and language models meet: one optimiser step on a rollout.
+
+Its state, and what is kept of it.
 """
 
 from typing import TYPE_CHECKING

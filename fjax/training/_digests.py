@@ -1,5 +1,6 @@
-"""What arrays and files are, in 64 letters: equal where every bit is, on whatever devices they
-lie.
+"""What arrays and files are, in 64 letters: equal where every bit is.
+
+On whatever devices they lie.
 """
 
 import hashlib
@@ -16,8 +17,9 @@ from fjax.types import PyTree
 
 
 def name_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, such as ``state/params/wte``: the same for a NamedTuple and a dict
-    of its fields.
+    """The leaves by their paths, such as ``state/params/wte``.
+
+    The same for a NamedTuple and a dict of its fields.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -30,8 +32,9 @@ def name_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def describe_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
-    """Path -> dtype, shape and SHA-256 of the bytes of the whole array; None where this process
-    cannot see the whole.
+    """Path -> dtype, shape and SHA-256 of the bytes of the whole array.
+
+    None where this process cannot see the whole.
 
     Hashing runs at about 1 GB/s and core, on several cores where there are several arrays.
     """
