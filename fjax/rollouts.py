@@ -467,8 +467,8 @@ def _check_contexts(contexts: Contexts, samples: int, base_samples: int) -> None
     n, rest = divmod(samples, contexts.per_step)
     if base_samples % contexts.per_step:
         raise ValueError(
-            f"base_samples ({base_samples}) must be a multiple of the {contexts.per_step} prompts a "
-            f"step: each prompt gets as many of the base model's."
+            f"base_samples ({base_samples}) must be a multiple of the {contexts.per_step} prompts "
+            f"a step: each prompt gets as many of the base model's."
         )
     if rest or n < 2:
         raise ValueError(

@@ -91,8 +91,16 @@ def layers(text: str) -> str:
 
 
 def _names(modules: Iterable[str]) -> str:
-    """Those of fjax without its name, as CONTRIBUTING has them."""
-    return ", ".join(f"`{module.removeprefix('fjax.')}`" for module in modules)
+    """Those of fjax without its name, as CONTRIBUTING has them; functions by their module."""
+    shown = dict.fromkeys(map(_shown, modules))
+    return ", ".join(shown)
+
+
+def _shown(name: str) -> str:
+    if not name.startswith("fjax.") or name.startswith("fjax.models."):
+        return f"`{name.removeprefix('fjax.')}`"
+    module, _, last = name.removeprefix("fjax.").rpartition(".")
+    return f"what `{module}` makes" if module else f"`{last}`"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The one host loop: draw, score, update; evaluate, save and show on the way; stop cleanly when
-told to.
+"""The one host loop: draw, score, update; evaluate, save and show on the way.
+
+It stops cleanly when told to.
 """
 
 import shutil
@@ -58,8 +59,9 @@ class Model(Protocol):
 
     @property
     def save(self) -> Callable[..., None] | None:
-        """(folder, params) -> writes a model where whoever uses it can open it; None if nothing is
-        to be exported.
+        """(folder, params) -> writes a model where whoever uses it can open it.
+
+        None if nothing is to be exported.
         """
 
 
@@ -80,9 +82,7 @@ class Result(NamedTuple):
 
 
 class _Kept:
-    """What an evaluation leaves for those after it: samples of the base model, and the records of
-    all, by step.
-    """
+    """What evaluations leave for later ones: samples of the base model, records by step."""
 
     base: Base | None = None
 
@@ -216,8 +216,9 @@ def align(
             forget_later(opened.path, step, schedule)
             with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
                 run = _Run(
-                    opened, title, model, start, policy_of, target, collector, tuner, schedule, divergences,
-                    objective, metrics, rng_key, checkpoints, logger, display, kept, stop,
+                    opened, title, model, start, policy_of, target, collector, tuner, schedule,
+                    divergences, objective, metrics, rng_key, checkpoints, logger, display, kept,
+                    stop,
                 )  # fmt: skip
                 kept.records |= by_step(read_metrics(opened.path), "evaluation")
                 display.start(title, opened, schedule.steps, tuner, model.params, resumed_at=step)
@@ -227,9 +228,7 @@ def align(
 def _opened(
     folder: str | Path | OpenRun, values: dict[str, Any], model: Model, resume: bool
 ) -> AbstractContextManager[OpenRun]:
-    """As it is if it has been opened already; or else with these values to compare when it is
-    resumed.
-    """
+    """As it is if it is open already; else with these values, to compare on resuming."""
     if isinstance(folder, OpenRun):
         return nullcontext(folder)
     digests = {"model": digest_params(model.params)}
@@ -244,9 +243,7 @@ def _check_schedule(schedule: Schedule) -> None:
 
 
 def _distance_of(objective: str, kept: _Kept, metrics: dict) -> float:
-    """Of a checkpoint, by its step: what counts is what metrics.jsonl says of it, in the one unit
-    of the run.
-    """
+    """Of a checkpoint: what metrics.jsonl says of its step, in the one unit of the run."""
     _, known = distances(kept.records, objective)
     return known.get(int(metrics.get("step", -1)), np.inf)
 
@@ -304,8 +301,9 @@ def _draw(run: _Run, params: Params, step: int) -> tuple[Scored, Scored]:
 
 
 def _base(run: _Run, step: int) -> Base | None:
-    """What evaluations share; None where that of step 0, still to be made, is of the base model and
-    will be shared.
+    """What evaluations share.
+
+    None where that of step 0, still to be made, is of the base model and will be shared.
     """
     apart = run.initial is not run.model.params or run.collector.z_rounds
     if not apart and step == 0:
@@ -371,8 +369,9 @@ def _keep_samples(folder: Path, evaluation: Evaluation, step: int) -> None:
 
 
 def _absent(run: _Run, evaluation: Evaluation) -> None:
-    """The constraint held for no sample of the base model: says what is known of its rate, and goes
-    on or gives up.
+    """The constraint held for no sample of the base model.
+
+    Says what is known of its rate, and goes on or gives up.
     """
     if evaluation.log_z is not None and np.isfinite(evaluation.log_z).any():
         return  # it did for one of those that Z is from
@@ -394,9 +393,7 @@ def _absent(run: _Run, evaluation: Evaluation) -> None:
 
 
 def _save(run: _Run, progress: Progress, begun: float) -> None:
-    """A checkpoint; its step is what it is found by in the records, so that the nearest is kept
-    beside the newest.
-    """
+    """A checkpoint, found in the records by its step, so that the nearest is kept, too."""
     step = int(progress.state.step)
     tree = as_tree(progress, time.monotonic() - begun)
     run.checkpoints.save(step, tree, metrics={"step": float(step)})
@@ -424,9 +421,7 @@ def _is_enough(run: _Run) -> bool:
 
 
 def nearest(run: _Run) -> int | None:
-    """The saved step at which the policy was nearest to the target; None where that is known of
-    none.
-    """
+    """The saved step nearest to the target; None where that is known of none."""
     _, known = distances(run.kept.records, run.objective)
     saved = (step for step in run.checkpoints.steps if step in known)
     return min(saved, key=known.__getitem__, default=None)
@@ -466,8 +461,9 @@ def _export(run: _Run, params: Params) -> None:
 
 
 def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Params]:
-    """The saved step that is nearest to the target, and the policy there; the last one where that
-    checkpoint is damaged.
+    """The saved step that is nearest to the target, and the policy there.
+
+    The last one where that checkpoint is damaged.
     """
     best = nearest(run)
     if best in (None, step):

@@ -1,5 +1,6 @@
-"""What a resumed run goes on with: its newest checkpoint that is whole, and files without what comes
-again.
+"""What a resumed run goes on with.
+
+Its newest checkpoint that is whole, and files without what comes again.
 """
 
 from pathlib import Path
@@ -56,8 +57,9 @@ def begin_at(
 def _restore(
     opened: OpenRun, display: Display, like: dict, checkpoints: Checkpoints, schedule: Schedule
 ) -> dict | None:
-    """The newest checkpoint that is not damaged, those that are being set aside; None where none
-    was saved yet.
+    """The newest checkpoint that is not damaged; None where none was saved yet.
+
+    Damaged ones are set aside.
 
     Raises:
         RunError: if there is none, although there must have been one.
@@ -89,9 +91,10 @@ def _restore(
 
 
 def forget_later(folder: Path, step: int, schedule: Schedule) -> None:
-    """Drops what comes again: samples of later steps, from where on the files are only added to,
-    and the evaluation that ended a run which now goes on, unless it was due at that step anyway. So
-    a run in parts is as one in whole.
+    """Drops what comes again, so that a run in parts is as one in whole.
+
+    That is samples of later steps, from where on the files are only added to, and the evaluation
+    that ended a run which now goes on, unless it was due at that step anyway.
     """
     ended = 0 < step < schedule.steps and step % schedule.eval_every > 0
     try:

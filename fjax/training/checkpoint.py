@@ -415,8 +415,10 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_late_news() -> Iterator[None]:
-    """Of a save that failed tensorstore's threads still tell orbax, array by array, when its event
-    loop is closed: each would print a page, and `Checkpoints.wait` raises the failure anyway.
+    """Keeps quiet what threads tell orbax of a save that failed, when its loop is closed.
+
+    tensorstore tells it array by array: each would print a page, and `Checkpoints.wait` raises the
+    failure anyway.
     """
     hook = sys.unraisablehook
 
