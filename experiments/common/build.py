@@ -64,7 +64,7 @@ def run_task(task: Task, config: Any) -> int:
         values,
         resume=settings.resume,
         digests=input_digests(config, model, begun),
-        command=shlex.join(["python", "-m", f"experiments.{task.name}", *sys.argv[1:]]),
+        command=shlex.join(command.called(task.name)),
         ours=ours,
     )
     with opened as run:

@@ -24,6 +24,14 @@ PROGRAM = "fjax" if __name__.startswith("fjax.") else "python -m experiments"
 """How commands are called, with their name behind it: from the installed package, or from a copy of
 the repository."""
 
+
+def called(name: str) -> list[str]:
+    """What a person types for this process's command, its arguments included."""
+    installed = PROGRAM == "fjax"
+    start = ["fjax", name] if installed else ["python", "-m", f"experiments.{name}"]
+    return [*start, *sys.argv[1:]]
+
+
 LONGEST = 800
 """Characters of an error that are shown: those of a library may be a page of JSON."""
 

@@ -2,13 +2,13 @@
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fjax.runs import RunError
 from fjax.runs.folder import is_begun, is_finished, locked, write_text
 
+from ..common.command import called
 from ..tasks import TASKS
 from . import plots, table
 from .config import Config
@@ -72,7 +72,7 @@ def _take_notes(config: Config, folder: Path) -> None:
     labels |= {
         objective.file_name: objective.label for objective in parse_objectives(config.objectives)
     }
-    command = shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
+    command = shlex.join(called("compare"))
     notes = {
         "task": config.task,
         "arguments": config.arguments,
@@ -114,9 +114,7 @@ def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequenc
             f"No run has the figures {', '.join(unknown)}; they are left out. There are "
             f"{', '.join(_names(results[0].last))}."
         )
-    command = read_notes(folder).get(
-        "command", shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]])
-    )
+    command = read_notes(folder).get("command", shlex.join(called("compare")))
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.write(folder, results, headlines)
     write_text(
