@@ -349,7 +349,7 @@ def test_18_bounds_of_the_families(seed):
     kl = of(KL, p, q)
     for weight in (0.1, 0.8):
         value = of(
-            next(c.divergence for c in CASES if name(c) == f"generalized_jensen_shannon_{weight}"),
+            next(c.divergence for c in CASES if name(c) == f"generalized_jensen_shannon={weight}"),
             p,
             q,
         )
@@ -357,7 +357,7 @@ def test_18_bounds_of_the_families(seed):
         at_most(value, np.full_like(value, entropy))
         at_most(value, weight * kl)
     for a in (0.3, 0.75):
-        value = of(next(c.divergence for c in CASES if name(c) == f"alpha_{a}"), p, q)
+        value = of(next(c.divergence for c in CASES if name(c) == f"alpha={a}"), p, q)
         at_most(value, np.full_like(value, 1 / (a * (1 - a))))
 
 

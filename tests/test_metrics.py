@@ -132,9 +132,10 @@ def test_texts_and_references_go_in_pairs(metric):
 
 
 @pytest.mark.parametrize(
-    ("metric", "package"), [(bleu, "sacrebleu"), (rouge, "rouge_score.rouge_scorer")]
+    ("metric", "package", "extra"),
+    [(bleu, "sacrebleu", "runs"), (rouge, "rouge_score.rouge_scorer", "rouge")],
 )
-def test_what_is_not_installed_is_named(monkeypatch, metric, package):
+def test_what_is_not_installed_is_named(monkeypatch, metric, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs {package}.*pip install 'fjax\[experiments\]'"):
+    with pytest.raises(ImportError, match=rf"needs {package}.*pip install 'fjax\[{extra}\]'"):
         metric(["a"], ["a"])
