@@ -363,7 +363,7 @@ def test_18_bounds_of_the_families(seed):
 
 def renyi(a: float, p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """log(1 + a(a-1) D_a)/(a-1), which is how Rényi's divergence and the α one belong together."""
-    value = of(next(c.divergence for c in CASES if name(c) == f"alpha_{a:g}"), p, q)
+    value = of(next(c.divergence for c in CASES if name(c) == f"alpha={a:g}"), p, q)
     with np.errstate(divide="ignore"):
         return np.log(np.maximum(1 + a * (a - 1) * value, 0)) / (a - 1)
 
