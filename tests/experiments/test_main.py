@@ -73,7 +73,7 @@ def test_a_task_is_a_folder_with_all_that_it_takes(task):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_of_all_commands_has_each(name):
-    assert f"| [{name}]({name}) |" in PAGE or f"| `{name}` |" in PAGE
+    assert f"| [{name}]({name}/README.md) |" in PAGE or f"| `{name}` |" in PAGE
 
 
 def test_no_folder_is_a_task_without_being_listed():

@@ -76,6 +76,14 @@ def test_top_p_is_the_smallest_set_that_reaches_p():
     assert probs[kept].min() > probs[~kept].max()
 
 
+def test_the_token_that_crosses_p_is_the_last_that_is_kept():
+    """A thousandth on either side of the first token's mass; the mutant `> enough + 1e-3` lived."""
+    logits = np.array([0.0, -1.0, -2.0], np.float32)
+    first = 1 / np.exp(logits.astype(float)).sum()
+    assert support(top_p(first * (1 - 5e-4)), logits).tolist() == [True, False, False]
+    assert support(top_p(first * (1 + 5e-4)), logits).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("transform", [top_k(2), top_p(0.6)])
 def test_ties_stay_together(transform):
     """The second place is shared by three tokens, one of them through the two zeros of floating
