@@ -10,11 +10,13 @@ from pathlib import Path
 # about as fast; the older way to emit loops takes a third of the time, where there is it still:
 # flags that an XLA does not know end the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
-)
+# FJAX_TEST_XLA=default compiles as a user does.
+if os.environ.get("FJAX_TEST_XLA") != "default":
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+        + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+    )
 # A program is compiled once, whichever test, worker or command comes to it first, and not again by
 # the next run. It is found by what it is of: the code, the flags, the versions.
 os.environ.setdefault(
