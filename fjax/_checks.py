@@ -5,14 +5,18 @@ Shapes are static, so the checks cost nothing once compiled, and hold under `jit
 `shard_map`, each of which shows a function the shape that it really works on.
 """
 
+import functools
 import math
-from typing import overload
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from fjax.types import Array
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def one_axis(**arrays: Array | None) -> tuple:
@@ -295,6 +299,30 @@ def predicted(where: Array, *, start: int = 1) -> Array:
         f"a token before column {start}: count completions only, each behind a prompt of at least "
         f"one token (the end-of-sequence token will do)."
     )
+
+
+def renamed(**new_names: str) -> Callable[[_Function], _Function]:
+    """A function whose keywords have other names than before; the old ones go on working.
+
+    Args:
+        new_names: by the old ones.
+
+    >>> @renamed(clip="clip_ratio")
+    ... def bounds(*, clip_ratio):
+    ...     return clip_ratio
+    >>> bounds(clip=(0.1, 0.2))
+    (0.1, 0.2)
+    """
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            moved = {new: kwargs.pop(old) for old, new in new_names.items() if old in kwargs}
+            return function(*args, **kwargs, **moved)  # both names at once: Python's TypeError
+
+        return call  # pyright: ignore[reportReturnType]
+
+    return decorate
 
 
 def _given(arrays):

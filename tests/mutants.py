@@ -136,8 +136,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/test_policy_gradients.py tests/test_losses_against_formulas.py",
         (
             "PPO's bounds exchanged",
-            "jnp.clip(ratio, 1 - clip[0], 1 + clip[1])",
-            "jnp.clip(ratio, 1 - clip[1], 1 + clip[0])",
+            "1 - clip_ratio[0], 1 + clip_ratio[1]",
+            "1 - clip_ratio[1], 1 + clip_ratio[0]",
         ),
         (
             "GSPO's sum for the mean",
@@ -270,8 +270,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("no shuffle", "jax.random.permutation(key, samples)", "jnp.arange(samples)"),
         (
             "clipped fraction of one bound",
-            "(ratio < 1 - clip[0]) | (ratio > 1 + clip[1])",
-            "(ratio > 1 + clip[1])",
+            "(ratio < 1 - clip_ratio[0]) | (ratio > 1 + clip_ratio[1])",
+            "(ratio > 1 + clip_ratio[1])",
         ),
         (
             "RLOO forgets π/q",

@@ -51,10 +51,10 @@ CALLS = {
     ),
     "rloo": Call(policy_gradients.rloo, ("log_pi", "rewards"), {}),
     "group_advantages": Call(policy_gradients.group_advantages, ("rewards",), {"epsilon": 0.1}, 0),
-    "ppo_clip": Call(policy_gradients.ppo_clip, ("log_pi", "log_q", "advantages"), {"clip": (0.1, 0.2), "dual_clip": 1.5}),
-    "grpo": Call(partial(policy_gradients.grpo, **masked), tokens, {"clip": (0.1, 0.2), "epsilon": 0.1}),
-    "dr_grpo": Call(partial(policy_gradients.dr_grpo, max_tokens=4, **masked), tokens, {"clip": (0.1, 0.2)}),
-    "gspo": Call(partial(policy_gradients.gspo, **masked), tokens, {"clip": (0.1, 0.2), "epsilon": 0.1}),
+    "ppo_clip": Call(policy_gradients.ppo_clip, ("log_pi", "log_q", "advantages"), {"clip_ratio": (0.1, 0.2), "dual_clip": 1.5}),
+    "grpo": Call(partial(policy_gradients.grpo, **masked), tokens, {"clip_ratio": (0.1, 0.2), "epsilon": 0.1}),
+    "dr_grpo": Call(partial(policy_gradients.dr_grpo, max_tokens=4, **masked), tokens, {"clip_ratio": (0.1, 0.2)}),
+    "gspo": Call(partial(policy_gradients.gspo, **masked), tokens, {"clip_ratio": (0.1, 0.2), "epsilon": 0.1}),
     "trajectory_balance": Call(policy_gradients.trajectory_balance, ("log_pi", "log_score"), {}),
     "trajectory_balance.log_z": Call(policy_gradients.trajectory_balance, ("log_pi", "log_score", "log_z"), {}),
     "f_trajectory_balance": Call(partial(policy_gradients.f_trajectory_balance, divergence=JS), ("log_pi", "log_p"), {}),
@@ -165,8 +165,8 @@ def test_f_dpo_of_a_traced_divergence_is_admitted():
 REFUSED = [
     ("dpo", {"beta": 0.0}), ("ipo", {"beta": -1.0}), ("chi_po", {"max_reward": 0.0}), ("f_dpo", {"max_log_ratio": 0.0}),
     ("exo_pair", {"label_smoothing": 1.0}), ("exo", {"reward_beta": float("nan")}), ("f_po", {"beta": float("inf")}),
-    ("ppo_clip", {"clip": (-0.1, 0.2)}), ("ppo_clip", {"clip": (0.1, float("nan"))}), ("ppo_clip", {"dual_clip": 1.0}),
-    ("grpo", {"epsilon": -1.0}), ("dr_grpo", {"max_tokens": 0}), ("gspo", {"clip": (8, -8)}), ("smoothed", {"epsilon": 0.0}),
+    ("ppo_clip", {"clip_ratio": (-0.1, 0.2)}), ("ppo_clip", {"clip_ratio": (0.1, float("nan"))}), ("ppo_clip", {"dual_clip": 1.0}),
+    ("grpo", {"epsilon": -1.0}), ("dr_grpo", {"max_tokens": 0}), ("gspo", {"clip_ratio": (8, -8)}), ("smoothed", {"epsilon": 0.0}),
     ("group_advantages", {"epsilon": float("nan")}), ("f_regularized_optimum", {"beta": 0.0}), ("reward_tilted", {"beta": 0.0}),
 ]  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_several_numbers_for_an_option_are_refused(name, bare):
     """Regression: a β of shape [N, 1] made a loss of [N, N]."""
     call = {**CALLS, **TRACED_ONLY}[name]
     for option, value in call.options.items():
-        several = (jnp.ones((N, 1)), 0.2) if option == "clip" else jnp.full((N, 1), value)
+        several = (jnp.ones((N, 1)), 0.2) if option == "clip_ratio" else jnp.full((N, 1), value)
         with pytest.raises(ValueError, match=rf"{option} must be one number"):
             call.function(*arrays(call.arrays), **call.options | {option: several})
 

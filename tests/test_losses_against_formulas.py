@@ -159,7 +159,7 @@ def test_ppo(dual_clip):
         return -gain
 
     compare(
-        lambda *x: policy_gradients.ppo_clip(*x, clip=(0.2, 0.3), dual_clip=dual_clip),
+        lambda *x: policy_gradients.ppo_clip(*x, clip_ratio=(0.2, 0.3), dual_clip=dual_clip),
         theirs,
         [log_pi, log_q, advantages],
     )
@@ -204,7 +204,7 @@ def test_gspo():
     # so that the mean of some is beyond the clip, and the sum of more
     log_q = log_q - np.linspace(-0.2, 0.2, 6)[:, None]
     compare(
-        lambda *x: policy_gradients.gspo(*x[:3], where=x[3], clip=(0.1, 0.1)),
+        lambda *x: policy_gradients.gspo(*x[:3], where=x[3], clip_ratio=(0.1, 0.1)),
         theirs,
         [log_pi, log_q, rewards, where],
     )

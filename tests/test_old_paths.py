@@ -3,6 +3,7 @@
 import importlib
 import pickle
 
+import jax.numpy as jnp
 import pytest
 
 import fjax
@@ -126,3 +127,12 @@ def test_an_old_path_leads_to_the_same_thing():
     assert PairBatch is fjax.training.PairBatch
     assert (Rollout, TrainState) == (fjax.Rollout, fjax.TrainState)
     assert pickle.loads(pickle.dumps(TrainState)) is TrainState
+
+
+def test_an_old_keyword_is_the_new_one():
+    ratio, level, gain = jnp.log(jnp.array([1.5, 0.5])), jnp.zeros(2), jnp.ones(2)
+    old = fjax.policy_gradients.ppo_clip(ratio, level, gain, clip=(0.1, 0.3))
+    new = fjax.policy_gradients.ppo_clip(ratio, level, gain, clip_ratio=(0.1, 0.3))
+    assert old.tolist() == new.tolist()
+    with pytest.raises(TypeError, match="clip_ratio"):
+        fjax.policy_gradients.ppo_clip(ratio, level, gain, clip=(0.1, 0.3), clip_ratio=(0.1, 0.3))

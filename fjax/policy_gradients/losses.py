@@ -12,13 +12,14 @@ from fjax._checks import (
     one_axis,
     one_number,
     positive,
+    renamed,
     same_shape,
 )
 from fjax._numerics import centred, count, gather
 from fjax.policy_gradients.kl import MAX_EXPONENT
 from fjax.types import Array, Bool, Float, Int
 
-_Clip = tuple[float | Float[Array, ""], float | Float[Array, ""]]
+_Bounds = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 
 
 def reinforce(
@@ -126,12 +127,13 @@ def group_advantages(
     return _own(advantages, axis_name)
 
 
+@renamed(clip="clip_ratio")
 def ppo_clip(
     log_pi: Float[Array, "*n"],
     log_q: Float[Array, "*n"],
     advantages: Float[Array, "*n"],
     *,
-    clip: _Clip = (0.2, 0.2),
+    clip_ratio: _Bounds = (0.2, 0.2),
     dual_clip: float | Float[Array, ""] | None = None,
 ) -> Float[Array, "*n"]:
     """-min(ρA, clip(ρ, 1-ε, 1+ε') A) with ρ = π/q: no gradient once the ratio has gone far enough.
@@ -143,7 +145,7 @@ def ppo_clip(
         log_pi: log-probabilities under the policy, in nats; differentiated.
         log_q: under the policy that was sampled from.
         advantages: A, of each token or sequence; stopped.
-        clip: (ε, ε'), below and above 1.
+        clip_ratio: (ε, ε'), how far below and above 1 the ratio counts.
         dual_clip: c > 1 bounds the loss of a negative advantage by c|A|, however large the ratio.
 
     Raises:
@@ -155,22 +157,24 @@ def ppo_clip(
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; Ye et al. 2020 (arXiv 1912.09729)
     for the dual clip.
     """
-    _check_clip(clip, dual_clip)
+    _check_clip(clip_ratio, dual_clip)
+    low, high = 1 - clip_ratio[0], 1 + clip_ratio[1]
     log_pi, log_q, advantages = same_shape(log_pi=log_pi, log_q=log_q, advantages=advantages)
     log_q, advantages = jax.lax.stop_gradient((log_q, advantages))
     ratio = jnp.exp(jnp.minimum(log_pi - log_q, MAX_EXPONENT))
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip[0], 1 + clip[1]) * advantages)
+    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
     if dual_clip is not None:
         gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
     return -gain
 
 
+@renamed(clip="clip_ratio")
 def grpo(
     token_log_pi: Float[Array, "N T"],
     token_log_q: Float[Array, "N T"],
     rewards: Float[Array, "N"],
     *,
-    clip: _Clip = (0.2, 0.2),
+    clip_ratio: _Bounds = (0.2, 0.2),
     epsilon: float | Float[Array, ""] = 1e-4,
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
@@ -184,7 +188,7 @@ def grpo(
         token_log_pi: log-probability of each token under the policy; differentiated.
         token_log_q: under the policy that was sampled from.
         rewards: R of each of the N samples of one prompt.
-        clip: see `ppo_clip`.
+        clip_ratio: see `ppo_clip`.
         epsilon: see `group_advantages`.
         axis_name: mapped axis over which the samples are spread.
         where: tokens that count; a sequence without any is no sample of the group, and its loss 0.
@@ -202,17 +206,18 @@ def grpo(
     advantages = group_advantages(
         rewards, epsilon=epsilon, axis_name=axis_name, where=where.any(axis=1)
     )
-    losses = _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip)
+    losses = _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip_ratio)
     return losses.sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)
 
 
+@renamed(clip="clip_ratio")
 def dr_grpo(
     token_log_pi: Float[Array, "N T"],
     token_log_q: Float[Array, "N T"],
     rewards: Float[Array, "N"],
     *,
     max_tokens: int,
-    clip: _Clip = (0.2, 0.2),
+    clip_ratio: _Bounds = (0.2, 0.2),
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
 ) -> Float[Array, "N"]:
@@ -225,7 +230,7 @@ def dr_grpo(
         token_log_q: under the policy that was sampled from.
         rewards: R of each of the N samples of one prompt.
         max_tokens: the constant, the longest length there can be.
-        clip: see `ppo_clip`.
+        clip_ratio: see `ppo_clip`.
         axis_name: mapped axis over which the samples are spread.
         where: tokens that count; a sequence without any is no sample of the group, and its loss 0.
 
@@ -245,16 +250,18 @@ def dr_grpo(
         rewards, scale=False, axis_name=axis_name, where=where.any(axis=1)
     )
     return (
-        _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip).sum(axis=1) / max_tokens
+        _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip_ratio).sum(axis=1)
+        / max_tokens
     )
 
 
+@renamed(clip="clip_ratio")
 def gspo(
     token_log_pi: Float[Array, "N T"],
     token_log_q: Float[Array, "N T"],
     rewards: Float[Array, "N"],
     *,
-    clip: _Clip = (3e-4, 4e-4),
+    clip_ratio: _Bounds = (3e-4, 4e-4),
     epsilon: float | Float[Array, ""] = 1e-4,
     axis_name: str | None = None,
     where: Bool[Array, "N T"] | Int[Array, "N T"],
@@ -267,7 +274,7 @@ def gspo(
         token_log_pi: log-probability of each token under the policy; differentiated.
         token_log_q: under the policy that was sampled from.
         rewards: R of each of the N samples of one prompt.
-        clip: see `ppo_clip`; the geometric mean moves little, so it is far tighter than a token's.
+        clip_ratio: see `ppo_clip`; far tighter than for tokens, as the geometric mean moves little.
         epsilon: see `group_advantages`.
         axis_name: mapped axis over which the samples are spread.
         where: tokens that count; a sequence without any is no sample of the group, and its loss 0.
@@ -282,7 +289,9 @@ def gspo(
     counted = where.any(axis=1)
     mean = (token_log_pi - token_log_q).sum(axis=1) / jnp.maximum(where.sum(axis=1), 1)
     advantages = group_advantages(rewards, epsilon=epsilon, axis_name=axis_name, where=counted)
-    return jnp.where(counted, ppo_clip(mean, jnp.zeros_like(mean), advantages, clip=clip), 0.0)
+    return jnp.where(
+        counted, ppo_clip(mean, jnp.zeros_like(mean), advantages, clip_ratio=clip_ratio), 0.0
+    )
 
 
 def _group(token_log_pi, token_log_q, rewards, where):
@@ -300,9 +309,12 @@ def _group(token_log_pi, token_log_q, rewards, where):
     return token_log_pi, jax.lax.stop_gradient(token_log_q), rewards, where
 
 
-def _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip):
+def _clipped_tokens(token_log_pi, token_log_q, advantages, where, clip_ratio):
     losses = ppo_clip(
-        token_log_pi, token_log_q, jnp.broadcast_to(advantages[:, None], where.shape), clip=clip
+        token_log_pi,
+        token_log_q,
+        jnp.broadcast_to(advantages[:, None], where.shape),
+        clip_ratio=clip_ratio,
     )
     return jnp.where(where, losses, 0.0)
 
@@ -314,11 +326,13 @@ def _own(everyone, axis_name):
     return everyone.reshape(jax.lax.axis_size(axis_name), -1)[jax.lax.axis_index(axis_name)]
 
 
-def _check_clip(clip, dual_clip):
-    for bound in clip:
-        one_number(clip=bound)
+def _check_clip(clip_ratio, dual_clip):
+    for bound in clip_ratio:
+        one_number(clip_ratio=bound)
         if is_concrete(bound) and not bound >= 0:
-            raise ValueError(f"clip is a pair (ε, ε') of numbers of at least 0, got {clip}.")
+            raise ValueError(
+                f"clip_ratio is a pair (ε, ε') of numbers of at least 0, got {clip_ratio}."
+            )
     if dual_clip is not None:
         one_number(dual_clip=dual_clip)
         if is_concrete(dual_clip) and not dual_clip > 1:

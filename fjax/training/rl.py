@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from fjax import policy_gradients
+from fjax._checks import renamed
 from fjax._sharding import together
 from fjax.divergences import reverse_kl
 from fjax.estimators import RunningLogMean, running_log_mean
@@ -100,13 +101,14 @@ def rloo_tuner(
     return Tuner(make_init(optimizer, log_z, num_contexts), update)
 
 
+@renamed(clip="clip_ratio")
 def ppo_tuner(
     token_log_prob_fn: TokenLogProbFn,
     optimizer: optax.GradientTransformation,
     *,
     epochs: int = 2,
     minibatches: int = 4,
-    clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.2, 0.2),
+    clip_ratio: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.2, 0.2),
     log_z: RunningLogMean = running_log_mean(),
     microbatch_size: int | None = None,
     num_contexts: int | None = None,
@@ -126,7 +128,7 @@ def ppo_tuner(
         optimizer: any optax transformation; it is called ``epochs · minibatches`` times an update.
         epochs: passes over the samples.
         minibatches: of a pass; they must divide the number of samples.
-        clip: (ε, ε'), see `fjax.policy_gradients.ppo_clip`.
+        clip_ratio: (ε, ε'), see `fjax.policy_gradients.ppo_clip`.
         log_z: how log Z is tracked, for the figures of `StepInfo` alone.
         microbatch_size: samples of a minibatch that go through the policy at once, see `fjax.fdpg`.
         num_contexts: see `fjax.fdpg`; baselines are of one row each.
@@ -168,7 +170,7 @@ def ppo_tuner(
         one_minibatch = _one_minibatch(
             token_log_prob_fn,
             optimizer,
-            clip,
+            clip_ratio,
             microbatch_size,
             _Samples(tokens, where, old, advantages),
         )
@@ -196,7 +198,7 @@ class _Samples(NamedTuple):
 def _one_minibatch(
     token_log_prob_fn: TokenLogProbFn,
     optimizer: optax.GradientTransformation,
-    clip: tuple[Any, Any],
+    clip_ratio: tuple[Any, Any],
     microbatch_size: int | None,
     samples: _Samples,
 ) -> Callable:
@@ -210,13 +212,14 @@ def _one_minibatch(
 
         def loss(new: Float[Array, "B T"]) -> Float[Array, ""]:
             gain = jnp.where(counted, advantages[:, None], 0.0)
-            return policy_gradients.ppo_clip(new, old, gain, clip=clip).sum(-1).mean()
+            losses = policy_gradients.ppo_clip(new, old, gain, clip_ratio=clip_ratio)
+            return losses.sum(-1).mean()
 
         new, _, grads = pull_back(
             token_log_prob_fn, state.params, tokens, counted, jax.grad(loss), microbatch_size
         )
         ratio, grad_norm = jnp.exp(new - old), norm(grads)
-        outside = ((ratio < 1 - clip[0]) | (ratio > 1 + clip[1])) & counted
+        outside = ((ratio < 1 - clip_ratio[0]) | (ratio > 1 + clip_ratio[1])) & counted
         finite = jnp.isfinite(grad_norm)
         moved = advance(state, grads, optimizer, finite=finite, log_z=state.log_z)
         return moved, (grad_norm, outside.sum(), counted.sum())

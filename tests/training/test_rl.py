@@ -194,7 +194,7 @@ def test_the_clipped_fraction_counts_tokens_beyond_either_bound(clip, outside):
     where = jnp.array([[1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool)
     rollout = Rollout(tokens, where, jnp.zeros(4), jnp.array([0.0, 1.0, 2.0, 4.0]))
     _, info = step(
-        ppo_tuner(function, change, epochs=2, minibatches=1, clip=clip), jnp.zeros(3), rollout
+        ppo_tuner(function, change, epochs=2, minibatches=1, clip_ratio=clip), jnp.zeros(3), rollout
     )
     second = np.isin(tokens, list(outside)) & np.asarray(where)
     np.testing.assert_allclose(info.clipped_fraction, second.sum() / where.sum() / 2, rtol=1e-6)
@@ -206,7 +206,7 @@ def test_the_second_pass_is_clipped_at_its_own_bounds(clip, x64):
     beyond either."""
     small = world()
     rollout = samples(small)
-    tuner = ppo_tuner(token_log_prob_fn, optax.sgd(2.0), epochs=2, minibatches=1, clip=clip)
+    tuner = ppo_tuner(token_log_prob_fn, optax.sgd(2.0), epochs=2, minibatches=1, clip_ratio=clip)
     moved, info = step(tuner, small.params, rollout)
     assert info.clipped_fraction > 0
     old = token_log_prob_fn(small.params, rollout.tokens, rollout.where)
@@ -295,12 +295,12 @@ def test_the_bounds_of_ppo_may_be_annealed():
     @jax.jit
     @chex.assert_max_traces(n=1)
     def moved(low, high):
-        tuner = ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=(low, high))
+        tuner = ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip_ratio=(low, high))
         return tuner.update(tuner.init(small.params), samples(small))[0].params
 
     for clip in ((0.05, 0.1), (0.3, 0.2)):
         expected = step(
-            ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip=clip),
+            ppo_tuner(token_log_prob_fn, optax.sgd(0.5), epochs=3, clip_ratio=clip),
             small.params,
             samples(small),
         )[0]
@@ -330,7 +330,7 @@ def test_ppo_stays_in_its_trust_region(x64):
 
     def furthest(clip):
         tuner = ppo_tuner(
-            token_log_prob_fn, optax.sgd(0.02), epochs=200, minibatches=1, clip=(clip, clip)
+            token_log_prob_fn, optax.sgd(0.02), epochs=200, minibatches=1, clip_ratio=(clip, clip)
         )
         moved, info = step(tuner, small.params, rollout)
         old, new = (
