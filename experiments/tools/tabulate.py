@@ -13,6 +13,7 @@ from fjax.runs.folder import read_config, read_evaluations
 from fjax.runs.names import title_of
 
 from ..common.command import run
+from ..compare.results import label_of
 
 DEFAULT = (
     "satisfaction",
@@ -55,9 +56,8 @@ def run_tabulate(config: Config) -> int:
         row("base model", read_evaluations(config.runs[0])[0], config.figures),
     ]
     for folder in config.runs:
-        written = read_config(folder, "divergence", "clip")
-        clip = f", f' clipped to {written['clip']}" if written["clip"] else ""
-        rows.append(row(written["divergence"] + clip, read_evaluations(folder)[-1], config.figures))
+        label = label_of(read_config(folder, "divergence"))
+        rows.append(row(label, read_evaluations(folder)[-1], config.figures))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
     return 0
 

@@ -9,9 +9,12 @@ from .commands import run
 
 
 def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path):
-    for name, clip in (("jensen_shannon", None), ("reverse_kl", [-8, 8])):
+    old = {"alpha": 0.5}  # of a run from before the value was a part of the name
+    others = {"jensen_shannon": {"clip": None}, "reverse_kl": {"clip": [-8, 8]}, "alpha": old}
+    for name, settings in others.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"divergence": name, "clip": clip}))
+        config = {"divergence": name} | settings
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
         with JsonlLogger(tmp_path / name / "metrics.jsonl") as logger:
             for step, value in ((0, 0.01), (1, 0.5), (2, 0.75)):
                 figures = {
@@ -25,7 +28,7 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
                     | figures
                 )
                 logger.log({"kind": "step", "step": step + 1})
-    folders = [tmp_path / "jensen_shannon", tmp_path / "reverse_kl"]
+    folders = [tmp_path / name for name in others]
     assert (
         run(
             monkeypatch,
@@ -43,6 +46,7 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
         "| base model | 0.0100 ± 0.0200 | -4.5 | 0 | 3 |",
         "| jensen_shannon | 0.750 ± 0.020 | -4.5 | 2,000 | 3 |",
         "| reverse_kl, f' clipped to [-8, 8] | 0.750 ± 0.020 | -4.5 | 2,000 | 3 |",
+        "| alpha=0.5 | 0.750 ± 0.020 | -4.5 | 2,000 | 3 |",
     ]
 
 
