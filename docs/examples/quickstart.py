@@ -1,5 +1,6 @@
 """Aligns the built-in model to a word, from Python: what `fjax lexical_constraint` does."""
 
+import jax
 import numpy as np
 import optax
 
@@ -26,3 +27,5 @@ result = runs.align(
     model, target, tuner, collector, folder="runs/great", steps=90, divergences=divergences
 )
 print(result.figures["satisfaction"])
+batch = collector.draw(result.params, jax.random.key(1))  # of the aligned model
+print(*collector.decode(batch.tokens, batch.where)[:3], sep="\n")

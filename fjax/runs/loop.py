@@ -73,12 +73,16 @@ class Result(NamedTuple):
         step: the last.
         figures: of the last evaluation; {} of a run that was stopped.
         folder: of the run.
+        params: of the aligned policy, in the shape of the base model's: of the saved step that was
+            nearest to the target, which is the model in the folder. Of a run that was stopped:
+            those of its last step.
     """
 
     status: int
     step: int
     figures: dict[str, Estimate]
     folder: Path
+    params: Params
 
 
 class _Kept:
@@ -178,7 +182,7 @@ def align(
         display: where it is shown; None makes one.
 
     Returns:
-        How it ended.
+        How it ended, with the parameters of the aligned policy.
 
     Raises:
         RunError: for what can be put right, with what to do.
@@ -282,12 +286,13 @@ def _train(run: _Run, progress: Progress, seconds: float) -> Result:
                 _save(run, progress, begun)
     if not run.stop.signal:
         with suppress(AskedToStop):
-            figures = _finish(run, progress, step, begun)
-            return Result(0, step, figures, run.folder)
+            figures, params = _finish(run, progress, step, begun)
+            return Result(0, step, figures, run.folder, params)
     _save(run, progress, begun)
     run.checkpoints.wait()
     run.display.stopped(step, run.folder)
-    return Result(128 + run.stop.signal, step, {}, run.folder)
+    params = run.policy_of(progress.state.params)
+    return Result(128 + run.stop.signal, step, {}, run.folder, params)
 
 
 def _evaluation_key(run: _Run, step: int) -> PRNGKeyArray:
@@ -427,13 +432,17 @@ def nearest(run: _Run) -> int | None:
     return min(saved, key=known.__getitem__, default=None)
 
 
-def _finish(run: _Run, progress: Progress, step: int, begun: float) -> dict[str, Estimate]:
+def _finish(
+    run: _Run, progress: Progress, step: int, begun: float
+) -> tuple[dict[str, Estimate], Params]:
+    """The last evaluation, and the policy that is exported; pictures and the report on the way."""
     if step not in run.kept.records:
         after = _evaluate_now(run, progress, step, begun)
         _save(run, progress, begun)
     else:  # the distance or patience ended it at an evaluation
         after = _measure(run, progress, step)
-    best, params = _nearest_params(run, progress, step)
+    best, trained = _nearest_params(run, progress, step)
+    params = run.policy_of(trained)
     run.checkpoints.wait()
     _export(run, params)
     records = read_metrics(run.folder)
@@ -449,19 +458,19 @@ def _finish(run: _Run, progress: Progress, step: int, begun: float) -> dict[str,
             f"The model is that of step {best}, where {title_of(unit)} was lowest; the table is of "
             f"step {step}."
         )
-    return after.figures
+    return after.figures, params
 
 
 def _export(run: _Run, params: Params) -> None:
-    """The aligned model; what an export that was killed left beside it goes."""
+    """The aligned model; what a killed export left beside it is deleted."""
     for left in run.folder.glob(f".{folders.MODEL}-*"):
         shutil.rmtree(left, ignore_errors=True)
     if run.model.save is not None:
-        run.model.save(run.folder / folders.MODEL, run.policy_of(params))
+        run.model.save(run.folder / folders.MODEL, params)
 
 
 def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Params]:
-    """The saved step that is nearest to the target, and the policy there.
+    """The saved step that is nearest to the target, and what was trained by then.
 
     The last one where that checkpoint is damaged.
     """

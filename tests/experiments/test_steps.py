@@ -22,7 +22,7 @@ def asked(monkeypatch, tmp_path):
 
     def align(model, target, tuner, collector, **options):
         found.update(options, tuner=tuner, collector=collector)
-        return Result(0, 0, {}, tmp_path)
+        return Result(0, 0, {}, tmp_path, params=None)
 
     monkeypatch.setattr(build, "align", align)
     for name in ("ppo_tuner", "rloo_tuner"):

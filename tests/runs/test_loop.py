@@ -117,6 +117,7 @@ def test_what_a_run_leaves(finished):
     assert last["nines"] >= 0
     exported = np.load(folder / "model" / "table.npy")
     assert abs(exported - bigram.BASE).max() > 0.1
+    np.testing.assert_array_equal(exported, result.params)
 
 
 def test_a_logger_of_one_s_own_gets_every_record_and_is_closed(finished):
@@ -185,6 +186,7 @@ def test_a_policy_may_be_what_its_parameters_stand_for(tmp_path):
         trained = checkpoints.restore({"state": tuner.init(start), "seconds": np.zeros(())})
     exported = np.load(tmp_path / "run" / "model" / "table.npy")
     np.testing.assert_array_equal(exported, policy_of(trained["state"].params))
+    np.testing.assert_array_equal(exported, result.params)
 
 
 def own_stepper(finite=lambda number: True, samples=7):
@@ -366,6 +368,8 @@ def test_a_signal_while_evaluating_saves_what_there_is(monkeypatch, tmp_path, ca
         monkeypatch.setattr(loop, "measure", lambda *a, calls=calls, **k: next(calls)(*a, **k))
         result = run(folder, resume=saved > 0)
         assert (result.status, result.step, result.figures) == (143, saved, {})
+        moved = abs(np.asarray(result.params) - bigram.BASE).max() > 0
+        assert moved == (saved > 0)
         assert f"Stopped and saved at step {saved}." in said(capsys)
         assert (folder / "checkpoints" / str(saved)).is_dir()
     monkeypatch.setattr(loop, "measure", measure)
