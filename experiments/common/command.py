@@ -113,7 +113,10 @@ def _sentence(error: BaseException) -> str | None:
         return str(error)
     for cause in _causes(error):
         if isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(cause):
-            return "There is not enough memory: take fewer --samples, or a smaller --microbatch-size or model."
+            return (
+                "There is not enough memory: take fewer --samples, or a smaller --microbatch-size "
+                "or model."
+            )
         ours = isinstance(cause, OSError) and cause.errno is None  # a sentence of the library's
         if os.strerror(ENOSPC) in str(cause):
             where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""

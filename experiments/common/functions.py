@@ -54,7 +54,8 @@ def call(function: Callable, title: str, on: str, *arguments: object) -> object:
 def _shown(error: BaseException) -> str:
     """The error, and the line that raised it."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    return f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}, line {last.lineno})"
+    place = f"{Path(last.filename).name}, line {last.lineno}"
+    return f"{type(error).__name__}: {str(error)[:300]} ({place})"
 
 
 def shown(answer: object) -> str:

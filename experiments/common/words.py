@@ -2,10 +2,10 @@
 
 A word is found where no letter, digit or underscore goes on before or after it: "film" is in
 "film's" and "non-film", not in "films". Scripts that put no spaces between words (Chinese,
-Japanese, Thai, …) show no such ends, so there a word is found wherever its characters are: 电影 is in
-这部电影很好. Upper and lower case are alike, and so are spellings that Unicode calls compatible (é of one
-code point or of two, full width, ligatures), ß and ss, İ and i, ’ and ', and any spaces between
-words. Accents are not: "cafe" is not in "café"; nor is ı, the dotless one, an i.
+Japanese, Thai, …) show no such ends, so there a word is found wherever its characters are:
+电影 is in 这部电影很好. Upper and lower case are alike, and so are spellings that Unicode calls
+compatible (é of one code point or of two, full width, ligatures), ß and ss, İ and i, ’ and ', and
+any spaces between words. Accents are not: "cafe" is not in "café"; nor is ı, the dotless one, an i.
 """
 
 import unicodedata

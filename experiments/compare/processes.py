@@ -213,7 +213,8 @@ class Board:
         runs = f"{self._ended} of {self._runs} runs"
         if not taken or steps == self._total:
             return runs
-        return f"{runs}, about {duration((time.monotonic() - self._begun) / taken * (self._total - steps))} left"
+        a_step = (time.monotonic() - self._begun) / taken
+        return f"{runs}, about {duration(a_step * (self._total - steps))} left"
 
 
 def duration(seconds: float) -> str:

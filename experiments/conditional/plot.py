@@ -111,10 +111,8 @@ def draw(config: Config) -> int:
                 color=f"C{i}",
                 label=f"{name} Z",
             )
-            print(
-                f"{name} Z: "
-                f"{', '.join(f'{part} {value:.3f}' for part, value in zip(PARTS, after, strict=True))}"
-            )
+            shares = (f"{part} {share:.3f}" for part, share in zip(PARTS, after, strict=True))
+            print(f"{name} Z: {', '.join(shares)}")
         axes[-1].set_xticks(range(3), PARTS)
         axes[-1].set(
             title="by how easy it is for the base model", ylabel="mean satisfaction", ylim=(0, 1.12)

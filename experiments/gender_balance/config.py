@@ -7,8 +7,14 @@ import tyro
 from ..common.arguments import check_numbers
 from ..common.settings import Settings
 
-WOMAN = "she her hers herself woman women girl girls lady ladies actress actresses mother daughter sister wife heroine queen"
-MAN = "he him his himself man men boy boys guy guys gentleman actor actors father son brother husband hero king"
+WOMAN = (
+    "she her hers herself woman women girl girls lady ladies actress actresses mother daughter "
+    "sister wife heroine queen"
+)
+MAN = (
+    "he him his himself man men boy boys guy guys gentleman actor actors father son brother "
+    "husband hero king"
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def parse_moments(moments: tuple[str, ...]) -> list[tuple[str, float]]:
         named = [word.strip() for word in words.split("|")]
         if not all(named) or not 0 <= value <= 1:
             raise ValueError(
-                f'--moments are "word=rate" or "word|another=rate" with a rate from 0 to 1; got {moment!r}.'
+                f'--moments are "word=rate" or "word|another=rate" with a rate from 0 to 1; got '
+                f"{moment!r}."
             )
         parsed.append(("|".join(named), value))
     return parsed

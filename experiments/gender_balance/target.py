@@ -68,12 +68,20 @@ def fit(config: Config, built: Built) -> MomentFit:
 
 def _show(built: Built, result: MomentFit, features: jnp.ndarray, wanted: dict[str, float]) -> None:
     rows = [
-        (name, f"{float(features[:, i].mean()):.4f}", f"{moment:.4f}", f"{float(result.coefficients[i]):.3f} ± "
-         f"{float(result.std_error[i]):.3f}", f"{float(result.residual[i]):.1e}")
+        (
+            name,
+            f"{float(features[:, i].mean()):.4f}",
+            f"{moment:.4f}",
+            f"{float(result.coefficients[i]):.3f} ± {float(result.std_error[i]):.3f}",
+            f"{float(result.residual[i]):.1e}",
+        )
         for i, (name, moment) in enumerate(wanted.items())
-    ]  # fmt: skip
+    ]
     headings = ("feature", "base", "wanted", "coefficient λ", "residual")
-    title = f"moments, fitted to {len(features)} samples of the base model; {float(result.ess):.0f} of them effective"
+    title = (
+        f"moments, fitted to {len(features)} samples of the base model; "
+        f"{float(result.ess):.0f} of them effective"
+    )
     built.display.table(title, headings, rows)
     soft = jnp.isfinite(result.coefficients)
     moments = jnp.array(list(wanted.values()))

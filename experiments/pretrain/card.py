@@ -126,14 +126,16 @@ tags: [gpt2, jax, fjax]
 ---
 # reviews-gpt2
 
-The built-in model of fjax: a GPT-2 of {parameters:.1f}M parameters ({n_layer} blocks, {n_head} heads, width {n_embd},
-{n_positions} positions, byte-level BPE of {vocab_size} entries) that writes one sentence of a movie review and ends it.
-It exists so that every experiment runs without a download; it knows nothing else and is no use outside that.
+The built-in model of fjax: a GPT-2 of {parameters:.1f}M parameters ({n_layer} blocks, {n_head}
+heads, width {n_embd}, {n_positions} positions, byte-level BPE of {vocab_size} entries) that writes
+one sentence of a movie review and ends it. It exists so that every experiment runs without a
+download; it knows nothing else and is no use outside that.
 
-- **Data.** {train:,} distinct sentences of 3 to 30 words, lower-cased and tokenised as published, from *Sentiment
-  Polarity Dataset 2.0* (Bo Pang and Lillian Lee, ACL 2004), *Sentence Polarity Dataset 1.0* (Pang and Lee, ACL 2005) and
-  *Subjectivity Dataset 1.0* (Pang and Lee, ACL 2004), all CC BY 4.0; {held_out:,} further ones held out by a hash of
-  their text. The reviews carry the opinions, names and slurs of their time; so may the samples.
+- **Data.** {train:,} distinct sentences of 3 to 30 words, lower-cased and tokenised as published,
+  from *Sentiment Polarity Dataset 2.0* (Bo Pang and Lillian Lee, ACL 2004), *Sentence Polarity
+  Dataset 1.0* (Pang and Lee, ACL 2005) and *Subjectivity Dataset 1.0* (Pang and Lee, ACL 2004), all
+  CC BY 4.0; {held_out:,} further ones held out by a hash of their text. The reviews carry the
+  opinions, names and slurs of their time; so may the samples.
 - **Licence of the weights.** CC BY 4.0, with the attribution above.
 - **Format.** `<|endoftext|>`, sentence, `<|endoftext|>`; weights in float16, trained in float32.
 - **Command.** `{command}`: {minutes:.0f} minutes on {hardware}.
@@ -143,7 +145,8 @@ It exists so that every experiment runs without a download; it knows nothing els
 | this file | {gpt2:.3f} |
 | interpolated 5-gram (modified Kneser–Ney), same tokens and split | {five_gram:.3f} |
 
-{ended:.1%} of 512 samples end by themselves within {new_tokens} tokens. The first ten of them, temperature 1, unedited:
+{ended:.1%} of 512 samples end by themselves within {new_tokens} tokens. The first ten of them,
+temperature 1, unedited:
 
 {samples}
 """

@@ -202,7 +202,8 @@ def _halves(seen: list[Proposals]) -> list[Half]:
 
 def _show_costs(console: Console, found: list[Cost]) -> None:
     table = Table(
-        title="what β costs and is worth: predicted by the first half of the proposals, found in the second"
+        title="what β costs and is worth: predicted by the first half of the proposals, found in "
+        "the second"
     )
     for heading in ("log β", "acceptance, predicted", "found", "TV bound, predicted", "found"):
         table.add_column(heading, justify="right")

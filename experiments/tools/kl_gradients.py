@@ -234,26 +234,31 @@ RLHF adds a penalty for leaving the base model, β KL(π‖a), and estimates it 
 
     k1 = log π/a        k2 = ½ (log π/a)²        k3 = a/π - 1 - log a/π
 
-As *values* under x ~ π, k1 and k3 are unbiased. As *losses* they are something else: a sample's distribution depends on the
-parameters as well, and differentiating the estimate does not see that. What their gradients are on average can be summed
-exactly on a small space. Here are their errors, the norm of the difference in percent of the norm of the true ∇KL(π‖a),
-over all {space} sequences of {vocab_size} tokens of length at most {max_tokens} (tabular policy, seed {seed}, float64):
+As *values* under x ~ π, k1 and k3 are unbiased. As *losses* they are something else: a sample's
+distribution depends on the parameters as well, and differentiating the estimate does not see that.
+What their gradients are on average can be summed exactly on a small space. Here are their errors,
+the norm of the difference in percent of the norm of the true ∇KL(π‖a), over all {space} sequences
+of {vocab_size} tokens of length at most {max_tokens} (tabular policy, seed {seed}, float64):
 
 {kl}
 
-"Differentiated" is what a loss does whose KL term is the estimator. "In the reward" subtracts it, stopped, from the reward of a
-policy-gradient loss, off-policy with the importance ratio. An error of 100 % for k1 is a gradient of exactly zero.
+"Differentiated" is what a loss does whose KL term is the estimator. "In the reward" subtracts it,
+stopped, from the reward of a policy-gradient loss, off-policy with the importance ratio. An error
+of 100 % for k1 is a gradient of exactly zero.
 
-- **k1 as a loss does nothing**: its expected gradient is E_π[∇log π] = 0. In the reward it is exact.
-- **k2 as a loss is right on-policy only.** Its value is biased, its gradient is not; with a ratio, off-policy, it is wrong.
-- **k3 as a loss, on-policy, is the gradient of the *other* KL**, ∇KL(a‖π): against that its error is {k3_is_forward}. So the
-  published GRPO objective covers modes of the base where it means to stay near it. In the reward it is wrong, too.
+- **k1 as a loss does nothing**: its expected gradient is E_π[∇log π] = 0. In the reward it is
+  exact.
+- **k2 as a loss is right on-policy only.** Its value is biased, its gradient is not; with a ratio,
+  off-policy, it is wrong.
+- **k3 as a loss, on-policy, is the gradient of the *other* KL**, ∇KL(a‖π): against that its error
+  is {k3_is_forward}. So the published GRPO objective covers modes of the base where it means to
+  stay near it. In the reward it is wrong, too.
 - **With a ratio that is differentiated**, k1 and k3 are right, wherever the samples are from.
 - **Without a ratio, off-policy, none is.** That is every step after the first on one batch.
 
-One line does it for every f, on- and off-policy: stop[(π/q) f'(π/a)]·log π, which is `fjax.surrogate_loss` with p = a. With
-the value of the never negative estimator to go with it, it is `fjax.policy_gradients.divergence_penalty`. For other f, each
-against its own true gradient:
+One line does it for every f, on- and off-policy: stop[(π/q) f'(π/a)]·log π, which is
+`fjax.surrogate_loss` with p = a. With the value of the never negative estimator to go with it, it
+is `fjax.policy_gradients.divergence_penalty`. For other f, each against its own true gradient:
 
 {others}
 
