@@ -183,8 +183,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/sampling/test_decode.py",
         (
             "the end is not counted",
-            "lengths=progress.lengths + ~ended",
-            "lengths=progress.lengths + ~(ended | (drawn == ends[0]))",
+            "lengths=progress.lengths + ~finished",
+            "lengths=progress.lengths + ~(finished | (drawn == ends[0]))",
         ),
         (
             "only the first of several ends is one",
@@ -193,7 +193,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         (
             "tokens after the end have probabilities",
-            "jnp.where(ended, 0.0, log_probs)",
+            "jnp.where(finished, 0.0, log_probs)",
             "log_probs",
         ),
         (

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import runpy
 import shlex
@@ -241,6 +242,12 @@ def test_links_lead_somewhere():
     for path in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_what_the_glossary_names_in_full_exists():
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    for name in re.findall(r"`(fjax\.[\w.]+)`", text):
+        assert pkgutil.resolve_name(name), name
 
 
 def test_tests_that_the_derivations_name_exist():

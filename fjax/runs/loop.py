@@ -214,13 +214,13 @@ def align(
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.path / folders.CHECKPOINTS
         with graceful_stop() as stop, Checkpoints(place, score=nearest_first) as checkpoints:
-            start = model.params if initial is None else initial
-            progress, seconds = begin_at(opened, display, tuner, start, checkpoints, schedule)
+            initial = model.params if initial is None else initial
+            progress, seconds = begin_at(opened, display, tuner, initial, checkpoints, schedule)
             step = int(progress.state.step)
             forget_later(opened.path, step, schedule)
             with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
                 run = _Run(
-                    opened, title, model, start, policy_of, target, collector, tuner, schedule,
+                    opened, title, model, initial, policy_of, target, collector, tuner, schedule,
                     divergences, objective, metrics, rng_key, checkpoints, logger, display, kept,
                     stop,
                 )  # fmt: skip

@@ -198,16 +198,16 @@ def _make_step(
         )
 
     def note_down(progress, logits, row_keys):
-        step, ended = progress.step, progress.finished
+        step, finished = progress.step, progress.finished
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
         drawn, log_probs = jax.vmap(draw)(keys, logits)
         return _Progress(
             step=step + 1,
             last=drawn,  # also where the row has ended: the model need not know the padding
-            tokens=progress.tokens.at[:, step].set(jnp.where(ended, pad_id, drawn)),
-            log_probs=progress.log_probs.at[:, step].set(jnp.where(ended, 0.0, log_probs)),
-            lengths=progress.lengths + ~ended,
-            finished=ended | reduce(operator.or_, (drawn == end for end in ends)),
+            tokens=progress.tokens.at[:, step].set(jnp.where(finished, pad_id, drawn)),
+            log_probs=progress.log_probs.at[:, step].set(jnp.where(finished, 0.0, log_probs)),
+            lengths=progress.lengths + ~finished,
+            finished=finished | reduce(operator.or_, (drawn == end for end in ends)),
         )
 
     return advance

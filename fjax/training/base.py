@@ -42,8 +42,8 @@ class TrainState(NamedTuple):
             need no saving.
         params: of the policy.
         opt_state: of the optimiser.
-        log_z: of the running estimate of log Z, or of one for each context; empty for what needs
-            none.
+        log_z: what the running estimate of log Z remembers, or that of each context; empty for
+            algorithms that need none.
     """
 
     step: Int[Array, ""]
