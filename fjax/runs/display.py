@@ -164,8 +164,8 @@ class Display:
     def stopped(self, step: int, folder: Path) -> None:
         """After Ctrl-C or SIGTERM."""
         self.say(
-            f"Stopped and saved at step {step}. To go on, give the same command with "
-            f"[bold]--resume --run-folder {escape(str(folder))}[/]",
+            f"Stopped and saved at step {step}. To go on, call align again with resume=True, or "
+            f"give the same command with [bold]--resume --run-folder {escape(str(folder))}[/]",
             style="yellow",
         )
 

@@ -102,8 +102,8 @@ def open_run(
                 _check_whole(path)
             elif _holds_something(path):
                 raise RunError(
-                    f"{path} is not empty. Add --resume to go on with the run in it, or give "
-                    f"another --run-folder."
+                    f"{path} is not empty. Give resume=True (--resume) to go on with the run in "
+                    f"it, or another folder (--run-folder)."
                 )
             for left in path.glob("*.tmp"):  # by a kill in the middle of a write
                 left.unlink()
@@ -284,8 +284,8 @@ def check_space(folder: Path, parameters: int) -> None:
     if free < needed:
         raise RunError(
             f"{folder} has {free / 2**20:.0f} MiB left, but checkpoints and export of this model "
-            f"need about {needed / 2**20:.0f} MiB. Free some, or give a --run-folder on another "
-            f"disk."
+            f"need about {needed / 2**20:.0f} MiB. Free some, or give a folder on another "
+            f"disk (--run-folder)."
         )
 
 
@@ -316,7 +316,8 @@ def new_folder(base: Path, title: str) -> Path:
             number += 1
         except OSError as error:
             raise RunError(
-                f"Cannot write to the run folder {folder}: {error.strerror}. Choose a --run-folder."
+                f"Cannot write to the run folder {folder}: {error.strerror}. Give another folder "
+                f"(--run-folder)."
             ) from error
 
 
@@ -329,8 +330,8 @@ def newest_folder(base: Path, title: str) -> Path:
     }
     if not begun:
         raise RunError(
-            f"There is no run {base / title}-* to resume. Leave --resume out, or name it with "
-            f"--run-folder."
+            f"There is no run {base / title}-* to resume. Leave resume=True (--resume) out, or "
+            f"name its folder (--run-folder)."
         )
     return begun[max(begun)]
 
@@ -348,8 +349,8 @@ def locked(folder: Path) -> Iterator[None]:
         raise RunError(str(error)) from error
     except OSError as error:
         raise RunError(
-            f"Cannot write to the run folder {folder}: {error.strerror}. Choose another "
-            f"--run-folder."
+            f"Cannot write to the run folder {folder}: {error.strerror}. Give another folder "
+            f"(--run-folder)."
         ) from error
     try:
         if lock.taken_over is not None:
@@ -377,7 +378,8 @@ def check_same(
     saved = folder / "config.json"
     if not saved.is_file():
         raise RunError(
-            f"{folder} holds no run to resume (no config.json). Leave --resume out to start one."
+            f"{folder} holds no run to resume (no config.json). Leave resume=True (--resume) out "
+            f"to start one."
         )
     old = read_json(saved)
     differing = [
@@ -387,8 +389,7 @@ def check_same(
         listed = "; ".join(f"{k}: {old.get(k)!r} there, {config[k]!r} now" for k in differing)
         raise RunError(
             f"{folder} is a run of another configuration ({listed}). Resume it with the same, or "
-            f"start another with a "
-            "different --run-folder."
+            f"start another in a folder of its own (--run-folder)."
         )
     if digests is not None:
         _check_digests(folder, old.get("digests"), digests)
@@ -404,9 +405,8 @@ def _check_digests(folder: Path, old: Mapping[str, str] | None, new: Mapping[str
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
         raise RunError(
-            f"{folder} was begun with another content of {', '.join(changed)}. Put back what was "
-            f"there, or start another run "
-            "with a different --run-folder."
+            f"{folder} was begun with different contents of {', '.join(changed)}. Put back what "
+            f"was there, or start another run in a folder of its own (--run-folder)."
         )
 
 
@@ -417,7 +417,7 @@ def _check_whole(folder: Path) -> None:
     """
     checkpoints, metrics = folder / CHECKPOINTS, folder / METRICS
     taken = last_step(folder)
-    advice = f"Put it back, or delete {folder} and begin anew without --resume."
+    advice = f"Put it back, or delete {folder} and begin anew without resume=True (--resume)."
     if taken and not checkpoints.is_dir():
         raise RunError(f"{metrics} has {taken} steps, but {checkpoints} is gone. {advice}")
     if not metrics.is_file() and any(path.name.isdecimal() for path in checkpoints.glob("*")):
@@ -441,7 +441,7 @@ def check_none_saved(folder: Path, eval_every: int, checkpoint_every: int) -> No
         raise RunError(
             f"{folder / METRICS} has {taken} steps, but no checkpoint of them is left in "
             f"{folder / CHECKPOINTS}. Put them back, or delete {folder} and begin anew without "
-            f"--resume."
+            f"resume=True (--resume)."
         )
     if taken:
         print(
@@ -473,6 +473,6 @@ def _check_writable(folder: Path) -> None:
             probe.write(os.urandom(2**16))
     except OSError as error:
         raise RunError(
-            f"Cannot write to the run folder {folder}: {error.strerror}. Choose another "
-            f"--run-folder."
+            f"Cannot write to the run folder {folder}: {error.strerror}. Give another folder "
+            f"(--run-folder)."
         ) from error

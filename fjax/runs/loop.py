@@ -388,12 +388,12 @@ def _absent(run: _Run, evaluation: Evaluation) -> None:
     )
     if run.target.stop_if_absent:
         raise RunError(
-            f"{known} Look for the spelling that the model uses, or raise --eval-samples and "
-            f"--samples."
+            f"{known} Look for the spelling that the model uses, or raise eval_samples "
+            f"(--eval-samples) and the samples of a step (--samples)."
         )
     run.display.warn(
-        f"{known} Until a sample does, Z is unknown and steps change nothing; more --samples find "
-        f"one sooner."
+        f"{known} Until a sample does, Z is unknown and steps change nothing; more samples a step "
+        f"(--samples) find one sooner."
     )
 
 
@@ -413,13 +413,13 @@ def _is_enough(run: _Run) -> bool:
     newest = known.get(max(run.kept.records), np.inf)
     if schedule.stop_below is not None and newest < schedule.stop_below:
         limit = schedule.stop_below
-        run.display.say(f"{name} is {newest:.4f}, below --stop-below {limit:g}: done.")
+        run.display.say(f"{name} is {newest:.4f}, below {limit:g} (--stop-below): done.")
         return True
     since = len(found) - 1 - int(np.argmin(found)) if found else 0
     if schedule.patience is not None and since >= schedule.patience:
         run.display.say(
-            f"No lower {name} in the last {since} evaluations (--patience {schedule.patience}): "
-            f"done."
+            f"No lower {name} in the last {since} evaluations, with a patience of "
+            f"{schedule.patience} (--patience): done."
         )
         return True
     return False
@@ -491,7 +491,8 @@ def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Para
 def _not_finite(run: _Run, step: int) -> str:
     return (
         f"The gradient of step {step} was not finite. The parameters were left as they were and "
-        f"saved in {run.folder / folders.CHECKPOINTS}. To go on: lower --learning-rate; and where "
-        f"the divergence is infinite since the target is 0 somewhere, as reverse KL is, bound it "
-        f"with --clip -8 8, smooth the target, or take another --divergence."
+        f"saved in {run.folder / folders.CHECKPOINTS}. To go on: lower the learning rate "
+        f"(--learning-rate); and where the divergence is infinite since the target is 0 somewhere, "
+        f"as reverse KL is, bound f' with clip=(-8, 8) (--clip -8 8), smooth the target, or take "
+        f"another divergence (--divergence)."
     )

@@ -84,7 +84,7 @@ def _restore(
     if damaged:
         raise RunError(
             f"All checkpoints of {opened.path} are damaged. Delete it, and begin anew without "
-            f"--resume."
+            f"resume=True (--resume)."
         )
     folders.check_none_saved(opened.path, schedule.eval_every, schedule.checkpoint_every)
     return None

@@ -146,7 +146,7 @@ def test_another_configuration_is_refused(experiment, lexical_run, tmp_path, cap
     kept = (folder / "metrics.jsonl").read_bytes()
     there = (*arguments, "--run-folder", folder)
     assert experiment(*there, "--steps", 1) == 2
-    assert "is not empty. Add --resume" in error_of(capsys)
+    assert "is not empty. Give resume=True (--resume)" in error_of(capsys)
     assert experiment(*there, "--steps", 5, "--seed", 7, "--resume") == 2
     assert "another configuration (seed: 0 there, 7 now)" in error_of(capsys)
     assert (folder / "metrics.jsonl").read_bytes() == kept
@@ -276,7 +276,7 @@ def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path,
     ends the run."""
     folder = tmp_path / "near"
     assert experiment(*FREQUENT, "--steps", 50, "--stop-below", 100, "--run-folder", folder) == 0
-    assert "below --stop-below 100" in " ".join(capsys.readouterr().out.split())
+    assert "below 100 (--stop-below)" in " ".join(capsys.readouterr().out.split())
     assert read_jsonl(folder / "metrics.jsonl")[-1]["step"] == 2
     folder = tmp_path / "patient"
     arguments = (
@@ -301,7 +301,10 @@ def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path,
     assert evaluated[best] < evaluated[last]
     assert last == best + 2
     printed = " ".join(capsys.readouterr().out.split())
-    assert "No lower JS(π, p) in the last 1 evaluations (--patience 1): done" in printed
+    assert (
+        "No lower JS(π, p) in the last 1 evaluations, with a patience of 1 (--patience): done"
+        in printed
+    )
     assert f"The model is that of step {best}, where JS(π, p) was lowest" in printed
     assert str(best) in os.listdir(folder / "checkpoints")
 

@@ -225,7 +225,7 @@ def test_changed_inputs_are_named(tmp_path, capsys):
         ({"--model": "1", "--pairs p": "3"}, "--pairs p"),
         ({}, "--model"),
     ):
-        with pytest.raises(RunError, match=f"begun with another content of {named}. Put back"):  # noqa: SIM117
+        with pytest.raises(RunError, match=f"begun with different contents of {named}. Put back"):  # noqa: SIM117
             with opened(folder, digests=digests):
                 pass
     old = json.loads((folder / "config.json").read_text())

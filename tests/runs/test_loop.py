@@ -261,12 +261,12 @@ def test_a_logger_s_package_is_asked_for_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "is not empty. Add --resume to go on with the run in it"),
+        ({}, r"is not empty. Give resume=True \(--resume\) to go on with the run in it"),
         ({"resume": True, "seed": 1}, r"another configuration \(.*seed: 0 there, 1 now"),
         ({"resume": True, "eval_samples": 49}, "eval_samples: 48 there, 49 now"),
         (
             {"resume": True, "model": bigram.model()._replace(params=bigram.BASE + 1)},
-            "begun with another content of model",
+            "begun with different contents of model",
         ),
     ],
     ids=("again", "seed", "size", "model"),
