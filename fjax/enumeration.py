@@ -59,7 +59,7 @@ class Space(NamedTuple):
     Attributes:
         tokens: ``[S, T]``, the prompt first if there is one, ``eos_id`` after the end of a
             sequence.
-        where: True from behind the prompt up to and including the token that ends the sequence.
+        where: True after the prompt, up to and including the token that ends the sequence.
     """
 
     tokens: Int[Array, "S T"]
@@ -110,7 +110,7 @@ def sequences(
 
 
 def tabular_log_prob_fn(vocab_size: int, max_tokens: int) -> tuple[LogProbFn, int]:
-    """A policy with free next-token logits after every prefix; how many prefixes.
+    """A policy with free next-token logits after every prefix, and the number of prefixes.
 
     Its parameters are logits ``[prefixes, V]``: row 0 for the empty prefix, then base-V numbers of
     one digit, of two, … It can represent every distribution over the space, so D_f(π‖p) = 0 is

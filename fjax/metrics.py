@@ -27,7 +27,7 @@ def distinct_n(tokens: Int[Array, "N T"] | np.ndarray, *, n: int, where: _Mask) 
     """Distinct n-grams over all n-grams of all samples: 1 if nothing repeats.
 
     Near 0 if all samples are alike. Counted over the whole set, so it falls as the set grows:
-    compare sets of one size only. (Averaged over samples, as some define it, the figure would not
+    compare sets of equal size only. (Averaged over samples, as some define it, the figure would not
     notice that all samples are the same sentence.)
 
     Args:
@@ -63,8 +63,8 @@ def self_bleu(tokens: Int[Array, "N T"] | np.ndarray, *, n: int = 4, where: _Mas
     second, and so on (NIST's smoothing, "exp" in sacrebleu), else one missing 4-gram would make the
     whole 0.
 
-    It rises with the number of samples, since each new one is another reference: compare sets of
-    one size only, and slice to it. The time goes with the number of tokens, not with its square.
+    It rises with the number of samples, since each new one is another reference: slice sets to
+    equal size before comparing. The time goes with the number of tokens, not with its square.
 
     Args:
         tokens: one sample a row; a row without tokens is left out.

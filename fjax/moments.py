@@ -26,17 +26,17 @@ class MomentFit(NamedTuple):
             constraint.
         std_error: of λ, from the spread of the samples; NaN where λ is infinite or the moment
             unreachable. inf where the samples cannot tell the feature from a combination of others,
-            as of two that are always equal: the distribution is known, but many λ give it, of which
-            this is one.
+            such as two that are always equal: the distribution is known, but many λ give it, and
+            this is one of them.
         residual: the moments reached minus those asked for.
         ess: effective sample size of the tilted samples: near 1, the fit rests on a single one.
         log_z: log E_a[exp(λ·φ)], with the hard constraints inside the mean.
         steps: Newton steps taken.
         converged: whether the residual is within the tolerance.
-        unreachable: features whose moment is not strictly inside the range of what those samples
-            have that satisfy the hard constraints: one that never fires there, say. Their λ is 0.
-            Moments that no mixture of samples has, each for itself in range, show as ``converged``
-            False.
+        unreachable: features whose moment is not strictly inside the range that they take in the
+            samples that satisfy the hard constraints, such as one that never fires there. Their λ
+            is 0. Moments that are in range each, but had together by no mixture of samples, show as
+            ``converged`` False.
     """
 
     coefficients: Float[Array, "K"]

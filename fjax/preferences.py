@@ -85,10 +85,10 @@ def f_dpo(
         max_log_ratio: the guard, see above.
 
     Raises:
-        ValueError: if β is not positive, the shapes differ, or for another f. With f'(0) finite, as
-            for Pearson's χ², the optimum gives some responses probability 0, its ratio says nothing
-            about their reward, and the normaliser does not cancel; total variation's f' has no
-            inverse at all.
+        ValueError: if β is not positive, the shapes differ, or f is not one of these. With f'(0)
+            finite, as for Pearson's χ², the optimum gives some responses probability 0, its ratio
+            says nothing about their reward, and the normaliser does not cancel; total variation's
+            f' has no inverse at all.
 
     >>> from fjax import forward_kl
     >>> zero = jnp.zeros(1)
@@ -278,7 +278,7 @@ def exo_pair(
             infinite.
 
     Raises:
-        ValueError: for another ε, a β that is not positive, or shapes that differ.
+        ValueError: if ε is out of range, β is not positive, or the shapes differ.
 
     >>> zero = jnp.zeros(1)
     >>> exo_pair(zero, zero, zero, zero, beta=1.0, label_smoothing=0.5).tolist()

@@ -2,8 +2,8 @@
 
 A sample x of q is accepted with probability min(1, P(x)/(β q(x))). The accepted
 ones are of p_β ∝ min(P, βq): exactly of p once β ≥ max P/q, and before that within TV(p, p_β) ≤ 1 -
-Z_β/Z, where Z_β = Σ min(P, βq) and Z_β/β is the acceptance rate. A larger β is closer and dearer.
-For a constraint P = a·b every accepted sample satisfies it, whatever β is.
+Z_β/Z, where Z_β = Σ min(P, βq) and Z_β/β is the acceptance rate. A larger β comes closer to p and
+costs more. For a constraint P = a·b every accepted sample satisfies it, whatever β is.
 
 Source: Eikema et al. 2022 (QRS, arXiv 2112.05702).
 """
@@ -117,9 +117,9 @@ def estimate_rejection(
         axis_name: mapped axis over which the samples are spread.
 
     Returns:
-        A `RejectionEstimate`; the bound is NaN while Z is unknown, so without ``log_z`` while no
-        sample has P > 0; with it the bound is 1 then, and its error 0. Else its standard error is
-        that of a ratio (delta method).
+        A `RejectionEstimate`; where no sample has P > 0, the bound is NaN without ``log_z``, since
+        Z is unknown, and 1 ± 0 with it. Otherwise its standard error is that of a ratio (delta
+        method).
 
     Raises:
         ValueError: if the shapes are not one number a sample, or log β is not one number.
@@ -158,7 +158,7 @@ def choose_log_beta(
     acceptance_rate: float | Float[Array, ""],
     axis_name: str | None = None,
 ) -> Float[Array, ""]:
-    """The log β at which a wished share of the proposals is accepted.
+    """The log β at which a given share of the proposals is accepted.
 
     The rate (1/n) Σ min(1, w/β) with w = P/q falls as β rises, and is solved exactly: with the j
     largest weights accepted for sure, β = Σ_{i>j} w_i/(n·rate - j) where that lies between
@@ -176,7 +176,7 @@ def choose_log_beta(
         share of further ones, to within √(rate/n).
 
     Raises:
-        ValueError: for another rate, or if the shapes are not one number a sample.
+        ValueError: if the rate is out of range, or the shapes are not one number a sample.
 
     >>> log_score = jnp.log(jnp.array([4.0, 1.0, 1.0, 0.0]))
     >>> float(jnp.exp(choose_log_beta(log_score, jnp.zeros(4), acceptance_rate=0.5)))  # 1 + ½ + ½

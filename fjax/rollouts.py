@@ -1,6 +1,6 @@
 """Drawing what an update is made of: samples of the policy and of the base model.
 
-Each comes with the density of what it was drawn from. A batch is drawn from q = (1 - ε) π + ε a, by
+Each comes with the density of what it was drawn from. A batch is drawn from q = (1 - ε) π + ε a, in
 numbers that are fixed beforehand. The base model's share bounds the importance weights P/q wherever
 the policy no longer covers the target, and so keeps log Z right; the off-policy form of the loss
 keeps its gradient exact.
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 AnyArray = Any
-"""A `jax.Array`, perhaps still on its way, or an `np.ndarray` on the host."""
+"""A `jax.Array`, perhaps still being computed, or an `np.ndarray` on the host."""
 
 Draw = Callable[[Params, PRNGKeyArray], "Batch"]
 """(parameters of what is sampled from, key) -> Batch."""
@@ -91,7 +91,8 @@ class Contexts(NamedTuple):
 class Batch(NamedTuple):
     """Samples of the policy, then some of the base model, and what both say of each.
 
-    On the device or the host. The rows of a context are together, and every context has as many.
+    On the device or the host. The rows of a context are together, and every context has the same
+    number.
 
     Attributes:
         tokens: ``[N, T]``, prompt and completion, padded on the right.
@@ -119,7 +120,7 @@ class Collector(NamedTuple):
     """How a run draws, for its steps and for its evaluations; `make_collector` makes one.
 
     Attributes:
-        draw: (params of what is sampled from, key) -> `Batch` of a step.
+        draw: (parameters that are sampled from, key) -> `Batch` of a step.
         draw_unseen: (index, params, key) -> the batch of that index in an evaluation; it continues
             the unseen prompts in turn.
         score: (params, tokens, where) -> log-probability of each row.
@@ -139,13 +140,13 @@ class Collector(NamedTuple):
 
     @property
     def unseen_batches(self) -> int:
-        """After how many batches all unseen prompts have been continued; 1 without contexts."""
+        """Batches that it takes to continue all unseen prompts once; 1 without contexts."""
         contexts = self.contexts
         return 1 if contexts is None else len(contexts.unseen.texts) // contexts.per_step
 
     @property
     def z_rounds(self) -> int:
-        """How often a batch continues each unseen prompt for its Z; 0 without contexts."""
+        """Batches that continue each unseen prompt to estimate its Z; 0 without contexts."""
         contexts = self.contexts
         return 0 if contexts is None else -(-contexts.z_samples * contexts.per_step // self.samples)
 
@@ -224,7 +225,7 @@ def make_draw(
     samples: int,
     base_samples: int = 0,
 ) -> Draw:
-    """Draws texts without a prompt: so many of the policy, and so many of the base model.
+    """Draws texts without a prompt, some from the policy and the others from the base model.
 
     Args:
         sample_fn: the sampler.
@@ -261,7 +262,7 @@ def make_context_draw(
     samples: int,
     base_samples: int = 0,
 ) -> tuple[Draw, Callable[[int, Params, PRNGKeyArray], Batch]]:
-    """Draws completions of prompts, as many of each.
+    """Draws completions of prompts, the same number of each.
 
     Args:
         sample_fn: the sampler.
@@ -272,8 +273,8 @@ def make_context_draw(
         base_samples: how many of them are of the base model, another multiple.
 
     Returns:
-        How to draw for a step, of training prompts by chance, each at most once; and for an
-        evaluation, of unseen ones in turn, so that all evaluations are of the same.
+        How to draw for a step, from training prompts at random, each at most once; and for an
+        evaluation, from unseen ones in turn, so that all evaluations are of the same prompts.
 
     Raises:
         ValueError: if samples cannot be shared out, or prompts are too few.
@@ -323,8 +324,8 @@ def make_collector(
         decode: (tokens, where) -> texts of the tokens that count.
         start_id: the token that starts a text, where there are no prompts.
         samples: rows of a batch.
-        base_samples: how many of them are of the base model; with contexts rounded to as many of
-            each, at least one where any are asked for.
+        base_samples: how many of them are of the base model; with contexts rounded to the same
+            number of each, at least one if any are asked for.
         contexts: prompts to align and to evaluate on.
 
     Raises:
@@ -357,8 +358,7 @@ def model_collector(
 ) -> Collector:
     """`make_collector` of a `fjax.models.LanguageModel`, or whatever has its fields.
 
-    It takes the model's own sampler, its tokenizer, and its end of a sequence as the start of a
-    text.
+    It uses the model's own sampler and tokenizer, and the end of a sequence as the start of a text.
 
     With a transform the policy is the transformed distribution: give it to the tuner's
     `make_log_prob_fn` too.
@@ -387,7 +387,7 @@ def model_collector(
 
 
 def to_rollout(batch: Batch, log_score: AnyArray, *, contexts: Contexts | None = None) -> Rollout:
-    """What an update takes, of a batch and log P of its rows.
+    """The rollout that an update takes, from a batch and log P of its rows.
 
     With contexts it has a row for each of them, the policy's samples before the base model's.
     """

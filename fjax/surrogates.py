@@ -159,9 +159,8 @@ def leave_one_out(
     plain batch mean does, and shrinks the gradient by (n - 1)/n.
 
     Samples drawn in fixed numbers n_s from the components of a mixture q, say from the policy and
-    from the base model, are not alike: left out of all others, one of the policy leaves fewer of
-    its kind behind than one of the base model does, and the mean of B_i depends on where sample i
-    came from, which biases the gradient. With ``strata``
+    from the base model, are not alike: leaving out sample i leaves one fewer of its own kind, so
+    the mean of B_i depends on where it came from, which biases the gradient. With ``strata``
 
         B_i = Σ_s (n_s/N) · mean of the scores of stratum s without s_i
 
@@ -301,7 +300,7 @@ def running_mean(decay: float | Float[Array, ""] = 0.99) -> RunningMean:
         decay: what is left of the past at each update, between 0 and 1.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: if the decay is out of range.
 
     >>> baseline = running_mean(0.5)
     >>> state = baseline.update(baseline.init(), jnp.array([1.0, 3.0]))

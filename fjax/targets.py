@@ -46,7 +46,7 @@ def pointwise(log_a: Float[Array, "*n"], satisfied: Satisfied) -> Float[Array, "
         ``log_a`` where satisfied, -inf elsewhere.
 
     Raises:
-        ValueError: if the two are not of one shape.
+        ValueError: if the shapes differ.
 
     >>> pointwise(jnp.array([-1.0, -2.0]), jnp.array([True, False])).tolist()
     [-1.0, -inf]

@@ -23,8 +23,8 @@ class Settings:
     name on the Hugging Face hub such as gpt2, distilgpt2, gpt2-xl."""
     start: FolderOrName | None = None
     """Where the policy begins, if not as the base model: a model aligned from it, such as the
-    folder that a run exported. What is near another target of the same kind already takes fewer
-    steps to this one."""
+    folder that a run exported. A model near another target of the same kind needs fewer steps to
+    this one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation. Parameters and reductions are float32 either way; bfloat16 is for GPUs
     and TPUs."""
@@ -47,7 +47,7 @@ class Settings:
     base_fraction: float = 0.125
     """Share of them that is drawn from the base model. It keeps log Z right when the policy no
     longer covers the target, by bounding the importance weights; the off-policy form keeps the
-    gradient exact. 0 draws from the policy alone; above 0 at least one sample is the base model's,
+    gradient exact. 0 draws from the policy alone; above 0 the base model has at least one sample,
     of every prompt where there are prompts."""
     proposal: Literal["policy", "adaptive"] = "policy"
     """Where the other samples come from: the policy, or a copy of it that is renewed only when the
@@ -59,14 +59,14 @@ class Settings:
     one step back; the off-policy weights keep the gradient exact (for --algorithm fdpg). Worth it
     if scoring takes as long as drawing."""
     max_new_tokens: int = 40
-    """Longest sample, in tokens; a sentence that has not ended by then counts as it stands."""
+    """Longest sample, in tokens; a sentence that is cut off there counts as it stands."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """sgd, without momentum, is for a target near the base: Adam moves every weight alike, by noise
     where there is no signal, which may cost more nats than the constraint itself."""
     learning_rate: float = 5e-4
-    """Peak rate. Of Adam 1e-5 is right for the real GPT-2; the small built-in model takes more."""
+    """Peak rate. With Adam, 1e-5 suits the real GPT-2; the small built-in model takes more."""
     warmup_steps: int = 10
-    """Steps over which the rate rises from 0; with 0 or 1 the first step has the whole of it."""
+    """Steps over which the rate rises from 0; with 0 or 1 the first step has the full rate."""
     decay: bool = False
     """Let the rate fall linearly to 0 at --steps, which averages the noise of the last steps away.
     Without it the rate stays constant, and --resume may ask for more steps."""
@@ -80,12 +80,12 @@ class Settings:
     """Samples that go through the policy at once in the update. Smaller needs less memory; the
     result is the same."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
     eval_every: int = 50
     """Steps between evaluations on fresh samples."""
     eval_samples: int = 1024
-    """Fresh samples of the policy in an evaluation, with prompts rounded up to as many of each;
-    those of the base model that log Z and the divergences also need come on top."""
+    """Fresh samples of the policy in an evaluation, with prompts rounded up to the same number of
+    each; those of the base model that log Z and the divergences also need come on top."""
     checkpoint_every: int = 50
     """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
     stop_below: float | None = None
@@ -93,8 +93,8 @@ class Settings:
     patience: int | None = None
     """Stop after so many evaluations in a row without a new lowest divergence."""
     run_folder: Path | None = None
-    """All that the run writes. Without it a new folder under runs/ is made up, or with --resume the
-    newest one taken."""
+    """Where the run writes everything. Without it a new folder under runs/ is chosen, or with
+    --resume the newest one is taken."""
     tensorboard: bool = False
     """Write all figures for TensorBoard too, into the run folder."""
     wandb_project: str | None = None
@@ -146,9 +146,7 @@ class Settings:
                         f"own samples."
                     )
         if self.overlap and self.proposal == "adaptive":
-            raise ValueError(
-                "--overlap and --proposal adaptive cannot be had together; leave one out."
-            )
+            raise ValueError("--overlap and --proposal adaptive cannot be combined; leave one out.")
 
     @property
     def base_samples(self) -> int:

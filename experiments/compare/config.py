@@ -59,13 +59,13 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each objective is run with each of them; tables and curves show the mean and the spread."""
     jobs: int = 1
-    """Runs side by side, each on its share of the cores: small models get more done so. Leave it at
-    1 where the runs would have to share a GPU or TPU."""
+    """Runs side by side, each on its share of the cores: small models get more done that way. Leave
+    it at 1 where the runs would have to share a GPU or TPU."""
     folder: Path | None = None
     """Where everything goes. Without it runs/compare/TASK-0, TASK-1 and so on, one for each other
     list of arguments after --; with --only-report the newest of them."""
     figures: tuple[str, ...] = ()
-    """Columns of the table, by their names in metrics.jsonl. Without it those that papers
+    """Columns of the table, by their names in metrics.jsonl. Without it, those that papers
     report."""
     only_report: bool = False
     """Run nothing; make table and figures of the runs that are there, all of the folder if no

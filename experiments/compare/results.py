@@ -1,4 +1,4 @@
-"""What finished runs wrote, read back; and the mean and spread of it over seeds."""
+"""What finished runs wrote, read back; and their mean and spread over seeds."""
 
 import json
 import math

@@ -37,7 +37,7 @@ class Config:
     """
 
     share: float = 0.5
-    """Of the sentences that mention a gendered person, how many shall mention a woman."""
+    """Share of the sentences mentioning a gendered person that shall mention a woman."""
     moments: tuple[str, ...] = ()
     """More moments, as "word=rate" or "word|another=rate": the rate of sentences with one of the
     words. A rate of exactly 1 or 0 is a hard constraint, and makes the target a hybrid."""

@@ -49,10 +49,10 @@ class Config:
     prompts_per_batch: int = 16
     """Prompts that an evaluation continues at once; each gets --samples divided by this."""
     pairs_per_step: int = 64
-    """Pairs of a step."""
+    """Pairs a step."""
     reward: FolderOrName = "sentiment"
-    """Of the win rate: sentiment, the folder of a reward model, or module:function, as for
-    sentiment_reward."""
+    """The reward of the win rate: sentiment, the folder of a reward model, or module:function, as
+    for sentiment_reward."""
     reward_beta: float = 1.0
     """β of the target p ∝ a·exp(r/β) that evaluations report the distance from."""
     reward_folder: Path = Path("runs/sentiment-reward-model")

@@ -57,7 +57,7 @@ class Config:
     """The base model: built-in, a local folder, or a name on the Hugging Face hub."""
     prompts: Path | None = None
     """A text file of prompts, one a line. Built in: openings of held-out film-review sentences,
-    those that are trained on."""
+    those that experiments train on."""
     max_prompt_tokens: int = 32
     """Longer prompts of a file are left out, and counted."""
     pairs_per_prompt: int = 8
@@ -68,13 +68,13 @@ class Config:
     """Longest continuation, in tokens; one that has not ended by then is marked as cut off."""
     reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of
-    texts (prompt and continuation) to as many numbers."""
+    texts (prompt and continuation) to one number each."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = ASSETS
     """Folder with sentence_polarity.zip, the labels of the built-in reward."""
     seed: int = 0
-    """Of samples and labels."""
+    """Seed of samples and labels."""
 
     def __post_init__(self):
         check_numbers(self)

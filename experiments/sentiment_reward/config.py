@@ -29,7 +29,7 @@ class Config:
 
     reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of
-    texts to as many numbers. Of a folder, "text_format" in its config.json says what it was trained
+    texts to one number each. Of a folder, "text_format" in its config.json says what it was trained
     on: "text" (taken where nothing is said), "end text", "text end" or "end text end", by where its
     end-of-sequence token stands."""
     beta: float = 1.0

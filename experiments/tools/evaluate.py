@@ -56,7 +56,7 @@ class Config:
     task: tyro.conf.OmitArgPrefixes[TaskConfig]
     """Whose target."""
     output: Path | None = None
-    """A JSON file of the figures, too."""
+    """Write the figures to this JSON file, too."""
 
 
 def run_evaluate(config: Config) -> int:

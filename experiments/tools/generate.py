@@ -62,20 +62,20 @@ class Config:
     samples: int = 10
     """How many to accept."""
     acceptance_rate: float = 0.1
-    """What share of the proposals shall be kept; β is chosen from the first of them."""
+    """Share of the proposals to keep; β is chosen from the first of them."""
     max_proposals: int = 20_000
-    """Gives up after so many."""
+    """Proposals after which it gives up."""
     batch_size: int = 128
     """Proposals at once."""
     max_new_tokens: int = 40
     """Longest sample, in tokens: as in the alignment."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
     output: Path | None = None
-    """JSON lines of the accepted texts, too."""
+    """Write the accepted texts to this file too, as JSON lines."""
     plot: Path | None = None
-    """A picture of acceptance rate and bound against β, too: predicted by half of the proposals,
-    and found in the other."""
+    """Draw acceptance rate and bound against β into this file, too: predicted by half of the
+    proposals, and found in the other."""
 
     def __post_init__(self):
         check_numbers(self)

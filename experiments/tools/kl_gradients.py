@@ -46,7 +46,7 @@ class Config:
     max_tokens: int = 3
     """Longest sequence."""
     seed: int = 0
-    """Of policy, base model and the distribution that off-policy samples are from."""
+    """Seed of policy, base model and the distribution that off-policy samples are from."""
 
     def __post_init__(self):
         check_numbers(self)

@@ -60,7 +60,7 @@ def mixture(
         name: what tables and plots call it.
 
     Raises:
-        ValueError: on differing numbers, or weights that are negative or all zero.
+        ValueError: if there is not one weight a divergence, or one is negative, or all are zero.
 
     >>> from fjax.divergences import forward_kl, reverse_kl
     >>> jeffreys = mixture([forward_kl(), reverse_kl()], [1.0, 1.0])

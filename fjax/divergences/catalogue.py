@@ -90,8 +90,8 @@ def jensen_shannon() -> FDivergence:
     """JS(π, p) = ½ KL(π‖m) + ½ KL(p‖m) with m = ½(π + p), between 0 and log 2.
 
     f(t) = ½[t log t - (t + 1) log ((t + 1)/2)], f'(t) = ½ log (2t/(t + 1)), f'(∞) = ½ log 2. This
-    is the halved form; f-DPG trains with twice of it, so a learning rate for plain SGD doubles when
-    it is taken over from there.
+    is the halved form; Go et al. train with twice this, so a learning rate for plain SGD doubles
+    when it is taken over from there.
 
     >>> round(float(jensen_shannon().slope_at_infinity), 6)
     0.346574
@@ -114,7 +114,7 @@ def generalized_jensen_shannon(weight: float | Float[Array, ""]) -> FDivergence:
             annealed; no gradient.
 
     Raises:
-        ValueError: for another weight.
+        ValueError: if the weight is out of range.
 
     >>> round(float(generalized_jensen_shannon(0.25).slope_at_infinity), 6)
     0.346574

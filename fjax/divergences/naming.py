@@ -54,7 +54,7 @@ def by_name(name: str) -> FDivergence:
 
     Raises:
         ValueError: for a name that does not exist, or a parameter that is missing, superfluous or
-            out of range, with those that there are.
+            out of range, with the names that exist.
 
     >>> by_name("alpha=0.5") is alpha_divergence(0.5)
     True
@@ -81,7 +81,7 @@ def by_name(name: str) -> FDivergence:
 
 
 def names() -> tuple[str, ...]:
-    """What `by_name` knows, each as it may be given; of a family one member, as an example.
+    """The names that `by_name` knows; of a family one member, as an example.
 
     >>> names()[:2], names()[-2:]
     (('forward_kl', 'reverse_kl'), ('alpha=0.5', 'generalized_jensen_shannon=0.1'))

@@ -25,7 +25,7 @@ def estimate_mean_over_contexts(values: _Values) -> Estimate:
     """The mean over contexts of E_c[values], each estimated by a plain mean.
 
     Args:
-        values: one number a sample, ``[n]``, or of several contexts as many each, ``[C, n]``.
+        values: one number a sample, ``[n]``, or of C contexts with n samples each, ``[C, n]``.
 
     Returns:
         Value and standard error as floats; the error is of the n samples, or of the C means, and
@@ -57,7 +57,7 @@ def estimate_ratio(numerators: _Values, denominators: _Values) -> Estimate:
         Floats; all NaN where every v is 0. ``ess`` is the number of samples.
 
     Raises:
-        ValueError: for different shapes, others than these, no samples, or within `jax.jit`.
+        ValueError: if the shapes differ or are not these, without samples, or within `jax.jit`.
 
     >>> ratio = estimate_ratio(np.array([1.0, 0.0, 1.0]), np.array([1.0, 1.0, 2.0]))
     >>> ratio.value, round(ratio.std_error, 4)

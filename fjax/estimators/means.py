@@ -20,7 +20,7 @@ class Estimate(NamedTuple):
             ones are worth; 0 if all weights are 0. Where it is small neither of the others can be
             trusted.
 
-    Scalar arrays; plain floats of what is computed on the host.
+    Scalar arrays; plain floats where they are computed on the host.
     """
 
     value: Float[Array, ""]

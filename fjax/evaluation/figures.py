@@ -26,15 +26,15 @@ from fjax.rollouts import Collector
 from fjax.types import Params
 
 Metric = Callable[[Scored], Estimate | None]
-"""Of the policy's samples; None where it does not apply."""
+"""A figure of the policy's samples; None where it does not apply."""
 
 SELF_BLEU_SAMPLES = 512
-"""Of which self-BLEU is, at most. Like distinct-n it depends on their number: compare evaluations
-of one size."""
+"""Samples that self-BLEU is computed from, at most. Like distinct-n it depends on their number:
+compare evaluations of equal size."""
 
 
 class Evaluation(NamedTuple):
-    """What was found, and the samples of the policy that it was found on.
+    """The figures of an evaluation, and the samples of the policy that they are from.
 
     Attributes:
         figures: by name; with contexts, of those whose Z is known.
@@ -72,8 +72,8 @@ def evaluate(
         params: of the policy.
         target: what is wanted.
         drawn: fresh samples, as `draw_scored` gives them.
-        base: more of the base model, with contexts and the Z of each; without contexts None says
-            that there are no more.
+        base: more samples of the base model, with contexts also the Z of each; None if there are no
+            more, which only evaluations without contexts allow.
         divergences: D_f(π‖p) to report, by name.
         metrics: more figures of the policy's samples by name, after those of `METRICS`; one of the
             same name takes its place.
@@ -95,7 +95,7 @@ def measure(
     divergences: Mapping[str, FDivergence],
     metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
-    """`evaluate`, and what it was found on."""
+    """`evaluate`, with the samples that the figures are from."""
     mine, other = drawn
     if base is not None:
         other = together(other, seen_by(collector, params, base.scored))

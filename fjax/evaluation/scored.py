@@ -129,16 +129,16 @@ def draw_scored(
     *,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> tuple[Scored, Scored]:
-    """As many fresh samples of the policy as are asked for.
+    """Fresh samples of the policy, as many as are asked for.
 
-    Beside them, those of the base model that come with them.
+    And those of the base model that come with them.
 
     Args:
         collector: how to draw.
         params: of the policy.
         target: what to score by.
         rng_key: of these samples.
-        samples: of the policy; with contexts rounded up to as many of each.
+        samples: of the policy; with contexts rounded up to the same number of each.
         progress: (total) -> what is told how many batches are done.
     """
     turn = _turn(collector, samples)
@@ -157,7 +157,7 @@ def draw_base(
     *,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda done: None,
 ) -> Base:
-    """Samples of the base model for all evaluations of so many samples each.
+    """Samples of the base model that evaluations of ``samples`` samples each share.
 
     With contexts, those that the Z of each is estimated from. ``params`` are the base model's as a
     policy's.
@@ -183,9 +183,9 @@ def _turn(collector: Collector, samples: int) -> int:
 def score(
     collector: Collector, target: TextTarget, drawn: Sequence[Batch], samples: int
 ) -> tuple[Scored, Scored]:
-    """Exactly so many samples of the policy, and all those of the base model.
+    """Exactly ``samples`` samples of the policy, and all those of the base model.
 
-    With contexts, as many of each, rounded up. Python is asked about all of them at once.
+    With contexts, the same number of each, rounded up. Python is asked about all at once.
 
     What share of a batch is of the base model differs between objectives. What is said of the
     policy must not differ with it: distinct-n and self-BLEU depend on how many samples they are of.
@@ -222,7 +222,7 @@ def prompts_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[str]:
 
 
 def make_base(of_policy: Scored, of_base: Scored) -> Base:
-    """Of samples that were drawn with the base model as the policy."""
+    """From samples that were drawn with the base model as the policy."""
     scored = together(of_policy, of_base)
     if scored.contexts is None:
         return Base(scored, None)
@@ -237,7 +237,7 @@ def _log_means(log_weights):
 
 
 def seen_by(collector: Collector, params: Params, scored: Scored) -> Scored:
-    """The same with log π of the policy; -inf where P = 0, for those rows are not used."""
+    """The same samples with log π of the policy; -inf where P = 0: those rows are not used."""
     size = collector.policy_samples  # a size for which scoring is compiled
     log_pi = np.full(len(scored.log_pi), -np.inf, np.float32)
     allowed = np.flatnonzero(scored.log_score > -np.inf)

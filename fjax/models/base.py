@@ -52,8 +52,8 @@ class KVCache(NamedTuple):
 class LanguageModel(NamedTuple):
     """A model, ready to be sampled from and aligned.
 
-    `fjax.from_pretrained` makes one of a folder. One of one's own is this value with one's own
-    functions; ``config`` and ``tokenizer`` may be None where nobody asks for them:
+    `fjax.from_pretrained` makes one from a folder. A model of your own is this value with your own
+    functions; ``config`` and ``tokenizer`` may be None where nothing asks for them:
 
     >>> from fjax.models import LanguageModel
     >>> def logits_fn(params, tokens, where=None, *, start=0):  # a bigram model
@@ -77,7 +77,7 @@ class LanguageModel(NamedTuple):
         init_cache: (rows, columns) -> empty cache for ``decode_fn``.
         max_length: tokens that it can read, prompt and continuation together; None for any number.
         bos_id: the token that stands before a text, and is the prompt where there is none: the
-            tokenizer's beginning-of-sequence token, or its end where it has no such.
+            tokenizer's beginning-of-sequence token, or its end-of-sequence token where it has none.
         eos_ids: the tokens that end a sequence, the tokenizer's first. See
             `fjax.from_pretrained` for which count.
         save: (folder, params, dtype=None), writes these parameters as a folder that transformers
@@ -130,7 +130,7 @@ class RewardModel(NamedTuple):
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """What is asked of a family's configuration, a frozen dataclass: its sizes by common names."""
+    """What a family's configuration, a frozen dataclass, must have: its sizes by common names."""
 
     @property
     def vocab_size(self) -> int:
@@ -154,7 +154,7 @@ class ModelConfig(Protocol):
 
 
 def check_sizes(config: Any, *names: str) -> None:
-    """ValueError if one of these fields of a configuration is no size, as a file may have it."""
+    """ValueError if one of these fields, as read from a file, is not a valid size."""
     for name in names:
         size = getattr(config, name)
         # Beyond 2³¹ - 1 no 32-bit index reaches. True is a whole number to Python, but none that
@@ -165,7 +165,7 @@ def check_sizes(config: Any, *names: str) -> None:
 
 
 def check_numbers(config: Any, *names: str, below: float = math.inf) -> None:
-    """ValueError if one of these fields of a configuration is no number from 0 to ``below``."""
+    """ValueError if one of these fields is not a number from 0 to ``below``."""
     for name in names:
         value = getattr(config, name)
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
@@ -174,7 +174,7 @@ def check_numbers(config: Any, *names: str, below: float = math.inf) -> None:
 
 
 class Family(NamedTuple):
-    """What there is to know of one kind of model: its configuration, its tensors, its functions.
+    """One kind of model: its configuration, its tensors, its functions.
 
     Parameters are a tree of dicts whose leaves have the layout of the checkpoint's tensors; a
     product with a transposed kernel costs nothing more. So only names have to be translated. What

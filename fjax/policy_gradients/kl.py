@@ -104,7 +104,7 @@ def divergence_penalty(
     divergence: FDivergence,
     clip: tuple[float, float] | None = None,
 ) -> Float[Array, "*n"]:
-    """A term of a loss with the value and the gradient of D_f(π‖a), unbiased both.
+    """A term of a loss with the value and the gradient of D_f(π‖a), both unbiased.
 
     The value is (π/q) k with the never negative k of `k_estimator`, the gradient (π/q)(f'(π/a) -
     f'(1)) ∇log π.

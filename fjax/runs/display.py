@@ -55,13 +55,13 @@ class _Rate(ProgressColumn):
 
 
 class Display:
-    """Everything that is printed. Without a terminal the bars become a plain line now and then."""
+    """Prints everything. Without a terminal, bars become a plain line now and then."""
 
     def __init__(self):
         self._console = Console(width=None if sys.stdout.isatty() else 110)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line, in rich's markup."""
+        """Prints a line, in rich's markup."""
         self._console.print(text, style=style, highlight=False, soft_wrap=True)
 
     def start(
@@ -76,7 +76,7 @@ class Display:
     ) -> None:
         """Says what is about to happen, and where it will all be.
 
-        And how many samples of a step are of the base model.
+        And how many samples of a step the base model draws.
         """
         chosen = run.config.get("start")
         begin = "from the start" if chosen is None else f"from {_safe(str(chosen))}"
@@ -92,9 +92,9 @@ class Display:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-        """For what takes long and has no figures.
+        """A bar for what takes long and has no figures.
 
-        Call what it gives with the total, and what that gives with how much is done.
+        Gives a function of the total, which returns a function of how much is done.
         """
         with ExitStack() as shown:
 
@@ -108,9 +108,9 @@ class Display:
     def progress(
         self, name: str, *, total: int, completed: int, headline: str = ""
     ) -> Iterator[Callable[[int, dict], None]]:
-        """A bar, which shows the headline first.
+        """A bar that shows the headline first.
 
-        Call what it gives with (completed, record of the step).
+        Gives a function of (completed, record of the step).
         """
         columns = (
             TextColumn(f"{name:9}"),
@@ -150,7 +150,7 @@ class Display:
         self._console.print(_samples(evaluation, target))
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Numbers, the first column being what they are of."""
+        """Prints a table of numbers; the first column says what they are of."""
         table = Table(title=title, title_justify="left")
         _add_columns(table, *headings)
         for row in rows:
@@ -158,11 +158,11 @@ class Display:
         self._console.print(table)
 
     def warn(self, text: str) -> None:
-        """Something to know about that is no error."""
+        """Prints what one should know although it is no error."""
         self.say(_safe(text), style="yellow")
 
     def stopped(self, step: int, folder: Path) -> None:
-        """After Ctrl-C or SIGTERM."""
+        """Says so, and how to go on, after Ctrl-C or SIGTERM."""
         self.say(
             f"Stopped and saved at step {step}. To go on, call align again with resume=True, or "
             f"give the same command with [bold]--resume --run-folder {escape(str(folder))}[/]",

@@ -1,4 +1,4 @@
-"""How a command ends before its time: at a signal, or because nobody reads any more what it prints.
+"""How a command ends early: at a signal, or because nobody reads its output any more.
 
 While it imports, it leaves at once: an exception there would pass through code that loses it, or
 dies of it. Later the first signal raises `Interrupted`, so that what was opened is closed; within
@@ -83,7 +83,7 @@ def handled_by(handler: Callable) -> Iterator[None]:
 
 
 class Stop:
-    """Its number, once the first signal has come; read between steps."""
+    """The number of the first signal, once it has come; read between steps."""
 
     signal: int = 0
 
@@ -122,7 +122,7 @@ class Nowhere(io.TextIOBase):
     """A text stream that loses what is written."""
 
     def write(self, text: str) -> int:
-        """As if it had been."""
+        """Drops the text, and says that it was written."""
         return len(text)
 
 
@@ -139,7 +139,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """What is written when nobody reads any more is lost."""
+        """Writes; once nobody reads any more, the text is lost."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:

@@ -46,7 +46,7 @@ class RunError(Exception):
 
 
 class OpenRun(NamedTuple):
-    """A run's folder while it is this process's, and what there is to be written about the run.
+    """A run's folder, held by this process, and what is to be written about the run.
 
     Attributes:
         path: the folder.
@@ -73,7 +73,7 @@ def open_run(
     command: str | None = None,
     ours: bool = False,
 ) -> Iterator[OpenRun]:
-    """The run's folder, ready to be written to, and nobody else's.
+    """Opens a run's folder for this process alone, ready to be written to.
 
     `describe_run` begins it, once nothing more can be wrong.
 
@@ -84,7 +84,7 @@ def open_run(
         resume: go on with what is there.
         digests: of what the run reads; a resumed run must find the same.
         command: for the report; None takes this process's.
-        ours: whether the folder was made for this run, and goes if it is not begun.
+        ours: whether the folder was made for this run, and is deleted if the run is not begun.
 
     Raises:
         RunError: if it is in use, holds another run, there is nothing to resume, or it cannot be
@@ -116,7 +116,7 @@ def open_run(
 
 
 def describe_run(run: OpenRun) -> None:
-    """config.json of a new run.
+    """Writes config.json of a new run.
 
     What was chosen, by which command, what it ran on, and digests of what it reads.
     """
@@ -135,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, *keys: str) -> dict:
-    """What a file of ours holds, with at least these keys.
+    """The JSON object in a file of ours, with at least these keys.
 
     Raises:
         OSError: if there is none to be read.

@@ -13,7 +13,7 @@ from fjax.runs.folder import METRICS, OpenRun, RunError, write_text
 from fjax.training import FanOut, JsonlLogger, Logger, TensorBoardLogger, WandbLogger
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""What there is by name, and the package that each needs."""
+"""Loggers that have a name, and the package that each needs."""
 
 
 def check_loggers(loggers: Sequence[Logger | str]) -> None:
@@ -40,15 +40,15 @@ def check_loggers(loggers: Sequence[Logger | str]) -> None:
 def open_loggers(
     loggers: Sequence[Logger | str], run: OpenRun, title: str, *, after_step: int
 ) -> FanOut:
-    """metrics.jsonl and all that are asked for as one, to be closed.
+    """metrics.jsonl and all loggers that are asked for, as one that is closed at the end.
 
     A resumed run goes on in what is there.
 
     Args:
         loggers: objects, or names: "tensorboard", "wandb=PROJECT", "wandb=PROJECT,offline".
-        run: whose.
+        run: whose figures they take.
         title: what Weights & Biases calls it.
-        after_step: what is there of later steps is dropped; -1 of a new run.
+        after_step: records of later steps are dropped; -1 for a new run.
 
     Raises:
         RunError: if one cannot be reached.

@@ -59,7 +59,7 @@ class Model(Protocol):
 
     @property
     def save(self) -> Callable[..., None] | None:
-        """(folder, params) -> writes a model where whoever uses it can open it.
+        """(folder, params) -> writes a model to a folder that can be loaded again.
 
         None if nothing is to be exported.
         """
@@ -69,9 +69,9 @@ class Result(NamedTuple):
     """How a run ended.
 
     Attributes:
-        status: 0 of a whole run, 128 + signal of one that was stopped and saved.
-        step: the last.
-        figures: of the last evaluation; {} of a run that was stopped.
+        status: 0 for a whole run, 128 + signal for one that was stopped and saved.
+        step: the last one taken.
+        figures: of the last evaluation; {} for a run that was stopped.
         folder: of the run.
         params: of the aligned policy, in the shape of the base model's: of the saved step that was
             nearest to the target, which is the model in the folder. Of a run that was stopped:
@@ -165,9 +165,9 @@ def align(
             the first.
         seed: of everything random.
         initial: parameters to begin with, if not the base model's.
-        policy_of: (params that are trained) -> the policy, in the shape of the base model's
-            parameters, where they are not its own, as of adapters; it is what is exported.
-        proposal_every: steps after which an adaptive proposal is looked at, as in `online`.
+        policy_of: (trained params) -> the policy's, in the shape of the base model's, where the two
+            differ, as with adapters; the policy is what is exported.
+        proposal_every: steps between checks of an adaptive proposal, as in `online`.
         overlap: draw each batch while the one before is scored, as in `online`.
         eval_every: steps between evaluations.
         eval_samples: of the policy, in each of them.
@@ -179,7 +179,7 @@ def align(
             `fjax.runs.loggers.open_loggers`.
         title: of the run.
         resume: go on with the run in the folder.
-        display: where it is shown; None makes one.
+        display: where the run is shown; None makes one.
 
     Returns:
         How it ended, with the parameters of the aligned policy.

@@ -1,6 +1,6 @@
 """A run on one page: report.html.
 
-With its pictures inside, no scripts and nothing to load, so that it can be mailed.
+It has its pictures inside, no scripts and nothing to load, so it can be mailed.
 """
 
 import base64
@@ -49,7 +49,7 @@ dd { margin: 0; overflow-wrap: anywhere }
 
 
 def write(folder: Path) -> None:
-    """Makes report.html of what a run has written so far.
+    """Makes report.html from what a run has written so far.
 
     Raises:
         RunError: if it has no evaluation yet.

@@ -18,7 +18,7 @@ from fjax.types import Params
 
 
 class Schedule(NamedTuple):
-    """When what is done."""
+    """When a run evaluates, saves and ends."""
 
     steps: int
     eval_every: int

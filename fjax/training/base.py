@@ -66,7 +66,7 @@ class StepInfo(NamedTuple):
         log_z: the running estimate of log Z, this batch included.
         reward_mean: mean pseudo-reward -f'(π/p), after clipping.
         reward_std: its standard deviation over the batch.
-        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. Of PPO:
+        clipped_fraction: share of samples whose f' was clipped; each biases the gradient. For PPO:
             share of tokens whose ratio lay outside of [1-ε, 1+ε'], on either side, over all
             minibatches.
         importance_ess: effective sample size of π/q: N when the samples are the policy's own, less

@@ -101,7 +101,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """All that are saved whole, in order."""
+        """The steps that are saved whole, in order."""
         self.wait()
         if self._lock is None:  # another process may write and delete
             self._reopen()
@@ -200,7 +200,7 @@ class Checkpoints:
         return jax.tree.map(_cast, loaded, like)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a checkpoint to what no one takes for one; gives its new place."""
+        """Renames a checkpoint so that nothing takes it for one; returns its new path."""
         self.wait()
         self._own()
         place = self._folder / f"damaged-{step}"

@@ -31,7 +31,7 @@ class Logger(Protocol):
         ...
 
     def close(self) -> None:
-        """No record comes after this."""
+        """Called after the last record."""
         ...
 
 

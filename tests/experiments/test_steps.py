@@ -100,7 +100,7 @@ def test_a_run_of_many_of_them_at_once(monkeypatch, tmp_path):
         ),
         (
             {"overlap": True, "proposal": "adaptive"},
-            "--overlap and --proposal adaptive cannot be had together",
+            "--overlap and --proposal adaptive cannot be combined",
         ),
         ({"proposal_every": 0}, "--proposal-every must be at least 1"),
         ({"divergence": "alpha=nan"}, "--divergence: 'alpha=nan': 'nan' is no finite number"),
@@ -116,4 +116,4 @@ def test_what_does_not_go_together_is_said(chosen, message):
 def test_and_ends_the_command_with_status_2(monkeypatch, capsys):
     assert run(monkeypatch, main, *FREQUENT, "--overlap", "--proposal", "adaptive") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "--overlap and --proposal adaptive cannot be had together" in said
+    assert "--overlap and --proposal adaptive cannot be combined" in said
