@@ -8,6 +8,8 @@ back part by part and summed, which is exact whatever the parts.
 Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and algorithm 1.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -101,23 +103,20 @@ def fdpg(
     if not callable(baseline):
         one_number(baseline=baseline)
     log_prob_fn = as_log_probs(log_prob_fn)
-    weigh_context = _weigh_context(divergence, clip, baseline, on_policy)
+    weigh = _make_weigh(divergence, clip, baseline, on_policy)
 
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
         rollout = checked_rollout(rollout, num_contexts)
         z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
-
-        def weigh(log_pi: Float[Array, "M"]) -> Float[Array, "M"]:
-            by_context = log_pi.reshape(scores.log_q.shape)
-            weights = jax.vmap(weigh_context)(
-                by_context, scores.log_p, scores.log_q, rollout.strata
-            )
-            return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
-
         known_log_pi = scores.log_q.ravel() if on_policy else None
-        samples = rollout.tokens, rollout.where
         log_pi, weights, grads = pull_back(
-            log_prob_fn, state.params, *samples, weigh, microbatch_size, known_log_pi
+            log_prob_fn,
+            state.params,
+            rollout.tokens,
+            rollout.where,
+            partial(weigh, scores, rollout.strata),
+            microbatch_size,
+            known_log_pi,
         )
         info = describe(log_pi, scores, weights, grads, divergence=divergence, clip=clip)
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
@@ -125,12 +124,17 @@ def fdpg(
     return Tuner(make_init(optimizer, log_z, num_contexts), update)
 
 
-def _weigh_context(divergence, clip, baseline, on_policy):
-    """(log π, log p, log q, strata) of one context -> (π/q)(f' - B) of each of its samples."""
+def _make_weigh(divergence, clip, baseline, on_policy):
+    """(scores, strata, log π of all samples) -> (π/q)(f' - B) of each, over their number."""
 
-    def weigh(log_pi, log_p, log_q, strata):
+    def of_context(log_pi, log_p, log_q, strata):
         sampled_from = None if on_policy else log_q
         weights = score_weights(log_pi, log_p, sampled_from, divergence=divergence, clip=clip)
         return centred_weights(weights, log_pi, sampled_from, baseline=told(baseline, strata))
+
+    def weigh(scores, strata, log_pi):
+        by_context = log_pi.reshape(scores.log_q.shape)
+        weights = jax.vmap(of_context)(by_context, scores.log_p, scores.log_q, strata)
+        return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
 
     return weigh

@@ -34,7 +34,7 @@ from fjax.training._update import (
     update_log_z,
 )
 from fjax.training.base import Rollout, StepInfo, TrainState, Tuner
-from fjax.types import Array, Bool, Float, Int, LogProbFn, TokenLogProbFn
+from fjax.types import Array, Bool, Float, Int, LogProbFn, Params, TokenLogProbFn
 
 # A reward is the difference of two sums over tokens; each is wrong by some units in its last place.
 _ROUNDINGS = 16
@@ -160,20 +160,11 @@ def ppo_tuner(
     def update(state: TrainState, rollout: Rollout) -> tuple[TrainState, StepInfo]:
         rollout = checked_rollout(rollout, num_contexts)
         z_state, scores = update_log_z(log_z, state.log_z, rollout, num_contexts)
-        tokens, where = (
-            together(x).reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where)
-        )
-        old = score(token_log_prob_fn, state.params, tokens, where, microbatch_size)
-        log_pi = old.sum(-1)
-        advantages = _advantages(log_pi, rollout).ravel()
-        advantages = advantages / (jnp.std(advantages) + 1e-6)
+        samples = _all_samples(token_log_prob_fn, state.params, rollout, microbatch_size)
         one_minibatch = _one_minibatch(
-            token_log_prob_fn,
-            optimizer,
-            clip_ratio,
-            microbatch_size,
-            _Samples(tokens, where, old, advantages),
+            token_log_prob_fn, optimizer, clip_ratio, microbatch_size, samples
         )
+        log_pi, advantages = samples.old.sum(-1), samples.advantages
         rows = _minibatches(state.step, log_pi.size, epochs, minibatches)
         moved, figures = jax.lax.scan(one_minibatch, state, rows)
         info = describe(log_pi, scores, -advantages / advantages.size, {}, divergence=reverse_kl())
@@ -193,6 +184,16 @@ class _Samples(NamedTuple):
     where: Bool[Array, "M T"]
     old: Float[Array, "M T"]
     advantages: Float[Array, "M"]
+
+
+def _all_samples(
+    token_log_prob_fn: TokenLogProbFn, params: Params, rollout: Rollout, microbatch_size: int | None
+) -> _Samples:
+    tokens, where = (together(x).reshape(-1, x.shape[-1]) for x in (rollout.tokens, rollout.where))
+    old = score(token_log_prob_fn, params, tokens, where, microbatch_size)
+    advantages = _advantages(old.sum(-1), rollout).ravel()
+    advantages = advantages / (jnp.std(advantages) + 1e-6)
+    return _Samples(tokens, where, old, advantages)
 
 
 def _one_minibatch(
