@@ -151,7 +151,7 @@ def make_token_log_prob_fn(logits_fn: LogitsFn, *, start: int = 1):
 
 
 def where_from_lengths(lengths: Int[Array, "*b"], columns: int) -> Bool[Array, "*b T"]:
-    """True in the first ``lengths`` of so many columns.
+    """True in the first ``lengths`` of ``columns`` columns.
 
     >>> where_from_lengths(jnp.array([1, 3]), 3).tolist()
     [[True, False, False], [True, True, True]]

@@ -127,7 +127,7 @@ def load_model(settings: Settings, *, prompt_tokens: int = 1) -> LanguageModel:
     """The built-in model, a folder's, or a hub's.
 
     Raises:
-        RunError: if it cannot be had, or has fewer positions than are asked for.
+        RunError: if it cannot be loaded, or has fewer positions than are asked for.
     """
     try:
         model = fjax.from_pretrained(settings.model, dtype=jnp.dtype(settings.dtype))
@@ -141,7 +141,7 @@ def load_aligned(settings: Settings, base: LanguageModel, name: str) -> Language
     """A model whose probabilities can be compared with the base model's.
 
     Raises:
-        RunError: if it cannot be had, or has another shape or tokenizer.
+        RunError: if it cannot be loaded, or has another shape or tokenizer.
     """
     aligned = load_model(dataclasses.replace(settings, model=name))
     computes_as = getattr(base.config, "computes_as", base.config.__eq__)

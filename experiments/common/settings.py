@@ -91,7 +91,7 @@ class Settings:
     stop_below: float | None = None
     """Stop once the divergence, as evaluated on fresh samples, is below this."""
     patience: int | None = None
-    """Stop after so many evaluations in a row without a new lowest divergence."""
+    """Evaluations in a row without a new lowest divergence after which the run stops."""
     run_folder: Path | None = None
     """Where the run writes everything. Without it a new folder under runs/ is chosen, or with
     --resume the newest one is taken."""

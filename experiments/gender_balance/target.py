@@ -50,7 +50,7 @@ def fit(config: Config, built: Built) -> MomentFit:
     """λ from fresh samples of the base model, shown with its errors.
 
     Raises:
-        RunError: if the moments cannot be had from those samples, with the reason.
+        RunError: if the moments cannot be reached with those samples, with the reason.
     """
     wanted = constrained(config)
     collector, params = built.collector, built.model.params
@@ -90,7 +90,7 @@ def _show(built: Built, result: MomentFit, features: jnp.ndarray, wanted: dict[s
 
 
 def _check(result: MomentFit, features: jnp.ndarray, wanted: dict[str, float]) -> None:
-    """Whether the moments can be had at all: each alone, and all together."""
+    """Whether the moments can be reached at all: each alone, and all together."""
     for i, (name, moment) in enumerate(wanted.items()):
         if result.unreachable[i]:
             low, high = float(features[:, i].min()), float(features[:, i].max())

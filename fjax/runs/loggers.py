@@ -1,6 +1,6 @@
 """Where a run's figures go besides metrics.jsonl.
 
-TensorBoard, Weights & Biases, a logger of one's own.
+TensorBoard, Weights & Biases, a logger of your own.
 """
 
 import importlib.util

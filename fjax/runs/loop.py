@@ -156,7 +156,7 @@ def align(
     Args:
         model: the base model a.
         target: what is wanted.
-        tuner: an online algorithm such as `fjax.fdpg`, or a `Stepper` of one's own.
+        tuner: an online algorithm such as `fjax.fdpg`, or a `Stepper` of your own.
         collector: how to draw, as `fjax.rollouts.make_collector` makes it.
         folder: of the run; or one that `open_run` has opened, with the configuration to write.
         steps: updates in all; a resumed run may be asked for more.
@@ -173,7 +173,7 @@ def align(
         eval_samples: of the policy, in each of them.
         checkpoint_every: steps between checkpoints.
         stop_below: end once the distance is below it.
-        patience: end after so many evaluations without a new lowest distance.
+        patience: evaluations without a new lowest distance after which the run ends.
         metrics: more figures, as in `fjax.evaluation.evaluate`.
         loggers: objects with ``log(record)`` and ``close()``, or names, as in
             `fjax.runs.loggers.open_loggers`.

@@ -86,7 +86,7 @@ def online(
         overlap: draw each batch while the one before is scored; it is then of the policy one step
             back, and the off-policy weights keep the gradient exact.
         policy_of: (params that are trained) -> what is sampled from, where they are not the
-            policy's own, as of adapters.
+            policy's own, as with adapters.
     """
     update = jax.jit(tuner.update, donate_argnums=0)
     window: list[Drawn] = []  # since the proposal was last looked at
