@@ -8,6 +8,7 @@ compatible (é of one code point or of two, full width, ligatures), ß and ss, �
 any spaces between words. Accents are not: "cafe" is not in "café"; nor is ı, the dotless one, an i.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -47,6 +48,19 @@ def contains_any(words: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         )
     normal = map(_normal, texts)
     return np.array([any(_contains(text, word) for word in wanted) for text in normal], bool)
+
+
+def highlight(words: Sequence[str]) -> str:
+    """A regular expression of the words, for `fjax.evaluation.TextTarget.highlight`.
+
+    Whole words as they are written here, in upper or lower case. Of spellings that `contains_any`
+    takes for alike, and of words in scripts without spaces, it finds fewer.
+
+    >>> re.findall(highlight(["great", "so so"]), "Great , so  so and not the greatest")
+    ['Great', 'so  so']
+    """
+    written = (r"\s+".join(map(re.escape, word.split())) for word in words)
+    return rf"(?i)(?<!\w)(?:{'|'.join(written)})(?!\w)"
 
 
 def _normal(text: str) -> str:

@@ -109,7 +109,13 @@ def make_target(config: Config) -> TextTarget:
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
         return np.where(features["satisfaction"] > 0, log_a, np.float32(-np.inf))
 
-    return TextTarget(features, log_score, headline="satisfaction", bound="satisfaction")
+    return TextTarget(
+        features,
+        log_score,
+        headline="satisfaction",
+        bound="satisfaction",
+        description=f"p(x|c) ∝ a(x|c)·[{config.predicate}(c, x)]",
+    )
 
 
 def prepare(config: Config):

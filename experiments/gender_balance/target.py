@@ -12,7 +12,7 @@ from fjax.runs import RunError
 from fjax.targets import MomentFit, exponential_family
 
 from ..common.task import Built, Task
-from ..common.words import contains_any
+from ..common.words import contains_any, highlight
 from .config import Config, parse_moments
 
 
@@ -124,7 +124,24 @@ def make_target(config: Config, built: Built) -> TextTarget:
         log_score,
         headline="balance",
         ratios={"share of women": ("woman", "gendered")},
+        description=describe(config),
+        highlight=highlight(looked_for(config)),
     )
+
+
+def describe(config: Config) -> str:
+    """The target in words."""
+    rates = [
+        f"{rate:g} of the samples with {words}" for words, rate in parse_moments(config.moments)
+    ]
+    moments = ", ".join([f"women in {config.share:g} of the gendered samples", *rates])
+    return f"p(x) ∝ a(x)·exp(λ·φ(x)), with {moments}"
+
+
+def looked_for(config: Config) -> list[str]:
+    """The words of all moments."""
+    some = [word for words, _ in parse_moments(config.moments) for word in words.split("|")]
+    return [*config.woman.split(), *config.man.split(), *some]
 
 
 def title(config: Config) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from fjax.evaluation import Features, TextTarget
 
 from ..common.task import Task
-from ..common.words import contains_any
+from ..common.words import contains_any, highlight
 from .config import Config
 
 
@@ -28,7 +28,15 @@ def make_target(config: Config) -> TextTarget:
         headline="satisfaction",
         bound=None if config.smoothing else "satisfaction",
         stop_if_absent=config.when_absent == "stop",
+        description=describe(config),
+        highlight=highlight([config.word]),
     )
+
+
+def describe(config: Config) -> str:
+    """The target in words."""
+    holds = f"[{config.word.strip()} in x]"
+    return f"p(x) ∝ a(x)·{f'({holds} + {config.smoothing:g})' if config.smoothing else holds}"
 
 
 def title(config: Config) -> str:

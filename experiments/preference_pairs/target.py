@@ -113,7 +113,10 @@ def make_target(config: Config) -> TextTarget:
             )
         )
 
-    return TextTarget(features, log_score, headline="reward", wins="reward")
+    description = f"p(x|c) ∝ a(x|c)·exp(r(c, x)/{config.reward_beta:g}), r = {config.reward}"
+    return TextTarget(
+        features, log_score, headline="reward", wins="reward", description=description
+    )
 
 
 def prepare(config: Config):

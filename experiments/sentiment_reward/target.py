@@ -25,7 +25,8 @@ def make_target(config: Config) -> TextTarget:
         rewards = jnp.asarray(features["reward"])
         return np.asarray(reward_tilted(jnp.asarray(log_a), rewards, beta=config.beta))
 
-    return TextTarget(features, log_score, headline="reward")
+    description = f"p(x) ∝ a(x)·exp(r(x)/{config.beta:g}), r = {config.reward}"
+    return TextTarget(features, log_score, headline="reward", description=description)
 
 
 def prepare(config: Config):

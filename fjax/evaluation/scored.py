@@ -29,6 +29,9 @@ class TextTarget(NamedTuple):
         stop_if_absent: whether to give up when it holds for no sample of the base model.
         wins: feature by which a sample of the policy is compared with the base model's; reported
             as the win rate.
+        description: p in words, for whoever reads what a run was after.
+        highlight: a regular expression of what to highlight in samples; "" highlights nothing. It
+            is for the eye alone: no figure depends on it.
 
     >>> def features(prompts, texts):
     ...     return {"satisfaction": np.array(["great" in text for text in texts], np.float32)}
@@ -46,6 +49,8 @@ class TextTarget(NamedTuple):
     bound: str | None = None
     stop_if_absent: bool = False
     wins: str | None = None
+    description: str = ""
+    highlight: str = ""
 
 
 class Scored(NamedTuple):

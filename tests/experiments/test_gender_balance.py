@@ -1,6 +1,8 @@
 """Distributional control on the tiny model: moments parsed, fitted, reported when impossible; a run
 of two steps."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,10 @@ def test_a_hybrid_has_a_hard_constraint(built):
     log_score = target.log_score(np.zeros(3, np.float32), features)
     assert np.isneginf(log_score).tolist() == [False, True, False]
     assert log_score[0] != log_score[2]  # by the soft moment, a woman and a man
+    assert target.description.endswith(
+        "women in 0.5 of the gendered samples, 1 of the samples with w27"
+    )
+    assert re.findall(target.highlight, "w27 w9 w2 W42") == ["w27", "w9", "W42"]
 
 
 @pytest.mark.parametrize(

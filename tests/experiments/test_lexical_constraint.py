@@ -3,6 +3,7 @@ every kind of bad input."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,7 +19,7 @@ from experiments.common.settings import Settings
 from experiments.common.words import contains_any
 from experiments.lexical_constraint.__main__ import main
 from experiments.lexical_constraint.config import Config
-from experiments.lexical_constraint.target import TASK
+from experiments.lexical_constraint.target import TASK, make_target
 from fjax.runs import RunError
 from fjax.training import read_jsonl
 
@@ -335,3 +336,13 @@ def test_the_last_step_can_be_the_best(experiment, tmp_path, capsys):
     assert best == 10 or f"The model is that of step {best}" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "said"),
+    [(0.0, "p(x) ∝ a(x)·[great in x]"), (0.1, "p(x) ∝ a(x)·([great in x] + 0.1)")],
+)
+def test_the_target_in_words(smoothing, said):
+    target = make_target(Config(word=" great", smoothing=smoothing))
+    assert target.description == said
+    assert re.findall(target.highlight, "a Great film , the greatest") == ["Great"]

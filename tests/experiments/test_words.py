@@ -1,12 +1,13 @@
 """What a whole word is, in scripts with spaces and without, and in spellings that only differ to a
 computer."""
 
+import re
 import unicodedata
 
 import numpy as np
 import pytest
 
-from experiments.common.words import contains_any
+from experiments.common.words import contains_any, highlight
 from fjax.runs import RunError
 
 
@@ -72,6 +73,12 @@ def test_any_of_several_words_in_each_of_several_texts():
     assert found.dtype == bool
     assert contains_any(["great"], []).dtype == np.dtype(bool)
     assert contains_any([], ["great"]).tolist() == [False]
+
+
+def test_what_is_highlighted_are_whole_words_as_they_are_written():
+    pattern = highlight(["great", "c++", "so  so"])
+    assert re.findall(pattern, "GREAT greater c++ c+ so so") == ["GREAT", "c++", "so so"]
+    assert re.findall(highlight([".*"]), "anything") == []
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\u3000\n"])
