@@ -1,7 +1,9 @@
 """What every test stands on: the CPU as eight devices, no silent broadcasting of ranks, the same
 examples each time."""
 
+import gc
 import os
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,25 +44,64 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fjax")
 
+# How often jax did what, by the names of its events.
+events: Counter[str] = Counter()
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.update([name]))
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--bare", action="store_true", help="run as a user does: without the two nets below"
     )
     parser.addoption(
-        "--one-case", action="store_true", help="of each parametrised test the first case alone"
+        "--one-case", action="store_true", help="what a second Python is for, one case of each test"
     )
 
 
+# Shown once, on one Python: numbers proved in float64, and what the text of the repository says.
+ONCE = (
+    "tests/laws/",
+    "tests/test_architecture.py",
+    "tests/test_catalogue_gradients.py",
+    "tests/test_catalogue_laws.py",
+    "tests/test_docs.py",
+    "tests/test_extremes.py",
+    "tests/test_losses_against_formulas.py",
+    "tests/test_mutants.py",
+)
+
+
 def pytest_collection_modifyitems(config, items):
-    """What a second Python is for: does all of it run there? That the numbers are right is shown
-    once."""
+    """What a second Python is for: does all of it run there? So the contracts of the functions, one
+    case a law, and one run a command."""
     if not config.getoption("--one-case"):
         return
     first = {item.nodeid.split("[")[0]: item for item in reversed(items)}
-    kept = [item for item in items if first[item.nodeid.split("[")[0]] is item]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+    kept = {item for item in first.values() if _is_for_a_second_python(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _is_for_a_second_python(item):
+    if item.nodeid.startswith("tests/experiments/"):
+        return item.get_closest_marker("command") is not None
+    return not item.nodeid.startswith(ONCE)
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays; the collector need not look at it every time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_runtest_teardown():
+    """jax keeps what it has lowered, up to 2048 programs, some 1.5 MB each, and each that is kept
+    makes the next slower: by a half, in the end."""
+    if events[LOWERED] > 400:
+        events.clear()
+        jax.clear_caches()
 
 
 def pytest_configure(config):

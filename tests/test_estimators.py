@@ -1,6 +1,8 @@
 """Estimators' expectations summed over a small space; standard errors against the spread they
 predict."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +21,23 @@ def proposals(small):
 
 def over_tuples(log_sampled, n, estimate):
     """Every estimate from n samples, with the probability of those samples."""
-    size = len(log_sampled)
-    rows = np.indices((size,) * n).reshape(n, -1).T
-    return jax.vmap(estimate)(rows), np.exp(log_sampled[rows].sum(axis=1))
+    rows = tuples(len(log_sampled), n)
+    return jax.vmap(estimate)(rows), np.exp(np.asarray(log_sampled)[rows].sum(axis=1))
+
+
+def tuples(size, n):
+    return np.indices((size,) * n).reshape(n, -1).T
+
+
+@partial(jax.jit, static_argnames=("estimator", "divergence"))
+def estimates(estimator, divergence, rows, log_pi, log_p, log_q):
+    """One from each row of samples, compiled once for all targets and proposals."""
+
+    def estimate(rows):
+        at = None if log_q is None else log_q[rows]
+        return estimator(log_pi[rows], log_p[rows], at, divergence=divergence)
+
+    return jax.vmap(estimate)(rows)
 
 
 @each
@@ -33,14 +49,11 @@ def test_divergences_are_unbiased_and_so_are_their_squared_errors(case, hard, pr
     log_p = small.target(hard=hard)
     log_sampled, log_q = proposals(small)[proposal]
     exact = float(divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence))
-
-    def estimate(rows):
-        at = None if log_q is None else log_q[rows]
-        return estimators.estimate_divergence(
-            small.log_pi[rows], log_p[rows], at, divergence=case.divergence
-        )
-
-    pairs, probability = over_tuples(log_sampled, 2, estimate)
+    rows = tuples(7, 2)
+    pairs = estimates(
+        estimators.estimate_divergence, case.divergence, rows, small.log_pi, log_p, log_q
+    )
+    probability = np.exp(np.asarray(log_sampled)[rows].sum(axis=1))
     if hard and not case.allows_zeros:
         assert exact == np.inf
         assert np.isinf(pairs.value).any()
@@ -76,8 +89,12 @@ def test_z_is_unbiased(proposal, x64):
 
 def replicate(estimate, log_sampled, *, n=1000, times=400, seed=0):
     """Estimates from ``times`` independent batches of n samples."""
-    rows = jax.random.categorical(jax.random.key(seed), log_sampled, shape=(times, n))
-    return jax.vmap(estimate)(rows)
+    return jax.jit(jax.vmap(estimate))(draws(log_sampled, times=times, n=n, seed=seed))
+
+
+def draws(log_sampled, *, n=1000, times=400, seed=0):
+    p = np.exp(np.asarray(log_sampled, np.float64))
+    return np.random.default_rng(seed).choice(len(p), size=(times, n), p=p / p.sum())
 
 
 def check_spread(batches, exact, *, bias=0.0):
@@ -97,15 +114,10 @@ def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x6
     small = world()
     log_p = small.target(hard=hard)
     log_sampled, log_q = proposals(small)[proposal]
-
-    def estimate(rows):
-        at = None if log_q is None else log_q[rows]
-        return estimators.estimate_divergence_from_score(
-            small.log_pi[rows], log_p[rows] - 3.0, at, divergence=case.divergence
-        )
-
     exact = divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence)
-    check_spread(replicate(estimate, log_sampled), float(exact), bias=3 / 1000)
+    estimator, rows = estimators.estimate_divergence_from_score, draws(log_sampled)
+    batches = estimates(estimator, case.divergence, rows, small.log_pi, log_p - 3.0, log_q)
+    check_spread(batches, float(exact), bias=3 / 1000)
 
 
 def test_log_z_spread(x64):
@@ -381,7 +393,7 @@ def test_float32_extremes_are_never_nan(case):
     def single(*x):
         return estimators.estimate_divergence(*(i[None] for i in x), divergence=case.divergence)
 
-    assert not np.isnan(jax.vmap(single)(log_pi, log_p, log_q).value).any()
+    assert not np.isnan(jax.jit(jax.vmap(single))(log_pi, log_p, log_q).value).any()
     entropies = jax.vmap(lambda x, q: estimators.estimate_entropy(x[None], q[None]).value)(
         log_pi, log_q
     )

@@ -29,6 +29,7 @@ def test_both_ways_of_top_p_keep_the_same_tokens():
     np.testing.assert_array_equal(bench.by_sort(logits, 0.9), top_p(0.9)(logits))
 
 
+@pytest.mark.command
 def test_the_command(monkeypatch, capsys):
     small = (
         "--rows",

@@ -448,6 +448,7 @@ def test_the_table_begins_with_the_headlines_of_the_task(task):
 
 
 # Two headlines; and steps on pairs, which have a margin and no pseudo-reward.
+@pytest.mark.command
 @pytest.mark.parametrize("name", ["sentiment_reward", "preference_pairs"])
 def test_a_report_has_its_pictures(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(STYLE, "savefig.dpi", 30)

@@ -79,6 +79,7 @@ def test_a_turn_against_the_opening():
     assert not turns("a fine film", " , butter included")
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("normalizer", ["per-context", "global"])
 def test_a_run_evaluates_on_unseen_prompts(normalizer, experiment, tmp_path, capsys):
     folder = tmp_path / "run"

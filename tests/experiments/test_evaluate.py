@@ -23,6 +23,7 @@ from .test_conditional import WORDS
 LEXICAL = ("lexical_constraint", "--word", "w9", *SMALL)
 
 
+@pytest.mark.command
 def test_the_base_model_is_no_further_from_the_target_than_itself(monkeypatch, tmp_path, capsys):
     output = tmp_path / "figures.json"
     arguments = ("--aligned", TINY, "--output", output, *LEXICAL)

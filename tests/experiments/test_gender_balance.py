@@ -37,6 +37,7 @@ def test_moments_are_parsed():
     assert parse_moments(("love=0.1", "a=b=1")) == [("love", 0.1), ("a=b", 1.0)]
 
 
+@pytest.mark.command
 def test_two_steps(experiment, tmp_path, capsys):
     settings = (*SMALL, "--steps", 2, "--run-folder", tmp_path / "run")
     assert experiment(*WORDS, "--moments", "w27=0.6", *settings) == 0
@@ -59,7 +60,7 @@ def configured(**options) -> Config:
 
 
 @pytest.fixture(scope="module")
-def built(compiled_once):
+def built():
     return build(TASK, configured())
 
 

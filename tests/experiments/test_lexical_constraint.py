@@ -45,6 +45,7 @@ def test_words_are_whole_words():
     assert contains_any(["'s c"], texts).tolist() == [False, False, False, True, False]
 
 
+@pytest.mark.command
 def test_a_run_leaves_everything_behind(lexical_run):
     folder, printed, _ = lexical_run
     names = {
@@ -175,7 +176,7 @@ def test_a_run_of_an_older_fjax_goes_on_or_is_refused(experiment, lexical_run, t
 
 
 @pytest.fixture(scope="module")
-def absent_run(compiled_once, tmp_path_factory):
+def absent_run(tmp_path_factory):
     """Seven steps towards a word that the model does not have, with little patience."""
     folder = tmp_path_factory.mktemp("absent") / "run"
     arguments = ("--word", "nowhere", *SMALL, "--steps", 7, "--patience", 1)

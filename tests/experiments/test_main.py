@@ -20,6 +20,7 @@ PAGE = (ROOT / "README.md").read_text("utf-8")
 NAMES = [*(task.name for task in TASKS), *TOOLS]
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
 def test_all_commands_are_listed(arguments, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")

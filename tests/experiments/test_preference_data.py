@@ -257,7 +257,7 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(compiled_once, prompts, tmp_path_factory):
+def made(prompts, tmp_path_factory):
     """By either kind of labels: the file, and what was printed."""
     sizes = ("--max-new-tokens", 20, "--pairs-per-prompt", 3)
     given = ("--model", TINY, "--prompts", prompts, "--reward", f"{__name__}:count_reward", *sizes)
@@ -268,6 +268,7 @@ def made(compiled_once, prompts, tmp_path_factory):
     return found
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("labels", ["best-worst", "bradley-terry"])
 def test_the_script_makes_pairs_that_can_be_read(made, labels):
     path, printed = made[labels]

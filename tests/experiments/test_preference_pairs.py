@@ -83,7 +83,8 @@ def built(files):
     return build(TASK, configured(files))
 
 
-def test_a_run_evaluates_on_prompts_that_no_pair_has(compiled_once, arguments, tmp_path):
+@pytest.mark.command
+def test_a_run_evaluates_on_prompts_that_no_pair_has(arguments, tmp_path):
     folder = tmp_path / "run"
     finish(main, *arguments, "--steps", 3, "--learning-rate", 3e-3, "--run-folder", folder)
     records = read_jsonl(folder / "metrics.jsonl")

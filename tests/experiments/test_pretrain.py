@@ -173,6 +173,7 @@ def test_the_five_gram_is_a_distribution_for_every_context():
     assert ngram.negative_log_likelihood(model, rows) < 30 * 6 * np.log(7)
 
 
+@pytest.mark.command
 def test_an_interrupted_pre_training_goes_on_and_ships_a_model_with_its_card(corpora, tmp_path):
     small = {
         "vocab_size": 280,

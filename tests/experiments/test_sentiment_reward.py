@@ -33,6 +33,7 @@ def experiment(monkeypatch):
     return lambda *arguments: run(monkeypatch, main, *arguments)
 
 
+@pytest.mark.command
 def test_two_steps_with_a_function_of_ones_own(experiment, tmp_path):
     settings = (*SMALL, "--steps", 2, "--run-folder", tmp_path / "run")
     assert experiment("--reward", f"{__name__}:length_reward", "--beta", 0.5, *settings) == 0

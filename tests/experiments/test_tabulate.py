@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 from experiments.tools import tabulate
 from fjax.training import JsonlLogger
 
 from .commands import run
 
 
+@pytest.mark.command
 def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path):
     old = {"alpha": 0.5}  # of a run from before the value was a part of the name
     others = {"jensen_shannon": {"clip": None}, "reverse_kl": {"clip": [-8, 8]}, "alpha": old}
