@@ -81,6 +81,7 @@ three = ("log_pi", "log_p", "log_q")
 DOORS: dict[str, Door] = {
     "exact_divergence": samples(partial(divergences.exact_divergence, divergence=F), "log_pi", "log_p", mask="where"),
     "effective_sample_size": samples(estimators.effective_sample_size, "log_weights", mask="where"),
+    "pareto_k": samples(estimators.pareto_k, "log_weights", mask="where"),
     "estimate_log_z": samples(estimators.estimate_log_z, "log_score", "log_q", mask="where"),
     "estimate_divergence": samples(partial(estimators.estimate_divergence, divergence=F), *three, mask="where"),
     "estimate_divergence.on_policy": samples(partial(estimators.estimate_divergence, divergence=F), *three[:2], mask="where"),

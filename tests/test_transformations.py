@@ -92,6 +92,7 @@ CALLS = {
         lambda x, m: targets.fit_coefficients(x, m)._replace(steps=jnp.zeros(())), ("features", "moments")
     ),
     estimators.effective_sample_size: (estimators.effective_sample_size, ("log_pi",)),
+    estimators.pareto_k: (estimators.pareto_k, ("log_pi",)),
     estimators.estimate_log_z: (estimators.estimate_log_z, ("log_score", "log_q")),
     estimators.estimate_divergence: (
         lambda a, b, c, w: estimators.estimate_divergence(a, b, c, divergence=F, where=w), ("log_pi", "log_p", "log_q", "where")
@@ -248,6 +249,7 @@ def test_the_same_numbers_under_every_transformation(function):
 
 SPREAD = {  # statistics over samples that are spread over devices
     "ess": lambda x, **o: estimators.effective_sample_size(x["log_pi"], **o),
+    "pareto_k": lambda x, **o: estimators.pareto_k(x["log_pi"], **o),
     "log_z": lambda x, **o: estimators.estimate_log_z(x["log_score"], x["log_q"], **o),
     "divergence": lambda x, **o: estimators.estimate_divergence(
         x["log_pi"], x["log_p"], x["log_q"], divergence=F, where=x["where"], **o

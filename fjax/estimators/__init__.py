@@ -8,7 +8,8 @@ Satisfaction, moments and rewards are means over samples: `estimate_mean`. Entro
 their own names. All divergences between policy and target are one function, `estimate_divergence`,
 whatever f and wherever the samples are from; `estimate_divergence_from_score` is the same for a
 target known up to Z. What is reported of an evaluation as a whole, over one context or several, is
-computed on the host in float64: `estimate_ratio`, `estimate_win_rate`, `over_contexts`.
+computed on the host in float64: `estimate_ratio`, `estimate_win_rate`, `over_contexts`. Whether
+weights can be relied on at all says `pareto_k`.
 
 Source: Owen 2013, Monte Carlo theory, methods and examples, chapter 9; Go et al. 2023 (f-DPG),
 appendix on metrics.
@@ -30,6 +31,7 @@ from .log_z import (
     RunningLogMean,
     estimate_log_z,
     init_log_mean,
+    known_log_z,
     log_mean_estimate,
     running_log_mean,
     update_log_mean,
@@ -42,6 +44,7 @@ from .means import (
     estimate_mean,
     log_mixture,
 )
+from .tail import pareto_k
 
 __all__ = [
     "Estimate",
@@ -59,9 +62,11 @@ __all__ = [
     "estimate_ratio",
     "estimate_win_rate",
     "init_log_mean",
+    "known_log_z",
     "log_mean_estimate",
     "log_mixture",
     "over_contexts",
+    "pareto_k",
     "running_log_mean",
     "update_log_mean",
 ]

@@ -1,5 +1,6 @@
 """The normaliser of the target, from one batch or from all that a run has seen."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax._checks import as_mask, float_dtype, one_axis, one_number
+from fjax._checks import as_mask, float_dtype, is_concrete, one_axis, one_number
 from fjax._numerics import count, gather, keep
 from fjax.types import Array, Bool, Float, Int
 
@@ -193,3 +194,32 @@ def running_log_mean() -> RunningLogMean:
     Source: Go et al. 2023, algorithm 1.
     """
     return RunningLogMean(init_log_mean, update_log_mean, log_mean_estimate)
+
+
+def known_log_z(value: float | Float[Array, ""] = 0.0) -> RunningLogMean:
+    """A log Z that is known, and stays so whatever is drawn.
+
+    For scores that are normalised already, as those of `fjax.replay.minibatch` are, or a target
+    whose Z is exact. Of several contexts all have this one.
+
+    Args:
+        value: log Z, in nats.
+
+    Raises:
+        ValueError: if it is not one finite number.
+
+    >>> log_z = known_log_z(-4.4)
+    >>> round(float(log_z.estimate(log_z.update(log_z.init(), jnp.zeros(4))).value), 6)
+    -4.4
+
+    Source: definition.
+    """
+    one_number(value=value)
+    if is_concrete(value) and not math.isfinite(value):
+        raise ValueError(f"The log Z that is known must be a finite number, got {value}.")
+
+    def estimate(state: LogMean) -> Estimate:
+        dtype = state.largest.dtype
+        return Estimate(*(jnp.asarray(x, dtype) for x in (value, 0.0, jnp.inf)))
+
+    return RunningLogMean(init_log_mean, lambda state, log_weights: state, estimate)
