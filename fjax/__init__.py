@@ -38,13 +38,24 @@ from .targets import exponential_family, pointwise, reward_tilted
 
 # What type checkers and editors read for the names of _LAZY; a test holds the two together.
 if TYPE_CHECKING:
-    from . import evaluation, log_probs, metrics, models, rollouts, runs, sampling, training
+    from . import (
+        adapters,
+        evaluation,
+        log_probs,
+        metrics,
+        models,
+        rollouts,
+        runs,
+        sampling,
+        training,
+    )
     from .log_probs import make_log_prob_fn, sequence_log_probs, token_log_probs
     from .models import from_pretrained, save_pretrained
     from .sampling import Samples, sample
     from .training import Rollout, TrainState, Tuner, fdpg
 
 _LAZY = {
+    "adapters": (),
     "evaluation": (),
     "log_probs": ("make_log_prob_fn", "sequence_log_probs", "token_log_probs"),
     "metrics": (),
@@ -62,6 +73,7 @@ __all__ = [
     "Samples",
     "TrainState",
     "Tuner",
+    "adapters",
     "alpha_divergence",
     "divergences",
     "effective_sample_size",

@@ -32,6 +32,7 @@ NAMED = {"fjax.models", "fjax.targets", "fjax.moments"} | {
 FORBIDDEN = {
     "fjax": {"experiments", "tests", "torch"},
     "fjax.types": MATHEMATICS,
+    "fjax.adapters": MATHEMATICS,
     "fjax._numerics": MATHEMATICS,
     "fjax.divergences": MATHEMATICS,
     "fjax.targets": MATHEMATICS,

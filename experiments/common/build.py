@@ -3,7 +3,6 @@ where a command line becomes values of the library.
 """
 
 import dataclasses
-import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import optax
 
 import fjax
 from fjax import rollouts
+from fjax._trees import find_leaves, name_leaves
 from fjax.divergences import FDivergence, by_name
 from fjax.models import LanguageModel
 from fjax.rollouts import Collector, Contexts
@@ -270,20 +270,9 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
 
 def _labels(pattern: str, params: Params) -> Params:
     """Whether each parameter moves or stays: does its path have the pattern in it."""
-
-    def path_of(keys) -> str:
-        return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-    labels = jax.tree_util.tree_map_with_path(
-        lambda keys, _: "moves" if re.search(pattern, path_of(keys)) else "stays", params
-    )
-    if "moves" not in jax.tree.leaves(labels):
-        paths = {
-            re.sub(r"^h_\d+", "h_N", path_of(keys))
-            for keys, _ in jax.tree_util.tree_leaves_with_path(params)
-        }
-        raise RunError(
-            f"--trainable {pattern!r} is in no parameter's path. There are "
-            f"{', '.join(sorted(paths))}."
-        )
-    return labels
+    try:
+        moving = find_leaves(params, pattern, name="--trainable")
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    labels = ["moves" if path in moving else "stays" for path in name_leaves(params)]
+    return jax.tree.structure(params).unflatten(labels)

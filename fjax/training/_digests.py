@@ -13,22 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fjax._trees import name_leaves
 from fjax.types import PyTree
-
-
-def name_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by their paths, such as ``state/params/wte``.
-
-    The same for a NamedTuple and a dict of its fields.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    # A key with a slash in it may spell another's path; what is longer cannot be mistaken.
-    return (
-        named
-        if len(named) == len(leaves)
-        else {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    )
 
 
 def describe_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:

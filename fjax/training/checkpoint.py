@@ -26,7 +26,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fjax.training._digests import describe_arrays, digest_text, name_leaves
+from fjax._trees import name_leaves
+from fjax.training._digests import describe_arrays, digest_text
 from fjax.training._lock import FolderLock
 from fjax.types import PyTree
 
