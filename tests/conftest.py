@@ -99,7 +99,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown():
     """jax keeps what it has lowered, up to 2048 programs, some 1.5 MB each, and each that is kept
     makes the next slower: by a half, in the end."""
-    if events[LOWERED] > 400:
+    if events[LOWERED] > 1000:
         events.clear()
         jax.clear_caches()
 

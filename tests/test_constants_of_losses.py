@@ -13,7 +13,8 @@ import pytest
 from fjax import divergences, policy_gradients, preferences, targets
 from fjax.rejection import accept, estimate_rejection, log_acceptance
 
-JS, KL = divergences.jensen_shannon(), divergences.reverse_kl()
+# any f with an inverse f'
+H2, KL = divergences.squared_hellinger(), divergences.reverse_kl()
 N, T = 5, 3
 
 
@@ -33,17 +34,17 @@ tokens = ("token_log_pi", "token_log_q", "rewards")
 masked = {"where": jnp.asarray(np.arange(T)[None] < np.array([3, 2, 1, 3, 2])[:, None])}
 CALLS = {
     "dpo": Call(preferences.dpo, pair, {"beta": 0.3}, 2),
-    "f_dpo": Call(partial(preferences.f_dpo, divergence=JS), pair, {"beta": 0.3, "max_log_ratio": 0.5}, 2),
+    "f_dpo": Call(partial(preferences.f_dpo, divergence=H2), pair, {"beta": 0.3, "max_log_ratio": 0.5}, 2),
     "chi_po": Call(preferences.chi_po, pair, {"beta": 0.3, "max_reward": 0.2, "max_log_ratio": 0.5}, 2),
     "ipo": Call(preferences.ipo, pair, {"beta": 0.3}, 2),
     "exo_pair": Call(preferences.exo_pair, pair, {"beta": 0.3, "label_smoothing": 0.1}, 2),
     "exo": Call(preferences.exo, listed, {"beta": 0.3, "reward_beta": 0.7}),
-    "f_po": Call(partial(preferences.f_po, divergence=JS), listed, {"beta": 0.3, "reward_beta": 0.7}),
+    "f_po": Call(partial(preferences.f_po, divergence=H2), listed, {"beta": 0.3, "reward_beta": 0.7}),
     "k1": Call(policy_gradients.k1, listed[:2], {}, 0),
     "k2": Call(policy_gradients.k2, listed[:2], {}, 0),
     "k3": Call(policy_gradients.k3, listed[:2], {}, 0),
-    "k_estimator": Call(partial(policy_gradients.k_estimator, divergence=JS), listed[:2], {}, 0),
-    "divergence_penalty": Call(partial(policy_gradients.divergence_penalty, divergence=JS), ("log_pi", "log_a", "log_q"), {}),
+    "k_estimator": Call(partial(policy_gradients.k_estimator, divergence=H2), listed[:2], {}, 0),
+    "divergence_penalty": Call(partial(policy_gradients.divergence_penalty, divergence=H2), ("log_pi", "log_a", "log_q"), {}),
     "kl_reward_to_go": Call(partial(policy_gradients.kl_reward_to_go, **masked), ("token_log_pi", "token_log_a"), {}),
     "reinforce": Call(
         lambda log_pi, rewards, scores: policy_gradients.reinforce(log_pi, rewards, baseline=scores),
@@ -57,9 +58,9 @@ CALLS = {
     "gspo": Call(partial(policy_gradients.gspo, **masked), tokens, {"clip_ratio": (0.1, 0.2), "epsilon": 0.1}),
     "trajectory_balance": Call(policy_gradients.trajectory_balance, ("log_pi", "log_score"), {}),
     "trajectory_balance.log_z": Call(policy_gradients.trajectory_balance, ("log_pi", "log_score", "log_z"), {}),
-    "f_trajectory_balance": Call(partial(policy_gradients.f_trajectory_balance, divergence=JS), ("log_pi", "log_p"), {}),
+    "f_trajectory_balance": Call(partial(policy_gradients.f_trajectory_balance, divergence=H2), ("log_pi", "log_p"), {}),
     "f_regularized_optimum": Call(
-        partial(policy_gradients.f_regularized_optimum, divergence=JS), ("log_a", "rewards"), {"beta": 0.5}, 0
+        partial(policy_gradients.f_regularized_optimum, divergence=H2), ("log_a", "rewards"), {"beta": 0.5}, 0
     ),
 }  # fmt: skip
 TRACED_ONLY = {

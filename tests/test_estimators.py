@@ -40,9 +40,9 @@ def estimates(estimator, divergence, rows, log_pi, log_p, log_q):
     return jax.vmap(estimate)(rows)
 
 
-@each
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("proposal", ["policy", "other", "mixture"])
+@each  # innermost: what an f has compiled serves the next target
 def test_divergences_are_unbiased_and_so_are_their_squared_errors(case, hard, proposal, x64):
     """E[estimate] = D_f(π‖p) and E[std_error²] = Var[estimate], over all pairs of samples."""
     small = world()
@@ -108,8 +108,8 @@ def check_spread(batches, exact, *, bias=0.0):
     assert float(np.sqrt(np.mean(batches.std_error**2))) == pytest.approx(spread, rel=0.2)
 
 
-@each_target_of_the_paper
 @pytest.mark.parametrize("proposal", ["policy", "other"])
+@each_target_of_the_paper
 def test_divergence_from_score_knows_the_error_of_its_z(case, hard, proposal, x64):
     small = world()
     log_p = small.target(hard=hard)
