@@ -58,6 +58,7 @@ FORBIDDEN = {
     },
     # They are given divergences, targets and models; they never name one.
     "fjax.rollouts": LIBRARIES | NAMED | {"fjax.evaluation", "fjax.runs"},
+    "fjax.replay": LIBRARIES | NAMED | {"fjax.evaluation", "fjax.rollouts", "fjax.runs"},
     "fjax.evaluation": LIBRARIES | NAMED | {"fjax.runs"},
     "fjax.runs": {"flax", "transformers", "fjax.models", "tyro"},
     # A family is known where it is listed, and nowhere else.
