@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from fjax import enumeration, forward_kl, jensen_shannon, reverse_kl, total_variation
+from fjax.divergences import squared_hellinger
 from fjax.estimators import log_mean_estimate
 from fjax.training import Rollout, fdpg, rloo_tuner
 from tests.cases import refused, world
@@ -69,7 +70,7 @@ def test_one_z_a_context_descends_the_mean_of_exact_gradients(make, microbatch_s
 def test_one_z_for_all_descends_another_objective(x64):
     """That of the joint target p(c, x) ∝ P_c(x), in which the easy context counts e^2.7 times as
     much as the hard one."""
-    small, divergence = world(), jensen_shannon()
+    small, divergence = world(), squared_hellinger()
     tuner = fdpg(small.log_prob_fn, DESCENT, divergence=divergence, baseline=0.0)
     moved, _, info = step(tuner, small.params, two_contexts(small, contexts=False))
     log_z = np.log(np.exp(LOG_Z).mean())
@@ -95,7 +96,7 @@ def test_one_z_for_all_descends_another_objective(x64):
 
 def test_baselines_are_of_one_context(x64):
     """Leave-one-out within each context: the mean of what each context alone would give."""
-    small, divergence = world(), jensen_shannon()
+    small, divergence = world(), squared_hellinger()
     rollout = two_contexts(small)
     moved, _, _ = step(
         fdpg(small.log_prob_fn, DESCENT, divergence=divergence, num_contexts=6),
@@ -114,7 +115,7 @@ def test_baselines_are_of_one_context(x64):
 
 
 def test_a_context_without_a_hit_adds_nothing(x64):
-    small, divergence = world(), jensen_shannon()
+    small, divergence = world(), squared_hellinger()
     rollout = two_contexts(small)
     rollout = rollout._replace(log_score=rollout.log_score.at[1].set(-jnp.inf))
     moved, state, info = step(
@@ -201,7 +202,7 @@ def test_rows_of_the_same_context_add_up(x64):
     gradient."""
     small = world()
     tuner = fdpg(
-        small.log_prob_fn, DESCENT, divergence=jensen_shannon(), baseline=0.0, num_contexts=6
+        small.log_prob_fn, DESCENT, divergence=squared_hellinger(), baseline=0.0, num_contexts=6
     )
     rollout = two_contexts(small, ids=[3, 3])
     moved, state, info = step(tuner, small.params, rollout)
@@ -219,7 +220,7 @@ def test_rows_of_the_same_context_add_up(x64):
 def test_strata_are_of_one_row(x64):
     """Four of the policy and three of the base model in each row: the mean of what each context
     alone would give."""
-    small, divergence = world(), jensen_shannon()
+    small, divergence = world(), squared_hellinger()
     strata = jnp.array([[0, 0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1, 0]])
     rollout = two_contexts(small)._replace(strata=strata)
     make_tuner = functools.partial(fdpg, small.log_prob_fn, DESCENT, divergence=divergence)
