@@ -7,9 +7,10 @@ gradients), so all inputs are stopped.
 Satisfaction, moments and rewards are means over samples: `estimate_mean`. Entropy and KL(π‖a) have
 their own names. All divergences between policy and target are one function, `estimate_divergence`,
 whatever f and wherever the samples are from; `estimate_divergence_from_score` is the same for a
-target known up to Z. What is reported of an evaluation as a whole, over one context or several, is
-computed on the host in float64: `estimate_ratio`, `estimate_win_rate`, `over_contexts`. Whether
-weights can be relied on at all says `pareto_k`.
+target known up to Z, and `estimate_divergence_from_halves` for one of which there are samples. What
+is reported of an evaluation as a whole, over one context or several, is computed on the host in
+float64: `estimate_ratio`, `estimate_win_rate`, `over_contexts`. Whether weights can be relied on at
+all says `pareto_k`.
 
 Source: Owen 2013, Monte Carlo theory, methods and examples, chapter 9; Go et al. 2023 (f-DPG),
 appendix on metrics.
@@ -25,6 +26,11 @@ from .divergence import (
     estimate_divergence,
     estimate_divergence_from_score,
     estimate_proposal_gain,
+)
+from .halves import (
+    estimate_divergence_from_halves,
+    estimate_forward_kl_from_target,
+    estimate_target_entropy,
 )
 from .log_z import (
     LogMean,
@@ -52,14 +58,17 @@ __all__ = [
     "RunningLogMean",
     "effective_sample_size",
     "estimate_divergence",
+    "estimate_divergence_from_halves",
     "estimate_divergence_from_score",
     "estimate_entropy",
+    "estimate_forward_kl_from_target",
     "estimate_kl_to_base",
     "estimate_log_z",
     "estimate_mean",
     "estimate_mean_over_contexts",
     "estimate_proposal_gain",
     "estimate_ratio",
+    "estimate_target_entropy",
     "estimate_win_rate",
     "init_log_mean",
     "known_log_z",

@@ -3,6 +3,7 @@
 Every figure is an estimate, with its standard error and effective sample size.
 """
 
+from fjax.evaluation.exact import Exact, draw_exact, figures_of_target
 from fjax.evaluation.figures import METRICS, Evaluation, Metric, evaluate, known_contexts, measure
 from fjax.evaluation.scored import (
     Base,
@@ -21,14 +22,17 @@ __all__ = [
     "METRICS",
     "Base",
     "Evaluation",
+    "Exact",
     "Features",
     "Metric",
     "Scored",
     "TextTarget",
     "draw_base",
     "draw_batches",
+    "draw_exact",
     "draw_scored",
     "evaluate",
+    "figures_of_target",
     "known_contexts",
     "make_base",
     "measure",

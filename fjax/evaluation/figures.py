@@ -20,6 +20,7 @@ from fjax.estimators import (
     estimate_win_rate,
     over_contexts,
 )
+from fjax.evaluation.exact import Exact
 from fjax.evaluation.scored import Base, Scored, TextTarget, seen_by, take, together
 from fjax.metrics import bleu, distinct_n, rouge, self_bleu
 from fjax.rollouts import Collector
@@ -56,16 +57,18 @@ def evaluate(
     drawn: tuple[Scored, Scored],
     base: Base | None = None,
     *,
+    exact: Exact | None = None,
     divergences: Mapping[str, FDivergence],
     metrics: Mapping[str, Metric] | None = None,
 ) -> dict[str, Estimate]:
     """Estimates everything from fresh samples of the policy, and all samples of the base model.
 
     Features, entropy, KL(π‖a) and the metrics are of samples of the policy. log Z and the
-    divergences need samples wherever π *or* p has mass, so those of the base model join in, as the
-    policy sees them now. With contexts all figures are means over those whose Z is known, and
-    standard errors those of such means, from the spread between contexts: each Z_c is from samples
-    of its own, so that its error is part of that spread.
+    divergences need samples wherever π *or* p has mass. Given samples of p, KL(p‖π) is a mean over
+    them, any other D_f is from half p, half π, and log Z is theirs. Without, those of the base
+    model join in, as the policy sees them now. With contexts all figures are means over those whose
+    Z is known, and standard errors those of such means, from the spread between contexts: each Z_c
+    is from samples of its own, so that its error is part of that spread.
 
     Args:
         collector: how to score.
@@ -74,14 +77,19 @@ def evaluate(
         drawn: fresh samples, as `draw_scored` gives them.
         base: more samples of the base model, with contexts also the Z of each; None if there are no
             more, which only evaluations without contexts allow.
+        exact: samples of p, as `draw_exact` gives them, which no training has seen; None weighs
+            samples of the policy and the base model instead.
         divergences: D_f(π‖p) to report, by name.
         metrics: more figures of the policy's samples by name, after those of `METRICS`; one of the
             same name takes its place.
 
     Returns:
         name -> `Estimate`, of Python's floats.
+
+    Raises:
+        ValueError: for samples of p where there are contexts, or none of them.
     """
-    options = {"divergences": divergences, "metrics": metrics}
+    options = {"exact": exact, "divergences": divergences, "metrics": metrics}
     return measure(collector, params, target, drawn, base, **options).figures
 
 
@@ -92,29 +100,32 @@ def measure(
     drawn: tuple[Scored, Scored],
     base: Base | None = None,
     *,
+    exact: Exact | None = None,
     divergences: Mapping[str, FDivergence],
     metrics: Mapping[str, Metric] | None = None,
 ) -> Evaluation:
     """`evaluate`, with the samples that the figures are from."""
     mine, other = drawn
     if base is not None:
-        other = together(other, seen_by(collector, params, base.scored))
+        # Weighed they are only where there are no samples of p.
+        seen = base.scored if exact is not None else seen_by(collector, params, base.scored)
+        other = together(other, seen)
     log_z = None if base is None else base.log_z
     known_mine, known_other, known_z = _counted(mine, other, log_z)
-    tables = [
-        part.table(x)
-        for part in (known_mine, known_other)
-        for x in (part.log_pi, part.log_a, part.log_score)
-    ]
-    by_context = _estimates(*tables, known_z, divergences=tuple(divergences.items()))
-    figures = {}
+    named, figures = tuple(divergences.items()), {}
+    if exact is None:
+        by_context = _weighed(known_mine, known_other, known_z, named)
+    else:
+        _check_exact(exact, mine)
+        by_context = _from_halves(mine, seen_by(collector, params, exact.scored), exact, named)
+        figures["exact_samples"] = figure(float(len(exact.scored.texts)))
     if log_z is not None:
         figures["known"] = estimate_mean_over_contexts(
             np.isfinite(log_z.value).astype(float)[:, None]
         )
     figures |= _of_task(target, known_mine, known_other)
-    named = ("log_z", *divergences, "kl_to_base", "entropy")
-    figures |= {name: over_contexts(by_context[name]) for name in named}
+    names = ("log_z", *divergences, "kl_to_base", "entropy")
+    figures |= {name: over_contexts(by_context[name]) for name in names}
     found = {name: metric(known_mine) for name, metric in (METRICS | dict(metrics or {})).items()}
     figures |= {name: figure for name, figure in found.items() if figure is not None}
     return Evaluation(figures, mine, None if log_z is None else np.asarray(log_z.value), by_context)
@@ -137,6 +148,60 @@ def _counted(
         take(part, np.repeat(chosen, len(part.texts) // len(chosen))) for part in (mine, other)
     )
     return mine, other, Estimate(*(x[chosen] for x in log_z))
+
+
+def _check_exact(exact: Exact, mine: Scored) -> None:
+    if mine.contexts is not None:
+        raise ValueError(
+            f"Samples of one p cannot measure {mine.num_contexts} contexts, each of which has its "
+            f"own: leave exact out."
+        )
+    if not exact.scored.texts:
+        raise ValueError(
+            f"There is no sample of p: none of {exact.drawn} draws was accepted. Leave exact out, "
+            f"or draw more."
+        )
+
+
+def _from_halves(
+    mine: Scored, of_p: Scored, exact: Exact, divergences: tuple[tuple[str, FDivergence], ...]
+) -> dict[str, Estimate]:
+    """Of the one context there is: name -> Estimate ``[1]``."""
+    given = mine.log_pi, mine.log_a, mine.log_score, of_p.log_pi, of_p.log_score
+    shares = jnp.asarray(exact.log_z_shares)
+    log_z = Estimate(*map(jnp.asarray, exact.log_z))
+    found = _of_halves(*map(jnp.asarray, given), log_z, shares, divergences=divergences)
+    return jax.tree.map(lambda x: x[None], found)
+
+
+@partial(jax.jit, static_argnames="divergences")
+def _of_halves(
+    log_pi, log_a, log_score, target_log_pi, target_log_score, log_z, log_z_shares, divergences
+):
+    of_p, options = (target_log_pi, target_log_score, log_z), {"log_z_shares": log_z_shares}
+    of_divergence = partial(
+        estimators.estimate_divergence_from_halves, log_pi, log_score, *of_p, **options
+    )
+    found = {name: of_divergence(divergence=divergence) for name, divergence in divergences}
+    if "forward_kl" in found:  # a mean over p alone, where every sample counts in full
+        found["forward_kl"] = estimators.estimate_forward_kl_from_target(*of_p, **options)
+    satisfied = jnp.where(log_score > -jnp.inf, log_pi, -jnp.inf)
+    return found | {
+        "log_z": log_z,
+        "log_rate": estimate_log_z(satisfied, log_pi),
+        "kl_to_base": estimators.estimate_kl_to_base(log_pi, log_a),
+        "entropy": estimators.estimate_entropy(log_pi),
+    }
+
+
+def _weighed(
+    mine: Scored, other: Scored, log_z: Estimate | None, divergences: tuple
+) -> dict[str, Estimate]:
+    """Of each context, from weights P/q: name -> Estimate ``[C]``."""
+    tables = [
+        part.table(x) for part in (mine, other) for x in (part.log_pi, part.log_a, part.log_score)
+    ]
+    return _estimates(*tables, log_z, divergences=divergences)
 
 
 @partial(jax.jit, static_argnames="divergences")

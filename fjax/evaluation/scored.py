@@ -32,6 +32,8 @@ class TextTarget(NamedTuple):
         description: p in words, for whoever reads what a run was after.
         highlight: a regular expression of what to highlight in samples; "" highlights nothing. It
             is for the eye alone: no figure depends on it.
+        log_bound: the largest log P/a that any text can have, 0 for a constraint P = a·b; from it
+            follow samples of p itself (`draw_exact`). None: not known.
 
     >>> def features(prompts, texts):
     ...     return {"satisfaction": np.array(["great" in text for text in texts], np.float32)}
@@ -51,6 +53,7 @@ class TextTarget(NamedTuple):
     wins: str | None = None
     description: str = ""
     highlight: str = ""
+    log_bound: float | None = None
 
 
 class Scored(NamedTuple):
