@@ -56,6 +56,17 @@ def find_leaves(tree: PyTree, pattern: str, *, name: str) -> dict[str, Any]:
     return found
 
 
+def count_numbers(tree: PyTree) -> int:
+    """In all leaves together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def same_numbers(tree: PyTree, other: PyTree) -> bool:
+    """Whether two trees of the same shapes hold the same numbers."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return tree is other or all(bool((x == y).all()) for x, y in pairs)
+
+
 def list_paths(paths: Iterable[str]) -> str:
     """For a message: blocks that differ in their number alone are one."""
     return ", ".join(sorted({re.sub(r"\d+", "N", path, count=1) for path in paths}))

@@ -66,7 +66,10 @@ def init_lora(params: Params, rng_key: PRNGKeyArray, *, rank: int, pattern: str 
 
 
 def merge_lora(
-    params: Params, adapters: Mapping[str, Mapping[str, Array]], *, alpha: float | None = None
+    params: Params,
+    adapters: Mapping[str, Mapping[str, Array]],
+    *,
+    alpha: float | Float[Array, ""] | None = None,
 ) -> Params:
     """Whole parameters: the base model's, changed by the adapters.
 
@@ -136,7 +139,7 @@ def adapt(fn: Callable[..., Any], policy_of: Callable[[Any], Params]) -> Callabl
     return adapted
 
 
-def _find_matrices(params: Params, pattern: str) -> dict[str, Array]:
+def _find_matrices(params: Params, pattern: str) -> dict[str, Any]:
     """Path -> matrix, of floats."""
     found = find_leaves(params, pattern, name="pattern")
     matrices = {path: leaf for path, leaf in found.items() if np.ndim(leaf) >= 2}
@@ -155,7 +158,7 @@ def _find_matrices(params: Params, pattern: str) -> dict[str, Array]:
     return matrices
 
 
-def _check_rank(rank: int, matrices: Mapping[str, Array]) -> None:
+def _check_rank(rank: int, matrices: Mapping[str, Any]) -> None:
     sides = {path: min(_as_matrix(np.shape(matrix))) for path, matrix in matrices.items()}
     path = min(sides, key=sides.__getitem__)
     if not 1 <= rank <= sides[path]:
@@ -170,7 +173,7 @@ def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _begin(matrix: Array, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
+def _begin(matrix: Any, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
     rows, *others = matrix.shape
     dtype = jnp.result_type(jnp.float32, matrix.dtype)
     # Of this spread, what goes down is about as large as what comes in.
@@ -195,7 +198,9 @@ def _check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[st
             )
 
 
-def _merge(matrix: Array, adapter: Mapping[str, Array], alpha: float | None) -> Float[Array, "..."]:
+def _merge(
+    matrix: Any, adapter: Mapping[str, Array], alpha: float | Array | None
+) -> Float[Array, "..."]:
     down, up = adapter["down"], adapter["up"]
     scale = 1.0 if alpha is None else alpha / down.shape[1]
     # Accelerators multiply float32 in fewer bits unless told otherwise.

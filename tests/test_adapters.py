@@ -45,6 +45,8 @@ def test_by_hand():
     assert merged["b"] is params["b"]
     padded = {"down": jnp.array([[1.0, 0], [2, 0]]), "up": jnp.array([[3.0, 4.0], [5, 6]])}
     assert merge_lora(params, {"w": padded}, alpha=4)["w"].tolist() == [[6, 8], [12, 16]]
+    compiled = jax.jit(merge_lora)(params, {"w": padded}, alpha=4.0)
+    assert compiled["w"].tolist() == [[6, 8], [12, 16]]
     assert merge_lora(params, {"w": padded})["w"].tolist() == [[3, 4], [6, 8]]
 
 

@@ -44,6 +44,8 @@ RANGES = {
     "fit_samples": Range(2, 2**24),
     "jobs": Range(1, 1024),
     "learning_rate": Range(1e-12, 1e3),
+    "lora_alpha": Range(1e-6, 1e6),
+    "lora_rank": Range(1, 2**16),
     "max_grad_norm": Range(1e-9, 1e9),
     "max_new_tokens": Range(1, ROWS),
     "max_prompt_tokens": Range(1, ROWS),

@@ -9,8 +9,20 @@ from fjax.evaluation import TextTarget
 from fjax.models import LanguageModel
 from fjax.rollouts import Collector, Contexts
 from fjax.runs import Display, Stepper
+from fjax.types import Params
 
 from .settings import Settings
+
+
+class Trained(NamedTuple):
+    """What a run trains: the policy's parameters, or adapters of them.
+
+    initial: what it begins with.
+    policy_of: (what is trained) -> parameters of the policy.
+    """
+
+    initial: Params
+    policy_of: Callable[[Params], Params] = lambda params: params
 
 
 class Built(NamedTuple):
@@ -21,6 +33,7 @@ class Built(NamedTuple):
     collector: how to draw.
     rng_key: for samples that a target is fitted to.
     display: where it is shown.
+    trained: what the run trains.
     """
 
     settings: Settings
@@ -28,6 +41,7 @@ class Built(NamedTuple):
     collector: Collector
     rng_key: jax.Array
     display: Display
+    trained: Trained
 
 
 class Task(NamedTuple):

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 import fjax
 from fjax import preferences
+from fjax.adapters import adapt
 from fjax.divergences import by_name
 from fjax.evaluation import Features, TextTarget
 from fjax.models import LanguageModel
@@ -62,10 +63,10 @@ def make_stepper(config: Config, built: Built) -> Stepper:
     )
     # too few pairs are said at once
     batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)
-    log_prob_fn = fjax.make_log_prob_fn(model.logits_fn)
+    log_prob_fn = fjax.make_log_prob_fn(adapt(model.logits_fn, built.trained.policy_of))
     tuner = preference_tuner(
         log_prob_fn,
-        make_optimizer(settings, model.params),
+        make_optimizer(settings, built.trained.initial),
         loss=make_loss(config),
         microbatch_size=settings.microbatch_size,
     )

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fjax._trees import count_numbers
 from fjax.estimators import Estimate
 from fjax.evaluation import Evaluation, TextTarget
 from fjax.runs.distance import Check
@@ -82,7 +83,7 @@ class Display:
         begin = "from the start" if chosen is None else f"from {_safe(str(chosen))}"
         at = f"going on at step {resumed_at}" if resumed_at else begin
         share = f" ({stepper.base_samples} of the base model)" if stepper.base_samples else ""
-        size = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+        size = count_numbers(params) / 1e6
         model = _safe(str(run.config.get("model", "a model")))
         self.say(
             f"[bold]{escape(title)}[/]: {model} ({size:.1f}M parameters), {count(steps, 'step')} "

@@ -19,8 +19,10 @@ from typing import NamedTuple
 import jax
 
 import fjax
+from fjax._trees import count_numbers
 from fjax.training import read_jsonl
 from fjax.training._lock import LOCK_NAME, FolderLock
+from fjax.types import Params
 
 MAY_CHANGE = {
     "corpora",  # what a reward was trained on; the reward itself is looked at
@@ -275,12 +277,13 @@ def _check_keys(path: Path, records: list[dict], keys: Sequence[str]) -> None:
             )
 
 
-def check_space(folder: Path, parameters: int) -> None:
+def check_space(folder: Path, trained: Params, exported: Params) -> None:
     """Refuses to start a run whose checkpoints and export would not fit.
 
-    These are 3 float32 copies each, up to 4 of them.
+    A checkpoint has 3 float32 copies of what is trained, and there are up to 4 of them.
     """
-    needed, free = 4 * (4 * 3 + 1) * parameters + 2**24, shutil.disk_usage(folder).free
+    numbers = 4 * 3 * count_numbers(trained) + count_numbers(exported)
+    needed, free = 4 * numbers + 2**24, shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
             f"{folder} has {free / 2**20:.0f} MiB left, but checkpoints and export of this model "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from fjax._trees import same_numbers
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate
 from fjax.evaluation import (
@@ -36,14 +37,14 @@ from fjax.runs.endings import AskedToStop, Stop, graceful_stop
 from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metrics
 from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
-from fjax.runs.resume import Schedule, as_tree, begin_at, forget_later
+from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
 from fjax.runs.steps import Progress, Stepper, as_numbers, online
 from fjax.training import Checkpoints, JsonlLogger, Logger, Tuner
 from fjax.training._digests import digest_params
 from fjax.types import Params, PRNGKeyArray
 
-EVALUATION_KEY, TARGET_KEY = 2**31 - 1, 2**31 - 2
-"""Folded into the run's key for evaluations and for fitting a target, where no step's key is."""
+EVALUATION_KEY, TARGET_KEY, ADAPTERS_KEY = 2**31 - 1, 2**31 - 2, 2**31 - 3
+"""Folded into the run's key, as no step's number is: for evaluations, a target's fit, adapters."""
 
 NO_STEP = 2**31 - 1
 """In place of its number, for samples of the base model that no step's evaluation shares."""
@@ -194,7 +195,7 @@ def align(
     check_loggers(loggers)
     display, rng_key = display or Display(), jax.random.key(seed)
     schedule = Schedule(steps, eval_every, eval_samples, checkpoint_every, stop_below, patience)
-    _check_schedule(schedule)
+    check_schedule(schedule)
     if isinstance(tuner, Tuner):
         tuner = online(
             tuner,
@@ -207,14 +208,14 @@ def align(
         )
     values = schedule._asdict() | {"seed": seed, "objective": objective, "title": title}
     with _opened(folder, values | {"samples": tuner.samples}, model, resume) as opened:
-        folders.check_space(opened.path, sum(x.size for x in jax.tree.leaves(model.params)))
+        initial = model.params if initial is None else initial
+        folders.check_space(opened.path, initial, model.params)
         if not opened.resume:
             describe_run(opened)
         kept = _Kept()
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.path / folders.CHECKPOINTS
         with graceful_stop() as stop, Checkpoints(place, score=nearest_first) as checkpoints:
-            initial = model.params if initial is None else initial
             progress, seconds = begin_at(opened, display, tuner, initial, checkpoints, schedule)
             step = int(progress.state.step)
             forget_later(opened.path, step, schedule)
@@ -237,13 +238,6 @@ def _opened(
         return nullcontext(folder)
     digests = {"model": digest_params(model.params)}
     return folders.open_run(folder, values, resume=resume, digests=digests)
-
-
-def _check_schedule(schedule: Schedule) -> None:
-    counts = {name: value for name, value in schedule._asdict().items() if name != "stop_below"}
-    bad = [f"{k}={v}" for k, v in counts.items() if v is not None and not v >= 1]
-    if bad:
-        raise ValueError(f"Counts must be at least 1, got {', '.join(bad)}.")
 
 
 def _distance_of(objective: str, kept: _Kept, metrics: dict) -> float:
@@ -310,7 +304,7 @@ def _base(run: _Run, step: int) -> Base | None:
 
     None where that of step 0, still to be made, is of the base model and will be shared.
     """
-    apart = run.initial is not run.model.params or run.collector.z_rounds
+    apart = not _begins_as_base(run) or run.collector.z_rounds
     if not apart and step == 0:
         return None
     what = "estimate Z" if run.collector.z_rounds else "evaluate"
@@ -318,6 +312,11 @@ def _base(run: _Run, step: int) -> Base | None:
         key = _evaluation_key(run, NO_STEP if apart else 0)
         given = run.collector, run.model.params, run.target, key
         return draw_base(*given, run.schedule.eval_samples, progress=progress)
+
+
+def _begins_as_base(run: _Run) -> bool:
+    """Whether the first policy is the base model to the last bit, as of new adapters."""
+    return same_numbers(run.policy_of(run.initial), run.model.params)
 
 
 def _measure(run: _Run, progress: Progress, step: int) -> Evaluation:
@@ -341,8 +340,8 @@ def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Eva
     _keep_samples(run.folder, evaluation, step)
     if step < run.schedule.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.target)
-    bound, of_base = run.target.bound, run.initial is run.model.params
-    if bound and step == 0 and of_base and evaluation.figures[bound].value == 0:
+    bound = run.target.bound
+    if step == 0 and bound and evaluation.figures[bound].value == 0 and _begins_as_base(run):
         _absent(run, evaluation)
     return evaluation
 

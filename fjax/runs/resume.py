@@ -28,6 +28,14 @@ class Schedule(NamedTuple):
     patience: int | None
 
 
+def check_schedule(schedule: Schedule) -> None:
+    """Raises a ValueError for a count below 1."""
+    counts = {name: value for name, value in schedule._asdict().items() if name != "stop_below"}
+    bad = [f"{k}={v}" for k, v in counts.items() if v is not None and not v >= 1]
+    if bad:
+        raise ValueError(f"Counts must be at least 1, got {', '.join(bad)}.")
+
+
 def begin_at(
     opened: OpenRun,
     display: Display,

@@ -178,3 +178,12 @@ def test_the_command_says_it_in_a_sentence(arguments, monkeypatch, tmp_path, cap
     assert "line 2 is nested too deeply" in said
     assert "Traceback" not in said
     assert not folder.exists()
+
+
+def test_steps_on_pairs_train_adapters_too(files):
+    built = build(TASK, config := configured(files, {"lora_rank": 1, "trainable": "attn"}))
+    stepper = make_stepper(config, built)
+    progress, figures = stepper.step(stepper.begin(built.trained.initial), 0)
+    assert figures["finite"]
+    assert len(progress.state.params) == 4  # of two blocks, two matrices each
+    assert all(adapter["up"].any() for adapter in progress.state.params.values())

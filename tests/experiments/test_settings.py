@@ -130,6 +130,8 @@ def needs_more_than_its_range(command: str, name: str, number: float) -> bool:
         ("kl_gradients", "max_tokens", 16),
         ("settings", "samples", 1),
         ("settings", "clip", 1e6),
+        ("settings", "lora_alpha", 1e-6),
+        ("settings", "lora_alpha", 1e6),
     }
 
 

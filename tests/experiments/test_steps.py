@@ -21,7 +21,7 @@ def asked(monkeypatch, tmp_path):
     found = {}
 
     def align(model, target, tuner, collector, **options):
-        found.update(options, tuner=tuner, collector=collector)
+        found.update(options, model=model, tuner=tuner, collector=collector)
         return Result(0, 0, {}, tmp_path, params=None)
 
     monkeypatch.setattr(build, "align", align)
@@ -45,9 +45,10 @@ def test_a_command_line_is_what_align_is_given(asked):
     expected = {
         "proposal_every": 7, "overlap": False, "objective": "alpha=0.3", "steps": 9, "eval_every": 2,
         "eval_samples": 32, "checkpoint_every": 4, "stop_below": 0.5, "patience": 3, "seed": 5,
-        "initial": None, "loggers": ["tensorboard"], "title": "w9-alpha-0.3",
+        "loggers": ["tensorboard"], "title": "w9-alpha-0.3",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
+    assert found["initial"] is found["policy_of"](found["initial"]) is found["model"].params
     assert list(found["divergences"]) == [*build.REPORTED, "alpha=0.3"]
     assert (found["collector"].samples, found["collector"].policy_samples) == (16, 12)
 

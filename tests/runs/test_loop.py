@@ -3,14 +3,17 @@
 import re
 import shutil
 import signal
+from functools import partial
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import fjax
+from fjax.adapters import adapt, init_lora, merge_lora
 from fjax.estimators import Estimate
 from fjax.rollouts import model_collector
 from fjax.runs import Progress, RunError, Stepper, align, loop, open_run, read_metrics
@@ -133,6 +136,13 @@ SOFT = bigram.TARGET._replace(
 """Positive everywhere, as reverse KL wants it."""
 
 
+MERGE = partial(merge_lora, bigram.BASE, alpha=6.0)
+ADAPTERS = init_lora(bigram.BASE, jax.random.key(0), rank=3)
+ADAPTED = fjax.fdpg(
+    adapt(bigram.LOG_PROB_FN, MERGE), optax.adam(0.1), divergence=fjax.jensen_shannon()
+)
+
+
 def fast() -> optax.GradientTransformation:
     """With a state of every kind: a schedule's count, and parameters that stay."""
     moves = optax.sgd(optax.linear_schedule(1.0, 0.1, 5))
@@ -148,8 +158,9 @@ def fast() -> optax.GradientTransformation:
             ppo_tuner(fjax.log_probs.make_token_log_prob_fn(bigram.logits_fn), optax.adam(0.1)),
             {"target": SOFT},
         ),
+        (ADAPTED, {"initial": ADAPTERS, "policy_of": MERGE, "proposal_every": 2}),
     ],
-    ids=("adaptive", "overlap", "ppo"),
+    ids=("adaptive", "overlap", "ppo", "adapters"),
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(tuner, options, tmp_path):
     """Stopped in the middle between two checks of the proposal."""
@@ -187,6 +198,17 @@ def test_a_policy_may_be_what_its_parameters_stand_for(tmp_path):
     exported = np.load(tmp_path / "run" / "model" / "table.npy")
     np.testing.assert_array_equal(exported, policy_of(trained["state"].params))
     np.testing.assert_array_equal(exported, result.params)
+
+
+def test_adapters_begin_as_the_base_model_and_so_its_rate_is_known(tmp_path):
+    """Whether the constraint ever holds is said at step 0, as without adapters."""
+    never = bigram.TARGET._replace(
+        features=lambda prompts, texts: {"satisfaction": np.zeros(len(texts), np.float32)},
+        stop_if_absent=True,
+    )
+    options = {"target": never, "initial": ADAPTERS, "policy_of": MERGE}
+    with pytest.raises(RunError, match="None of 48 samples of the base model satisfies"):
+        run(tmp_path / "run", ADAPTED, **options)
 
 
 def own_stepper(finite=lambda number: True, samples=7):
