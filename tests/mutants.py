@@ -308,6 +308,44 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
+        "fjax/adapters.py",
+        "tests/test_adapters.py",
+        (
+            "α counts whatever the rank",
+            "alpha / down.shape[1]",
+            "alpha",
+        ),
+        (
+            "what goes down grows with the matrix",
+            "(rows, rank), dtype) / math.sqrt(rows)",
+            "(rows, rank), dtype)",
+        ),
+        (
+            "adapters begin elsewhere than the base model",
+            "jnp.zeros((rank, *others), dtype)",
+            "jnp.ones((rank, *others), dtype)",
+        ),
+        (
+            "the change is rounded before it is added",
+            "(matrix + scale * change).astype(matrix.dtype)",
+            "matrix + (scale * change).astype(matrix.dtype)",
+        ),
+        (
+            "all matrices begin with the same numbers",
+            "jax.random.split(rng_key, len(matrices))",
+            "[rng_key] * len(matrices)",
+        ),
+    ),
+    *_of(
+        "fjax/runs/loop.py",
+        "tests/runs/test_loop.py::test_adapters_begin_as_the_base_model_and_so_its_rate_is_known",
+        (
+            "adapters never begin as the base model",
+            "return same_numbers(run.policy_of(run.initial), run.model.params)",
+            "return run.initial is run.model.params",
+        ),
+    ),
+    *_of(
         "fjax/runs/distance.py",
         "tests/runs/test_distance.py tests/evaluation",
         (

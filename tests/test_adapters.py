@@ -132,15 +132,16 @@ def test_of_full_rank_they_can_be_any_change(x64):
 
 
 def test_in_bfloat16_the_sum_is_taken_before_it_is_rounded():
-    """A change of 3/4 of a unit in the last place is seen; rounded first, 2·(3/8) would be lost."""
-    one = jnp.ones((1, 1), jnp.bfloat16)
+    """Just above half a unit is seen; rounded first to half a unit, 1 would stay 1. Less is lost."""
     unit = float(jnp.finfo(jnp.bfloat16).eps)
-    adapters = {"w": {"down": jnp.full((1, 1), 0.75 * unit), "up": jnp.ones((1, 1))}}
-    merged = merge_lora({"w": one}, adapters)["w"]
-    assert merged.dtype == jnp.bfloat16
-    assert float(merged[0, 0]) == 1 + unit
-    lost = {"w": {"down": jnp.full((1, 1), 0.25 * unit), "up": jnp.ones((1, 1))}}
-    assert float(merge_lora({"w": one}, lost)["w"][0, 0]) == 1
+
+    def merged(change):
+        adapter = {"down": jnp.full((1, 1), change), "up": jnp.ones((1, 1))}
+        return merge_lora({"w": jnp.ones((1, 1), jnp.bfloat16)}, {"w": adapter})["w"]
+
+    assert merged(unit).dtype == jnp.bfloat16
+    assert float(merged(unit / 2 * (1 + 2**-10))[0, 0]) == 1 + unit
+    assert float(merged(unit / 4)[0, 0]) == 1
 
 
 def test_arguments_of_a_function_are_passed_on():
