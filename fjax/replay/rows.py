@@ -1,9 +1,11 @@
 """The rows of a replay: room for them, what it takes, and how a rollout is added."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fjax._checks import is_concrete, one_number
 from fjax.training import Rollout
@@ -133,8 +135,15 @@ def add_to_replay(
     """
     _check_added(batch, held_out)
     rollout = checked_rollout(rollout, None)
-    n = rollout.log_q.size
-    _check_room(replay, rollout, n)
+    _check_room(replay, rollout)
+    strata = np.zeros(rollout.log_q.shape) if rollout.strata is None else rollout.strata
+    if held_out and is_concrete(strata):
+        _check_strata(np.asarray(strata), held_out)
+    return _add(replay, rollout, batch, held_out)
+
+
+@partial(jax.jit, static_argnums=3)  # many small operations
+def _add(replay: Replay, rollout: Rollout, batch, held_out: float) -> Replay:
     is_held_out, log_share = _split(rollout, held_out)
     added = {
         "tokens": rollout.tokens,
@@ -146,9 +155,9 @@ def add_to_replay(
     }
     if rollout.contexts is not None:
         added["contexts"] = jnp.broadcast_to(rollout.contexts[:, None], rollout.log_q.shape)
-    rows = replay.size + jnp.arange(n)
+    rows = replay.size + jnp.arange(rollout.log_q.size)
     columns = {name: _put(getattr(replay, name), rows, x) for name, x in added.items()}
-    return replay._replace(**columns, size=replay.size + n)
+    return replay._replace(**columns, size=replay.size + rollout.log_q.size)
 
 
 def _put(column, rows, values):
@@ -164,13 +173,7 @@ def _split(rollout: Rollout, share: float) -> tuple[Bool[Array, "C N"], Float[Ar
     c, n = rollout.log_q.shape
     strata = jnp.zeros((c, n), jnp.int32) if rollout.strata is None else rollout.strata
     rank, count = jax.vmap(_places)(strata)
-    if share and is_concrete(count) and (count == 1).any():
-        raise ValueError(
-            f"held_out={share} cannot be taken of a stratum with a single row: of {n} samples a "
-            f"context, one stratum has only one. Draw at least two of each, or hold out none."
-        )
-    kept_out = jnp.clip(jnp.round(share * count).astype(int), min(1, share > 0), count - 1)
-    kept_out = jnp.where(share > 0, kept_out, 0)
+    kept_out = jnp.clip(jnp.round(share * count).astype(int), 1, count - 1) if share else 0 * count
     is_held_out = (rank + 1) * kept_out // count > rank * kept_out // count
     own = jnp.where(is_held_out, kept_out, count - kept_out)
     part = jnp.where(is_held_out, is_held_out.sum(), (~is_held_out).sum())
@@ -193,7 +196,19 @@ def _check_added(batch, held_out: float) -> None:
         raise ValueError(f"held_out is a share of the rows, from 0 to below 1; got {held_out}.")
 
 
-def _check_room(replay: Replay, rollout: Rollout, n: int) -> None:
+def _check_strata(strata: np.ndarray, held_out: float) -> None:
+    """Whether each stratum of each context can be in both parts."""
+    for row in strata:
+        numbers, counts = np.unique(row, return_counts=True)
+        if counts.min() == 1:
+            raise ValueError(
+                f"held_out={held_out} cannot be taken of a stratum with a single row, as stratum "
+                f"{numbers[counts.argmin()]} among {len(row)} samples is. Draw at least two of "
+                f"each, or hold out none."
+            )
+
+
+def _check_room(replay: Replay, rollout: Rollout) -> None:
     """Whether the rows of the rollout are like those of the replay, and there is room for them."""
     columns = replay.tokens.shape[1], replay.contexts is not None
     given = rollout.tokens.shape[-1], rollout.contexts is not None
@@ -203,7 +218,7 @@ def _check_room(replay: Replay, rollout: Rollout, n: int) -> None:
             f"The replay has rows of {columns[0]} tokens {having[columns[1]]}, the rollout "
             f"{given[0]} tokens {having[given[1]]}. Make the replay for rollouts like this one."
         )
-    capacity = len(replay.batches)
+    capacity, n = len(replay.batches), rollout.log_q.size
     if is_concrete(replay.size) and int(replay.size) + n > capacity:
         raise ValueError(
             f"The replay has room for {capacity} rows and holds {int(replay.size)}, so {n} more do "

@@ -1,5 +1,7 @@
 """How batches are combined, and the Z of all of them together."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +59,7 @@ def weights_by_ess(
     For the training part the weights are constants, so given the proposals what is summed with them
     has no bias. For what is estimated on the held-out part, take those of the training part. Where
     a proposal depends on an earlier batch, as it does in training, only weights fixed beforehand
-    have none at all; these have a small one, for a batch is judged by one that it brought about.
+    have none at all; these have one of order 1/n_b, as a batch is judged by those it brought about.
 
     Args:
         replay: what there is.
@@ -127,24 +129,27 @@ def replay_log_z(
     Source: Owen 2013, section 9.1; Veach and Guibas 1995 for several proposals.
     """
     share = row_weights(replay, batch_weights, replay.held_out == held_out)
-    k, ids = 1, jnp.zeros_like(replay.batches)
-    if num_contexts is not None:
-        check_counts(num_contexts=num_contexts)
-        k, ids = num_contexts, _context_ids(replay, num_contexts)
-    total = _sums(share, ids, k)
+    if num_contexts is None:
+        one = _log_z(replay, share, jnp.zeros_like(replay.batches), 1)
+        return Estimate(*(x[0] for x in one))
+    check_counts(num_contexts=num_contexts)
+    return _log_z(replay, share, _context_ids(replay, num_contexts), num_contexts)
+
+
+@partial(jax.jit, static_argnums=3)
+def _log_z(replay: Replay, share: Float[Array, "R"], ids: Int[Array, "R"], number: int) -> Estimate:
+    """Of each of some groups of rows, whose shares are divided by their sum."""
+    total = _sums(share, ids, number)
     share = share / jnp.where(total > 0, total, 1.0).at[ids].get(mode="fill", fill_value=1.0)
     log_weights = jnp.where(share > 0, replay.log_score - replay.log_q + jnp.log(share), -jnp.inf)
-    value, sums, squares = _log_sums(log_weights, ids, k)
-    # (w/Z - 1)² by row, with the n/(n - 1) of weights that are not all alike.
-    relative = jnp.exp(
-        log_weights - jnp.where(jnp.isneginf(value), 0.0, value).at[ids].get(mode="clip")
-    )
-    spread = _sums((relative - share) ** 2, ids, k) / (1 - _sums(share**2, ids, k))
-    some = sums > 0
-    std_error = jnp.where(some, jnp.sqrt(spread), jnp.inf)
+    value, sums, squares = _log_sums(log_weights, ids, number)
+    # Deviations of w/Z from 1 by row; the divisor is the n/(n - 1) of shares that are not alike.
+    unit = jnp.where(jnp.isneginf(value), 0.0, value).at[ids].get(mode="clip")
+    deviations = jnp.exp(log_weights - unit) - share
+    spread = _sums(deviations**2, ids, number) / (1 - _sums(share**2, ids, number))
+    some = sums != 0
     ess = jnp.where(some, sums**2 / jnp.where(some, squares, 1.0), 0.0)
-    estimate = Estimate(value, std_error, ess)
-    return estimate if num_contexts is not None else Estimate(*(x[0] for x in estimate))
+    return Estimate(value, jnp.where(some, jnp.sqrt(spread), jnp.inf), ess)
 
 
 def row_weights(
@@ -152,13 +157,17 @@ def row_weights(
 ) -> Float[Array, "R"]:
     """c_b/n_b for each row that counts, 0 for others; they sum to 1 if there are any."""
     weights = _checked_weights(replay, batch_weights)
-    ids = _batch_ids(replay, len(weights))
-    part = (ids < len(weights)) & counted
-    n = _sums(part.astype(weights.dtype), ids, len(weights))
+    return _row_weights(weights, _batch_ids(replay, len(weights)), counted)
+
+
+@jax.jit
+def _row_weights(weights, ids, counted):
+    counted &= ids < len(weights)
+    n = _sums(counted.astype(weights.dtype), ids, len(weights))
     weights = jnp.where(n > 0, weights / jnp.maximum(n, 1), 0.0)
     total = jnp.sum(weights * n)
     weights = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.where(part, weights.at[ids].get(mode="clip"), 0.0)
+    return jnp.where(counted, weights.at[ids].get(mode="clip"), 0.0)
 
 
 def normalised(replay: Replay, log_z: LogZ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
@@ -203,6 +212,7 @@ def _sums(values: Float[Array, "R"], ids: Int[Array, "R"], number: int) -> Float
     return jax.ops.segment_sum(values, ids, num_segments=number)
 
 
+@partial(jax.jit, static_argnums=2)
 def _log_sums(log_weights, ids, number: int):
     """Log Σw of each of some groups; then Σw and Σw² in units of the largest weight."""
     top = jax.ops.segment_max(log_weights, ids, num_segments=number)
@@ -219,6 +229,11 @@ def _checked_weights(replay: Replay, batch_weights: BatchWeights) -> Float[Array
         raise ValueError(
             f"batch_weights must be one number a batch, [B]; got shape {list(weights.shape)}."
         )
-    if is_concrete(weights) and not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(f"batch_weights must be finite and at least 0, got {weights.tolist()}.")
+    if is_concrete(batch_weights):
+        # In NumPy: while a program is traced, JAX would trace the comparison of constants, too.
+        given = np.asarray(batch_weights)
+        if not (np.isfinite(given) & (given >= 0)).all() or not given.any():
+            raise ValueError(
+                f"batch_weights must be at least 0, finite and not all 0; got {given.tolist()}."
+            )
     return weights
