@@ -17,7 +17,16 @@ from .plan import Place
 
 COMPARED = {"divergence", "alpha", "algorithm", "seed"}
 """Settings that are expected to differ."""
-NOTES = {"versions", "devices", "command", "digests", "tensorboard", "wandb_project", "wandb_mode"}
+NOTES = {
+    "aim",
+    "versions",
+    "devices",
+    "command",
+    "digests",
+    "tensorboard",
+    "wandb_project",
+    "wandb_mode",
+}
 """What config.json has that no step depends on, beside what --resume may change."""
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from fjax.evaluation import draw_base, draw_scored, make_base, measure
 from fjax.runs import Display
+from fjax.runs.aim import aim_of
 from fjax.runs.distance import check_bound
 from fjax.runs.folder import write_text
 from fjax.runs.loop import EVALUATION_KEY, NO_STEP, as_record
@@ -86,8 +87,11 @@ def run_evaluate(config: Config) -> int:
         known = known or make_base(*drawn)
     before, after = found
     check = check_bound(after, target.bound)
-    record, names = as_record(before.figures, 0, 0.0, 0), {"first": "base", "last": config.aligned}
-    display.beside(record, after, target, check, **names)
+    record, aim = (
+        as_record(before.figures, 0, 0.0, 0),
+        aim_of(target, divergences, settings.divergence),
+    )
+    display.beside(record, after, aim, check, first="base", last=config.aligned)
     if config.output is not None:
         figures = {name: figure._asdict() for name, figure in after.figures.items()}
         written = {"aligned": config.aligned, "samples": len(after.samples.texts)}

@@ -6,10 +6,9 @@ Bars have rate and time left.
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,17 +22,21 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fjax._trees import count_numbers
-from fjax.estimators import Estimate
-from fjax.evaluation import Evaluation, TextTarget
+from fjax.divergences import FDivergence
+from fjax.evaluation import Evaluation
+from fjax.runs import rows
+from fjax.runs.aim import Aim, most_of
 from fjax.runs.distance import Check
 from fjax.runs.folder import OpenRun
 from fjax.runs.names import title_of
-from fjax.runs.steps import Stepper
-from fjax.runs.text import count, on_one_line
+from fjax.runs.rows import Record, short
+from fjax.runs.steps import Stepper, as_numbers
+from fjax.runs.text import count, on_one_line, pieces
+from fjax.runs.verdict import verdict
 from fjax.types import Params
 
 SHOWN = 4
@@ -107,48 +110,73 @@ class Display:
 
     @contextmanager
     def progress(
-        self, name: str, *, total: int, completed: int, headline: str = ""
+        self,
+        name: str,
+        *,
+        total: int,
+        completed: int,
+        headline: str = "",
+        divergence: FDivergence | None = None,
     ) -> Iterator[Callable[[int, dict], None]]:
-        """A bar that shows the headline first.
+        """A bar that shows the headline first, then the divergence of a step, with its limit.
 
         Gives a function of (completed, record of the step).
         """
-        columns = (
-            TextColumn(f"{name:9}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
         is_terminal = self._console.is_terminal
         with Progress(
-            *columns, console=self._console, disable=not is_terminal, transient=name != "align"
+            *self._columns(name),
+            console=self._console,
+            disable=not is_terminal,
+            transient=name != "align",
+            expand=True,
         ) as bar:
             task = bar.add_task(name, total=total, completed=completed, note="")
 
             def advance(done: int, record: dict) -> None:
-                bar.update(task, completed=done, note=_note(record, headline))
+                note = _note(record, headline, divergence)
+                bar.update(task, completed=done, note=note)
                 if not is_terminal and record and (done % 10 == 0 or done == total):
-                    self.say(
-                        f"step {done}/{total}  {_note(record, headline)}  {record['seconds']:.0f} s"
-                    )
+                    self.say(f"step {done}/{total}  {escape(note)}  {record['seconds']:.0f} s")
 
             yield advance
 
-    def evaluation(self, evaluation: Evaluation, step: int, target: TextTarget) -> None:
-        """A table of figures, beside those of the base model, and a few samples."""
+    def _columns(self, name: str) -> tuple[ProgressColumn, ...]:
+        """Of a bar. Where there is little room, figures are cut; count, rate and time never are."""
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        return (
+            TextColumn(name),
+            BarColumn(bar_width=30 if self._console.width >= 110 else 5),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", table_column=rest, markup=False),
+        )
+
+    def evaluation(self, evaluation: Evaluation, step: int, aim: Aim) -> None:
+        """A table of figures, and a few samples."""
         found = len(evaluation.samples.texts)
         title = f"step {step}, {found} fresh samples of the policy"
         if evaluation.log_z is not None:
             title += f", continuing {len(evaluation.log_z)} unseen prompts"
+        self._figures(title, {"value ± std. error": _record(evaluation)}, aim, ess_below=found)
+        self._console.print(_samples(evaluation, aim))
+
+    def _figures(
+        self, title: str, columns: Mapping[str, Record], aim: Aim, ess_below: int | None = None
+    ) -> None:
+        """Of one or more records, with the effective samples of the last where they are fewer."""
         table = Table(title=title, title_justify="left")
-        _add_columns(table, "figure", "value", "± std. error", "ESS")
-        for name, figure in evaluation.figures.items():
-            ess = f"{figure.ess:.0f}" if figure.ess < found - 0.5 else ""
-            table.add_row(_name(name), _number(figure.value), _error(figure), ess)
+        _add_columns(table, "figure", *columns, *(["ESS"] if ess_below else []))
+        *_, last = records = list(columns.values())
+        for name in rows.shown(records, aim):
+            row = [rows.titled(name, aim), *(rows.cell(record, name, aim) for record in records)]
+            if ess_below:
+                ess = float(last[f"{name}_ess"])
+                row.append(f"{ess:.0f}" if ess < ess_below - 0.5 else "")
+            table.add_row(*map(_safe, row))
         self._console.print(table)
-        self._console.print(_samples(evaluation, target))
+        for note in rows.notes(records, aim):
+            self.say(_safe(note), style="dim")
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table of numbers; the first column says what they are of."""
@@ -172,31 +200,26 @@ class Display:
 
     def beside(
         self,
-        before: dict,
+        before: Record,
         after: Evaluation,
-        target: TextTarget,
+        aim: Aim,
         check: Check | None,
         *,
         first: str,
         last: str,
+        of_p: Record | None = None,
     ) -> None:
-        """Figures of a record and of an evaluation in one table.
+        """Figures of a record and of an evaluation in one table, and of p where they are known.
 
-        Below it, samples of the latter, and the check on them.
+        Below it, samples of the latter, a sentence on what was reached, and the check on figures.
         """
-        table = Table(title=_safe(f"{first} → {last}"), title_justify="left")
-        _add_columns(table, "figure", _safe(first), _safe(last), "± std. error")
-        for name, figure in after.figures.items():
-            table.add_row(
-                _name(name),
-                _number(before.get(name, math.nan)),
-                _number(figure.value),
-                _error(figure),
-            )
-        self._console.print(table)
-        self._console.print(_samples(after, target, shown=2 * SHOWN))
+        record, first, last = _record(after), _safe(first), _safe(last)
+        columns = {first: before, last: record} | ({"p": of_p} if of_p else {})
+        self._figures(f"{first} → {last}", columns, aim)
+        self._console.print(_samples(after, aim, shown=2 * SHOWN))
         if after.log_z is not None:
             self.say(f"Figures are means over {_prompts(after.log_z)}.")
+        self.say(f"[bold]{_safe(verdict(before, record, aim, of_p))}[/]")
         if check is not None:
             self.say(escape(_verdict(check)))
 
@@ -204,13 +227,15 @@ class Display:
         self,
         evaluations: dict[int, dict],
         after: Evaluation,
-        target: TextTarget,
+        of_p: Record | None,
+        aim: Aim,
         check: Check | None,
         folder: Path,
         seconds: float,
     ) -> None:
-        """Before → after, the check on the figures, and where things are."""
-        self.beside(evaluations.get(0, {}), after, target, check, first="before", last="after")
+        """Before → after, what that is worth, the check on the figures, and where things are."""
+        named = {"first": "before", "last": "after", "of_p": of_p}
+        self.beside(evaluations.get(0, {}), after, aim, check, **named)
         self.say(
             f"Plots, samples, metrics, checkpoints and the model are in {escape(str(folder))} "
             f"({seconds:.0f} s)."
@@ -252,17 +277,23 @@ def _prompts(log_z: np.ndarray) -> str:
     return f"{known} of {len(log_z)} unseen prompts ({unknown})"
 
 
-def _samples(evaluation: Evaluation, target: TextTarget, shown: int = SHOWN) -> Table:
+def _record(evaluation: Evaluation) -> Record:
+    """As metrics.jsonl has it."""
+    return {k: v for item in evaluation.figures.items() for k, v in as_numbers(*item).items()}
+
+
+def _samples(evaluation: Evaluation, aim: Aim, shown: int = SHOWN) -> Table:
     # No wrapping tricks: a sample is read as a sentence, marked where the constraint holds.
     table = Table(show_header=False, box=None, padding=(0, 1))
     samples = evaluation.samples
     count = len(samples.texts)
-    marks = samples.features[target.bound] if target.bound else [None] * count
+    marks = samples.features[aim.bound] if aim.bound else [None] * count
     # Spread over all, so that with contexts they are of different ones.
     for i in range(0, count, max(1, count // shown))[:shown]:
         sign = "" if marks[i] is None else "[green]✓[/]" if marks[i] else "[red]✗[/]"
-        prompt, text = _safe(samples.prompts[i]), _safe(samples.texts[i])
-        table.add_row(sign, f"[dim]{prompt}[/] {text}" if prompt else text)
+        prompt, found = on_one_line(samples.prompts[i]), pieces(samples.texts[i], aim.highlight)
+        text = [(piece, "bold green" if hit else "") for piece, hit in found]
+        table.add_row(sign, Text.assemble(*[(f"{prompt} ", "dim")] * bool(prompt), *text))
     return table
 
 
@@ -274,26 +305,28 @@ def _safe(text: str) -> str:
     return escape(on_one_line(text))
 
 
-def _name(figure: str) -> str:
-    return _safe(title_of(figure))
-
-
-def _note(record: dict, headline: str) -> str:
-    shown = {headline: headline, "log_z": "log Z", "divergence": "divergence"}
-    return "  ".join(
-        f"{title} {_number(float(record[name]))}" for name, title in shown.items() if name in record
+def _note(record: Record, headline: str, divergence: FDivergence | None) -> str:
+    parts = (
+        [f"{on_one_line(headline)} {short(rows.value_of(record, headline))}"]
+        if headline in record
+        else []
     )
+    if "divergence" in record:
+        parts.append(_of_step(rows.value_of(record, "divergence"), divergence))
+    if "log_z" in record:
+        parts.append(f"log Z {short(rows.value_of(record, 'log_z'))}")
+    return "  ".join(parts)
 
 
-def _number(value: Any) -> str:
-    if math.isnan(value):
-        return "unknown"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    return (
-        f"{value:z.4f}" if abs(value) < 1 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    )
+def _of_step(value: float, divergence: FDivergence | None) -> str:
+    """A step's own divergence with its limit.
 
-
-def _error(figure: Estimate) -> str:
-    return f"± {_number(figure.std_error)}" if math.isfinite(figure.std_error) else ""
+    Its estimate has weights without a limit, and may be above; then it says no more than the limit.
+    """
+    most = None if divergence is None else most_of(divergence)
+    name = "divergence" if divergence is None else title_of(divergence.name).removesuffix("(π, p)")
+    if most is None:
+        return f"{name} {short(value)}"
+    if value > most:
+        return f"{name} at most {short(most)}"
+    return f"{name} {short(value)} of at most {short(most)}"

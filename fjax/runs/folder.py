@@ -20,6 +20,7 @@ import jax
 
 import fjax
 from fjax._trees import count_numbers
+from fjax.runs.aim import Aim
 from fjax.training import read_jsonl
 from fjax.training._lock import LOCK_NAME, FolderLock
 from fjax.types import Params
@@ -117,14 +118,15 @@ def open_run(
                 path.rmdir()  # if nothing was begun
 
 
-def describe_run(run: OpenRun) -> None:
+def describe_run(run: OpenRun, aim: Aim = Aim()) -> None:
     """Writes config.json of a new run.
 
-    What was chosen, by which command, what it ran on, and digests of what it reads.
+    What was chosen, by which command, what it is after, what it ran on, and digests of what it
+    reads.
     """
     versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
     devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
-    about = {"versions": versions, "devices": devices, "command": run.command}
+    about = {"versions": versions, "devices": devices, "command": run.command, "aim": aim._asdict()}
     written = {**run.config, **about, "digests": dict(run.digests)}
     write_text(run.path / "config.json", json.dumps(written, indent=2))
 
@@ -221,10 +223,26 @@ def read_evaluations(folder: Path) -> list[dict]:
     Raises:
         RunError: if there is none.
     """
-    found = by_step(read_metrics(folder), "evaluation")
+    found, _ = read_figures(folder)
+    return found
+
+
+def read_figures(folder: Path) -> tuple[list[dict], dict | None]:
+    """The evaluations of a run, and figures of samples of p itself, None where it had none.
+
+    Raises:
+        RunError: if there is no evaluation.
+    """
+    records = read_metrics(folder)
+    found = by_step(records, "evaluation")
     if not found:
         raise RunError(f"{folder} has no evaluation yet.")
-    return list(found.values())
+    return list(found.values()), of_target(records)
+
+
+def of_target(records: Sequence[dict]) -> dict | None:
+    """Figures of samples of p itself, among the records of a run; None where it had none."""
+    return next(iter(by_step(records, "target").values()), None)
 
 
 def read_samples(folder: Path) -> list[dict]:

@@ -31,6 +31,7 @@ from fjax.evaluation import (
 from fjax.rollouts import Collector
 from fjax.runs import folder as folders
 from fjax.runs import plots, report
+from fjax.runs.aim import Aim, aim_of
 from fjax.runs.display import Display
 from fjax.runs.distance import check_bound, distances
 from fjax.runs.endings import AskedToStop, Stop, graceful_stop
@@ -108,7 +109,7 @@ class _Run(NamedTuple):
     stepper: Stepper
     schedule: Schedule
     divergences: Mapping[str, FDivergence]
-    objective: str
+    aim: Aim
     metrics: Mapping[str, Metric] | None
     rng_key: PRNGKeyArray
     checkpoints: Checkpoints
@@ -187,11 +188,11 @@ def align(
 
     Raises:
         RunError: for what can be put right, with what to do.
-        ValueError: for an objective that is none of the divergences.
+        ValueError: for an objective that is none of the divergences, or a ``target.highlight`` that
+            is no regular expression.
     """
     objective = next(iter(divergences)) if objective is None else objective
-    if objective not in divergences:
-        raise ValueError(f"objective must be one of {list(divergences)}, got {objective!r}.")
+    aim = aim_of(target, divergences, objective)
     check_loggers(loggers)
     display, rng_key = display or Display(), jax.random.key(seed)
     schedule = Schedule(steps, eval_every, eval_samples, checkpoint_every, stop_below, patience)
@@ -211,7 +212,7 @@ def align(
         initial = model.params if initial is None else initial
         folders.check_space(opened.path, initial, model.params)
         if not opened.resume:
-            describe_run(opened)
+            describe_run(opened, aim)
         kept = _Kept()
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.path / folders.CHECKPOINTS
@@ -222,7 +223,7 @@ def align(
             with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
                 run = _Run(
                     opened, title, model, initial, policy_of, target, collector, tuner, schedule,
-                    divergences, objective, metrics, rng_key, checkpoints, logger, display, kept,
+                    divergences, aim, metrics, rng_key, checkpoints, logger, display, kept,
                     stop,
                 )  # fmt: skip
                 kept.records |= by_step(read_metrics(opened.path), "evaluation")
@@ -256,9 +257,8 @@ def _train(run: _Run, progress: Progress, seconds: float) -> Result:
             if step not in run.kept.records:
                 _evaluate_now(run, progress, step, begun)
             enough = step > 0 and _is_enough(run)
-    headline = run.target.headline
-    shown = {"total": schedule.steps, "completed": step, "headline": headline}
-    with run.display.progress("align", **shown) as bar:
+    shown = {"headline": run.target.headline, "divergence": run.stepper.divergence}
+    with run.display.progress("align", total=schedule.steps, completed=step, **shown) as bar:
         while step < schedule.steps and not run.stop.signal and not enough:
             progress, figures = run.stepper.step(progress, step)
             step += 1
@@ -339,7 +339,7 @@ def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Eva
     run.kept.records[step] = record
     _keep_samples(run.folder, evaluation, step)
     if step < run.schedule.steps:  # the last is shown by the summary, beside the first
-        run.display.evaluation(evaluation, step, run.target)
+        run.display.evaluation(evaluation, step, run.aim)
     bound = run.target.bound
     if step == 0 and bound and evaluation.figures[bound].value == 0 and _begins_as_base(run):
         _absent(run, evaluation)
@@ -406,7 +406,7 @@ def _save(run: _Run, progress: Progress, begun: float) -> None:
 def _is_enough(run: _Run) -> bool:
     """Whether the distance or patience ends the run here, and says so."""
     schedule = run.schedule
-    unit, known = distances(run.kept.records, run.objective)
+    unit, known = distances(run.kept.records, run.aim.objective)
     found = [value for step, value in sorted(known.items()) if step > 0]
     name = title_of(unit)
     newest = known.get(max(run.kept.records), np.inf)
@@ -426,7 +426,7 @@ def _is_enough(run: _Run) -> bool:
 
 def nearest(run: _Run) -> int | None:
     """The saved step nearest to the target; None where that is known of none."""
-    _, known = distances(run.kept.records, run.objective)
+    _, known = distances(run.kept.records, run.aim.objective)
     saved = (step for step in run.checkpoints.steps if step in known)
     return min(saved, key=known.__getitem__, default=None)
 
@@ -445,14 +445,14 @@ def _finish(
     run.checkpoints.wait()
     _export(run, params)
     records = read_metrics(run.folder)
-    plots.write(run.folder, run.target.headline, bounded=run.target.bound is not None)
+    plots.write(run.folder, run.aim)
     report.write(run.folder)
-    evaluations = by_step(records, "evaluation")
+    evaluations, of_p = by_step(records, "evaluation"), folders.of_target(records)
     check = check_bound(after, run.target.bound)
     seconds = time.monotonic() - begun
-    run.display.summary(evaluations, after, run.target, check, run.folder, seconds)
+    run.display.summary(evaluations, after, of_p, run.aim, check, run.folder, seconds)
     if best != step:
-        unit, _ = distances(run.kept.records, run.objective)
+        unit, _ = distances(run.kept.records, run.aim.objective)
         run.display.say(
             f"The model is that of step {best}, where {title_of(unit)} was lowest; the table is of "
             f"step {step}."

@@ -11,8 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from fjax.runs.folder import by_step, read_contexts, read_metrics
+from fjax.runs.aim import Aim
+from fjax.runs.folder import by_step, of_target, read_contexts, read_metrics
 from fjax.runs.names import title_of
+from fjax.runs.rows import FEW
 
 DRAWN = "samples drawn"
 STYLE = {
@@ -32,51 +34,83 @@ def counted(steps: Sequence[dict]) -> str:
     return "pairs seen" if any("margin" in record for record in steps) else DRAWN
 
 
-def write(folder: Path, headline: str, *, bounded: bool) -> None:
+def write(folder: Path, aim: Aim) -> None:
     """evaluation.png (what was reached), training.png (how it went), and with prompts contexts.png.
 
     Args:
         folder: of the run, which is read.
-        headline: the feature that is shown first; "" shows none.
-        bounded: whether its mean is between 0 and 1.
+        aim: what it is after.
     """
     records, of_contexts = read_metrics(folder), read_contexts(folder)
     evaluations = list(by_step(records, "evaluation").values())
     steps = [record for record in records if record["kind"] == "step"]
+    of_p = (of_target(records) or {}) | ({aim.bound: 1.0} if aim.bound else {})
     with plt.style.context(STYLE):
-        _evaluation(folder / "evaluation.png", evaluations, steps, headline, bounded=bounded)
+        _evaluation(folder / "evaluation.png", evaluations, steps, aim, of_p)
         if steps:
             draw = _training if counted(steps) == DRAWN else _offline_training
             draw(folder / "training.png", steps)
-        if of_contexts and headline:
+        headline = next((name for name in aim.headlines if name in (of_contexts or [{}])[0]), "")
+        if headline:
             _contexts(folder / "contexts.png", of_contexts, headline)
 
 
 def _evaluation(
-    path: Path, evaluations: list[dict], steps: list[dict], headline: str, *, bounded: bool
+    path: Path, evaluations: list[dict], steps: list[dict], aim: Aim, of_p: dict
 ) -> None:
-    figure, axes = plt.subplots(2, 3)
-    if headline:
-        label = "each step's own samples"
-        axes[0, 0].plot(*_xy(steps, headline), lw=0.6, alpha=0.4, color="C0", label=label)
-        _with_error(axes[0, 0], evaluations, headline, label="fresh samples")
-        axes[0, 0].set_title(f"{headline}, mean under π")
-    if bounded:
-        axes[0, 0].set_ylim(0, 1.02)
-    for name in ("forward_kl", "reverse_kl"):
-        _with_error(axes[0, 1], evaluations, name)
-    axes[0, 1].set_title("divergence from the target, nats")
-    for name in ("total_variation", "jensen_shannon"):
-        _with_error(axes[0, 2], evaluations, name)
-    axes[0, 2].set_title("bounded divergences")
-    _with_error(axes[1, 0], evaluations, "kl_to_base")
-    axes[1, 0].set_title("KL from the base model, nats")
-    _with_error(axes[1, 1], evaluations, "entropy")
-    axes[1, 1].set_title("entropy of a sample, nats")
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6))
+    _headline(axes[0, 0], evaluations, steps, aim, of_p)
+    _divergences(axes[0, 1:3], evaluations, aim)
+    _with_error(axes[0, 3], evaluations, "kl_to_base")
+    axes[0, 3].set_title("KL from the base model, nats")
+    for ax, name, title in (
+        (axes[1, 0], "entropy", "entropy of a sample, nats"),
+        (axes[1, 1], "length", "tokens a sample"),
+    ):
+        _with_error(ax, evaluations, name)
+        _level(ax, of_p.get(name), "p")
+        ax.set_title(title)
     for n in (1, 2, 3):
         axes[1, 2].plot(*_xy(evaluations, f"distinct_{n}"), marker=".", label=f"distinct-{n}")
     axes[1, 2].set(title="distinct n-grams / all", ylim=(0, None))
+    axes[1, 3].plot(
+        *_xy(evaluations, f"{aim.objective}_ess"), marker=".", label="effective samples"
+    )
+    _level(axes[1, 3], FEW, "too few to rely on")
+    axes[1, 3].set(title="what the divergences rest on", ylim=(0, None))
     _finish(figure, axes, path, xlabel=counted(steps))
+
+
+def _divergences(axes, evaluations: list[dict], aim: Aim) -> None:
+    """Those without a limit, and those with one, which is drawn."""
+    unbounded, bounded = axes
+    for name, most in aim.at_most.items():
+        line = _with_error(unbounded if most is None else bounded, evaluations, name)
+        if line is not None:
+            _level(bounded, most, f"the most of {title_of(name)}", color=line.get_color())
+    _level(unbounded, evaluations[0].get("forward_kl"), "KL(p‖π) before")
+    unbounded.set_title("unbounded divergences from the target")
+    bounded.set_title("bounded divergences from the target")
+
+
+def _headline(ax, evaluations: list[dict], steps: list[dict], aim: Aim, of_p: dict) -> None:
+    name = next((name for name in aim.headlines if name in evaluations[-1]), None)
+    if name is None:
+        return
+    if any(name in record for record in steps):
+        label = "each step's own samples"
+        ax.plot(*_xy(steps, name), lw=0.6, alpha=0.4, color="C0", label=label)
+    _with_error(ax, evaluations, name, label="fresh samples")
+    _level(ax, of_p.get(name), "p")
+    ax.set_title(f"{title_of(name)}, mean under π")
+    if name == aim.bound:
+        ax.set_ylim(0, 1.02)
+
+
+def _level(ax, value: float | None, label: str, color="grey") -> None:
+    """A dashed line; nothing where it is unknown."""
+    if value is not None and np.isfinite(value):
+        ax.axhline(value, color=color, ls="--", lw=0.8, label=label)
 
 
 def _training(path: Path, steps: list[dict]) -> None:
@@ -85,13 +119,13 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[0, 0].set_title("running estimate of log Z")
     _with_error(axes[0, 1], steps, "divergence", marker="")
     axes[0, 1].set_title("the objective, on each step's samples")
-    axes[0, 2].plot(*_xy(steps, "reward_std"), lw=0.8)
+    axes[0, 2].plot(*_xy(steps, "reward_std"), lw=0.8, label="standard deviation")
     axes[0, 2].set_title("spread of the pseudo-reward -f'(π/p)")
-    axes[1, 0].plot(*_xy(steps, "grad_norm"), lw=0.8)
+    axes[1, 0].plot(*_xy(steps, "grad_norm"), lw=0.8, label="norm")
     if any(record.get("grad_norm", 0) > 0 for record in steps):
         axes[1, 0].set_yscale("log")
     axes[1, 0].set_title("norm of the gradient")
-    axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8)
+    axes[1, 1].plot(*_xy(steps, "divergence_ess"), lw=0.8, label="effective samples")
     axes[1, 1].set_title("effective samples of the divergence")
     axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples")
     if any(record.get("clipped_fraction") for record in steps):
@@ -111,7 +145,7 @@ def _offline_training(path: Path, steps: list[dict]) -> None:
         "grad_norm": "norm of the gradient",
     }
     for ax, (name, title) in zip((axes[0, 0], axes[0, 1], axes[1, 0]), panels.items(), strict=True):
-        ax.plot(*_xy(steps, name), lw=0.8)
+        ax.plot(*_xy(steps, name), lw=0.8, label=title)
         ax.set_title(title)
     for name, label in (
         ("chosen_log_ratio", "of the chosen"),
@@ -163,19 +197,18 @@ def _xy(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([r["samples"] for r in records]), np.where(np.isfinite(y), y, np.nan)
 
 
-def _with_error(
-    ax, records: list[dict], name: str, label: str | None = None, marker: str = "."
-) -> None:
-    """A line with a band of two standard errors.
+def _with_error(ax, records: list[dict], name: str, label: str | None = None, marker: str = "."):
+    """A line with a band of two standard errors, which is returned.
 
-    Nothing where the figure is infinite or unknown.
+    None, and nothing drawn, where the figure is infinite or unknown.
     """
     x, y = _xy(records, name)
     if np.isnan(y).all():
-        return
+        return None
     _, error = _xy(records, f"{name}_std_error")
     (line,) = ax.plot(x, y, marker=marker, lw=1.2, label=label or title_of(name))
     ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
+    return line
 
 
 def label_counts(ax) -> None:
@@ -195,7 +228,7 @@ def _finish(figure, axes, path: Path, *, xlabel: str = DRAWN) -> None:
                 transform=ax.transAxes,
                 color="grey",
             )
-        elif len(ax.get_lines()) > 1:
+        elif any(not line.get_label().startswith("_") for line in ax.get_lines()):
             ax.legend(frameon=False)
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)

@@ -4,7 +4,6 @@ It has its pictures inside, no scripts and nothing to load, so it can be mailed.
 """
 
 import base64
-import math
 from collections.abc import Iterable
 from html import escape
 from itertools import zip_longest
@@ -12,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fjax.runs.folder import read_config, read_evaluations, read_samples, write_text
-from fjax.runs.names import title_of
-from fjax.runs.text import on_one_line
+from fjax.runs import rows
+from fjax.runs.aim import Aim, read_aim
+from fjax.runs.folder import read_config, read_figures, read_samples, write_text
+from fjax.runs.rows import Record
+from fjax.runs.text import on_one_line, pieces
+from fjax.runs.verdict import verdict
 
 SHOWN = 20
 """Samples of the first and of the last evaluation, beside one another."""
@@ -23,13 +25,15 @@ ABOUT = ("command", "versions", "devices")
 """What config.json has besides settings."""
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1c1c1e; --muted: #63636b; --page: #fff; --box: #f4f4f6; --line: #dcdce0 }
+:root { color-scheme: light dark; --text: #1c1c1e; --muted: #63636b; --page: #fff; --box: #f4f4f6; --line: #dcdce0; --mark: #ffe58a }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e6e9; --muted: #9d9da6; --page: #17171a; --box: #222226; --line: #38383e }
+  :root { --text: #e6e6e9; --muted: #9d9da6; --page: #17171a; --box: #222226; --line: #38383e; --mark: #6b5a12 }
 }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere }
+h1 { margin: 0 0 .6rem; font-size: 1.25rem; line-height: 1.4; overflow-wrap: anywhere }
+.verdict { font-weight: 400 }
+mark { border-radius: 3px; padding: 0 .15em; background: var(--mark); color: inherit }
 h2 { margin: 2.4rem 0 .7rem; font-size: 1.15rem }
 .muted, dt { color: var(--muted); font-size: .85rem }
 pre { padding: .7rem 1rem; border-radius: 6px; background: var(--box); font-size: .9rem; white-space: pre-wrap;
@@ -55,19 +59,21 @@ def write(folder: Path) -> None:
         RunError: if it has no evaluation yet.
     """
     config = read_config(folder, *ABOUT)
-    records = read_evaluations(folder)
+    (records, of_p), aim = read_figures(folder), read_aim(config)
+    name, (first, *_, last) = folder.resolve().name, (records[0], *records)
     pictures = [_picture(path) for path in sorted(folder.glob("*.png"))]
     parts = [
-        _head(folder.resolve().name, config, records[-1]),
+        _first_line(name, aim, verdict(first, last, aim, of_p) if last is not first else ""),
+        _about(name, config, last),
         "<h2>Before → after</h2>",
-        _figures(records[0], records[-1]),
+        _figures(first, last, of_p, aim),
         *(["<h2>Plots</h2>", *pictures] if pictures else []),
         "<h2>Samples</h2>",
-        _samples(read_samples(folder)),
+        _samples(read_samples(folder), aim.highlight),
         "<h2>Settings</h2>",
         _settings(config),
     ]
-    write_text(folder / "report.html", _page(folder.resolve().name, "\n".join(parts)))
+    write_text(folder / "report.html", _page(name, "\n".join(parts)))
 
 
 def _page(title: str, body: str) -> str:
@@ -89,45 +95,34 @@ def _page(title: str, body: str) -> str:
 """
 
 
-def _head(title: str, config: dict, last: dict) -> str:
+def _first_line(name: str, aim: Aim, said: str) -> str:
+    """What was wanted, and how far the run came."""
+    reached = f': <span class="verdict">{_text(said)}</span>' if said else ""
+    return f"<h1>{_text(aim.target or name)}{reached}</h1>"
+
+
+def _about(name: str, config: dict, last: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     devices = ", ".join(
         f"{config['devices'].count(kind)} × {kind}" for kind in dict.fromkeys(config["devices"])
     )
-    return f"""<h1>{_text(title)}</h1>
-<p class="muted">{last["step"]} steps, {last["samples"]:,} samples, {last["seconds"]:.0f} s on {_text(devices)}
+    return f"""<p class="muted">{_text(name)}: {last["step"]} steps, {last["samples"]:,} samples, {last["seconds"]:.0f} s on {_text(devices)}
 ({_text(versions)})</p>
 <pre>{_text(config["command"])}</pre>"""
 
 
-def _figures(first: dict, last: dict) -> str:
-    names = [name for name in last if f"{name}_std_error" in last]
-    rows = ([_text(title_of(name)), _figure(first, name), _figure(last, name)] for name in names)
-    table = _table(
-        "figures", ["", f"before (step {first['step']})", f"after (step {last['step']})"], rows
+def _figures(first: Record, last: Record, of_p: Record | None, aim: Aim) -> str:
+    columns = {f"before (step {first['step']})": first, f"after (step {last['step']})": last}
+    columns |= {"p": of_p} if of_p else {}
+    records = list(columns.values())
+    cells = (
+        [_text(rows.titled(name, aim)), *(rows.cell(record, name, aim) for record in records)]
+        for name in rows.shown(records, aim)
     )
-    return f'{table}\n<p class="muted">On fresh samples of the policy; ± is the standard error.</p>'
-
-
-def _figure(record: dict, name: str) -> str:
-    """The value to two digits of its standard error; to three digits where it has none."""
-    value, error = (
-        float(record.get(name, math.nan)),
-        float(record.get(f"{name}_std_error", math.nan)),
+    said = ["On fresh samples of the policy; ± is the standard error.", *rows.notes(records, aim)]
+    return (
+        f'{_table("figures", ["", *columns], cells)}\n<p class="muted">{_text(" ".join(said))}</p>'
     )
-    if math.isnan(value):
-        return "unknown"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    if not math.isfinite(error) or error == 0:
-        return f"{value:z.{_decimals(value, 3)}f}"
-    decimals = _decimals(error, 2)
-    return f"{value:z.{decimals}f} ± {error:.{decimals}f}"
-
-
-def _decimals(value: float, digits: int) -> int:
-    """How many to write for so many digits of a number, up to 4."""
-    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 4) if value else 0
 
 
 def _picture(path: Path) -> str:
@@ -135,11 +130,14 @@ def _picture(path: Path) -> str:
     return f'<img alt="{_text(path.stem)}" src="data:image/png;base64,{data}"/>'
 
 
-def _samples(records: list[dict]) -> str:
+def _samples(records: list[dict], highlight: str) -> str:
     steps = [min(record["step"] for record in records), max(record["step"] for record in records)]
     columns = (_spread([record for record in records if record["step"] == step]) for step in steps)
-    rows = ([_sample(record) if record else "" for record in row] for row in zip_longest(*columns))
-    return _table("samples", [f"before (step {steps[0]})", f"after (step {steps[1]})"], rows)
+    cells = (
+        [_sample(record, highlight) if record else "" for record in row]
+        for row in zip_longest(*columns)
+    )
+    return _table("samples", [f"before (step {steps[0]})", f"after (step {steps[1]})"], cells)
 
 
 def _spread(records: list[dict]) -> list[dict]:
@@ -149,21 +147,23 @@ def _spread(records: list[dict]) -> list[dict]:
     ]
 
 
-def _sample(record: dict) -> str:
+def _sample(record: dict, highlight: str) -> str:
     features = (
         f"{_text(name)} {value:.3g}"
         for name, value in record.items()
         if name not in ("step", "prompt", "text")
     )
     prompt = f'<span class="prompt">{_text(record["prompt"])}</span> ' if "prompt" in record else ""
-    return f'{prompt}{_text(record["text"]) or "(empty)"}<span class="muted">{", ".join(features)}</span>'
+    found = pieces(record["text"], highlight)
+    text = "".join(f"<mark>{escape(p)}</mark>" if hit else escape(p) for p, hit in found)
+    return f'{prompt}{text or "(empty)"}<span class="muted">{", ".join(features)}</span>'
 
 
 def _settings(config: dict) -> str:
     pairs = (
         (name, "none" if value is None else value)
         for name, value in config.items()
-        if name not in (*ABOUT, "digests")
+        if name not in (*ABOUT, "aim", "digests")
     )
     return f"<dl>{''.join(f'<div><dt>{_text(n)}</dt><dd>{_text(v)}</dd></div>' for n, v in pairs)}</dl>"
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, estimate_proposal_gain
 from fjax.evaluation import Features, TextTarget, prompts_of
 from fjax.rollouts import Batch, Collector, to_rollout
@@ -53,6 +54,8 @@ class Stepper(NamedTuple):
         samples: of a step: texts that were drawn, or pairs of a file.
         base_samples: how many of them are of the base model.
         unit: what they are.
+        divergence: what the figure ``divergence`` of a step is; None where it is not known, or
+            there is none.
     """
 
     begin: Callable[[Params], Progress]
@@ -61,6 +64,7 @@ class Stepper(NamedTuple):
     samples: int
     base_samples: int = 0
     unit: str = "sample"
+    divergence: FDivergence | None = None
 
 
 def online(
@@ -128,7 +132,7 @@ def online(
         return Progress(state, proposal), record
 
     base_samples = collector.samples - collector.policy_samples
-    return Stepper(begin, go_on, step, collector.samples, base_samples)
+    return Stepper(begin, go_on, step, collector.samples, base_samples, divergence=tuner.divergence)
 
 
 def score_batch(collector: Collector, target: TextTarget, batch: Batch) -> tuple[Drawn, dict]:

@@ -1,5 +1,8 @@
 """Texts of models and users, as they are shown; and numbers of things."""
 
+import re
+from collections.abc import Iterator
+
 
 def on_one_line(text: str) -> str:
     """A text as it is shown: spaces for line ends.
@@ -8,6 +11,20 @@ def on_one_line(text: str) -> str:
     """
     shown = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
+
+
+def pieces(text: str, highlight: str) -> Iterator[tuple[str, bool]]:
+    """A text on one line in pieces, each with whether the regular expression found it.
+
+    >>> list(pieces("a great film", "great"))
+    [('a ', False), ('great', True), (' film', False)]
+    """
+    shown, done = on_one_line(text), 0
+    for found in re.finditer(highlight, shown) if highlight else ():
+        yield shown[done : found.start()], False
+        yield found.group(), True
+        done = found.end()
+    yield shown[done:], False
 
 
 def count(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ A rollout of samples, a state, and what there is to see of a step.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fjax.divergences import FDivergence
 from fjax.estimators import Estimate
 from fjax.types import Array, Bool, Float, Int, Params
 
@@ -95,7 +96,10 @@ class Tuner(NamedTuple):
     Attributes:
         init: params -> state.
         update: (state, rollout) -> (state, info).
+        divergence: D_f of ``info.divergence``, by which runs call it and know its limit; None where
+            nothing is said of it.
     """
 
     init: Callable[[Params], TrainState]
     update: Callable[[TrainState, Rollout], tuple[TrainState, StepInfo]]
+    divergence: FDivergence | None = None

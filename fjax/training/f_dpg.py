@@ -121,7 +121,7 @@ def fdpg(
         info = describe(log_pi, scores, weights, grads, divergence=divergence, clip=clip)
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(make_init(optimizer, log_z, num_contexts), update)
+    return Tuner(make_init(optimizer, log_z, num_contexts), update, divergence)
 
 
 def _make_weigh(divergence, clip, baseline, on_policy):

@@ -98,7 +98,7 @@ def rloo_tuner(
         info = describe(log_pi, scores, weights, grads, divergence=reverse_kl())
         return advance(state, grads, optimizer, finite=info.finite, log_z=z_state), info
 
-    return Tuner(make_init(optimizer, log_z, num_contexts), update)
+    return Tuner(make_init(optimizer, log_z, num_contexts), update, reverse_kl())
 
 
 @renamed(clip="clip_ratio")
@@ -174,7 +174,7 @@ def ppo_tuner(
         )
         return kept._replace(step=state.step + 1), info
 
-    return Tuner(make_init(optimizer, log_z, num_contexts), update)
+    return Tuner(make_init(optimizer, log_z, num_contexts), update, reverse_kl())
 
 
 class _Samples(NamedTuple):

@@ -24,8 +24,9 @@ from experiments.preference_pairs import make_pairs
 from experiments.preference_pairs.data import read_pairs
 from experiments.sentiment_reward.__main__ import main as sentiment
 from experiments.tools import evaluate, generate, kl_gradients, tabulate
-from fjax.evaluation import Evaluation, Scored, TextTarget
+from fjax.evaluation import Evaluation, Scored
 from fjax.evaluation.figures import figure
+from fjax.runs.aim import Aim
 from fjax.runs.display import Display, hardware
 from fjax.runs.folder import OpenRun, RunError, describe_run, write_text
 
@@ -197,7 +198,7 @@ PLAIN = ESCAPE.translate(
 
 def test_a_sample_cannot_steer_the_terminal(monkeypatch, capsys):
     """Nor can the name of a figure, a title, a word, or what a library says of an error."""
-    target = TextTarget(lambda *_: {}, lambda *_: np.zeros(1), headline="x", bound="x")
+    aim = Aim(ESCAPE, ("x",), bound="x")
     feature, one = {"x": np.ones(1), ESCAPE: np.ones(1)}, np.zeros(1)
     texts = {"prompts": [ESCAPE], "texts": [ESCAPE], "references": [""], "features": feature}
     samples = Scored(*[one] * 6, contexts=None, **texts)
@@ -205,8 +206,8 @@ def test_a_sample_cannot_steer_the_terminal(monkeypatch, capsys):
     evaluation = Evaluation(figures, samples, None, {})
     display = Display()
     monkeypatch.setattr(display._console, "width", 300)
-    display.evaluation(evaluation, 0, target)
-    display.beside({}, evaluation, target, None, first=ESCAPE, last="after")
+    display.evaluation(evaluation, 0, aim)
+    display.beside({}, evaluation, aim, None, first=ESCAPE, last="after")
     display.table("moments", ("feature", "base"), [(ESCAPE, "1")])
     display.warn(ESCAPE)
     printed = capsys.readouterr().out

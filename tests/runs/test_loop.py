@@ -17,6 +17,7 @@ from fjax.adapters import adapt, init_lora, merge_lora
 from fjax.estimators import Estimate
 from fjax.rollouts import model_collector
 from fjax.runs import Progress, RunError, Stepper, align, loop, open_run, read_metrics
+from fjax.runs.aim import Aim
 from fjax.runs.folder import is_finished, read_config, read_samples
 from fjax.training import Checkpoints, TrainState, ppo_tuner
 from tests import bigram
@@ -363,7 +364,7 @@ def test_a_damaged_best_checkpoint_is_not_exported(bare):
 
     values = {2: 0.1, 4: 0.2}
     run = SimpleNamespace(
-        objective="jensen_shannon",
+        aim=Aim(objective="jensen_shannon"),
         kept=SimpleNamespace(records={k: {"jensen_shannon": v} for k, v in values.items()}),
         checkpoints=SimpleNamespace(steps=[2, 4], restore=restore),
         display=SimpleNamespace(warn=warned.append),

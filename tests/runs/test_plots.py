@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 
 from fjax.runs import plots
+from fjax.runs.aim import Aim
 from fjax.training import JsonlLogger
 
+AIM = Aim(
+    headlines=("satisfaction",),
+    bound="satisfaction",
+    objective="jensen_shannon",
+    at_most={"forward_kl": None, "reverse_kl": None, "jensen_shannon": 0.69},
+)
 SAID = "infinite or unknown throughout"
 
 
@@ -24,12 +31,12 @@ def drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots.plt, "close", kept.append)
     monkeypatch.setitem(plots.STYLE, "savefig.dpi", 30)
 
-    def draw(metrics, contexts=(), *, headline="satisfaction", bounded=True):
+    def draw(metrics, contexts=(), *, aim=AIM):
         for name, records in (("metrics", metrics), ("contexts", contexts)):
             with JsonlLogger(tmp_path / f"{name}.jsonl") as logger:
                 for record in records:
                     logger.log(record)
-        plots.write(tmp_path, headline, bounded=bounded)
+        plots.write(tmp_path, aim)
         names = [
             n for n in ("evaluation", "training", "contexts") if (tmp_path / f"{n}.png").exists()
         ]
@@ -47,23 +54,49 @@ def test_figures_with_their_errors_and_a_gap_where_one_is_infinite(drawn):
     values = (0.1, np.inf, 0.4)
     metrics = [evaluation(i, forward_kl=x, satisfaction=0.2 * i) for i, x in enumerate(values)]
     axes = drawn(metrics)["evaluation"]
-    (line,) = axes["divergence from the target, nats"].get_lines()
+    line, before = axes["unbounded divergences from the target"].get_lines()
+    assert (before.get_label(), before.get_ydata()[0]) == ("KL(p‖π) before", 0.1)
     np.testing.assert_array_equal(line.get_xydata(), [[0, 0.1], [100, np.nan], [200, 0.4]])
-    (band,) = axes["divergence from the target, nats"].collections
+    (band,) = axes["unbounded divergences from the target"].collections
     corners = {tuple(np.round(point, 6)) for point in band.get_paths()[0].vertices}
     assert {(0, -0.1), (0, 0.3)} <= corners  # two standard errors
     headline = axes["satisfaction, mean under π"]
     assert headline.get_ylim() == (0, 1.02)
     assert [line.get_label() for line in headline.get_lines()] == [
-        "each step's own samples", "fresh samples",
+        "fresh samples", "p",
     ]  # fmt: skip
-    assert [text.get_text() for text in axes["bounded divergences"].texts] == [SAID]
+    assert [text.get_text() for text in axes["bounded divergences from the target"].texts] == [SAID]
+
+
+def test_every_curve_has_a_name_and_what_is_known_of_p_and_of_limits_is_dashed(drawn):
+    metrics = [
+        {"kind": "target", "step": 0, "entropy": 88.0, "length": 25.0},
+        {"kind": "step", "step": 1, "samples": 50, "satisfaction": 0.1},
+        *(evaluation(i, jensen_shannon=0.6, entropy=80.0, length=20.0, satisfaction=0.5) for i in (0, 1)),
+    ]  # fmt: skip
+    axes = drawn(metrics)["evaluation"]
+    levels = {
+        title: [
+            (line.get_label(), line.get_ydata()[0])
+            for line in ax.get_lines()
+            if line.get_ls() == "--"
+        ]
+        for title, ax in axes.items()
+    }
+    assert levels["satisfaction, mean under π"] == [("p", 1.0)]
+    assert levels["entropy of a sample, nats"] == [("p", 88.0)]
+    assert levels["tokens a sample"] == [("p", 25.0)]
+    assert levels["bounded divergences from the target"] == [("the most of JS(π, p)", 0.69)]
+    for ax in axes.values():
+        labels = [line.get_label() for line in ax.get_lines()]
+        assert not labels or [t.get_text() for t in ax.get_legend().get_texts()] == labels
+        assert not any(label.startswith("_") for label in labels)
 
 
 def test_a_training_without_the_figures_of_a_tuner(drawn):
     """Of a stepper of one's own."""
     step = {"kind": "step", "step": 1, "samples": 100, "grad_norm": 0.5}
-    axes = drawn([evaluation(0, entropy=1.0), step], headline="", bounded=False)["training"]
+    axes = drawn([evaluation(0, entropy=1.0), step], aim=Aim())["training"]
     assert axes["norm of the gradient"].get_yscale() == "log"
     assert len(axes["effective samples of π/q"].get_lines()) == 1  # nothing was clipped
     assert axes["running estimate of log Z"].texts[0].get_text() == SAID
@@ -89,5 +122,5 @@ def test_contexts_before_and_after(drawn):
 
 def test_contexts_of_a_target_without_a_headline_have_no_picture(drawn):
     contexts = [{"step": 0, "prompt": "a", "log_z": -1.0}]
-    found = drawn([evaluation(0, entropy=1.0)], contexts, headline="", bounded=False)
+    found = drawn([evaluation(0, entropy=1.0)], contexts, aim=Aim())
     assert list(found) == ["evaluation"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fjax.runs import RunError, report
+from fjax.runs.aim import Aim
 from fjax.training import JsonlLogger
 
 CONFIG = {"word": "<great>", "steps": 10, "clip": None}
@@ -23,7 +24,7 @@ PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 def evaluation(step: int, **figures: tuple[float, float]) -> dict:
     record = {"kind": "evaluation", "step": step, "seconds": 60.0 * step, "samples": 1000 * step}
     for name, (value, error) in figures.items():
-        record |= {name: value, f"{name}_std_error": error, f"{name}_ess": 5.0}
+        record |= {name: value, f"{name}_std_error": error, f"{name}_ess": 50.0}
     return record
 
 
@@ -70,7 +71,7 @@ def test_figures_before_and_after_with_their_standard_errors(tmp_path):
         ["satisfaction", "0.0123 ± 0.0042", "0.800 ± 0.013"],
         ["log Z", "-4.50 ± 0.12", "unknown"],
         ["KL(π‖p)", "∞", "36.6 ± 9.7"],
-        ["distinct-2", "unknown", "0.500"],
+        ["distinct-2", "–", "0.500"],
     ]
 
 
@@ -80,7 +81,8 @@ def test_figures_before_and_after_with_their_standard_errors(tmp_path):
         (0.0, np.nan, "0"),
         (1.0, 0.0, "1.00"),
         (1234.5, np.nan, "1234"),
-        (-1e-7, 1e-6, "0.0000 ± 0.0000"),
+        (-1e-7, 1e-6, "0"),
+        (-1e-3, 1e-6, "-0.0010 ± 0.0000"),
         (1234.5, 67.8, "1234 ± 68"),
     ],
 )
@@ -133,13 +135,70 @@ def test_how_to_make_it_again_settings_versions_and_devices(tmp_path):
         tmp_path.name
     ] * 2
     assert root.find(".//pre").text == ABOUT["command"]
-    assert (
-        root.find(".//p").text == "10 steps, 10,000 samples, 600 s on 2 × H100\n(fjax 1.0, jax 2.0)"
-    )
+    size = "10 steps, 10,000 samples, 600 s on 2 × H100\n(fjax 1.0, jax 2.0)"
+    assert root.find(".//p").text == f"{tmp_path.name}: {size}"
     settings = {
         group.find("dt").text: group.find("dd").text for group in root.iterfind(".//dl/div")
     }
     assert settings == {"word": "<great>", "steps": "10", "clip": "none"}
+
+
+def aimed(folder: Path, **options) -> None:
+    """As a run of today describes itself."""
+    known = Aim(**{"headlines": ("satisfaction",), "objective": "jensen_shannon"} | options)
+    (folder / "config.json").write_text(json.dumps(CONFIG | ABOUT | {"aim": known._asdict()}))
+
+
+def test_target_and_success_are_in_the_first_line_and_the_objective_in_the_second_row(tmp_path):
+    first = evaluation(
+        0, entropy=(90.0, 1.0), jensen_shannon=(0.66, 0.01), satisfaction=(0.01, 0.004)
+    )
+    last = evaluation(
+        10, entropy=(89.0, 1.0), jensen_shannon=(0.31, 0.01), satisfaction=(0.85, 0.01)
+    )
+    run_folder(tmp_path, [first, last], [{"step": 0, "text": "a"}])
+    aimed(tmp_path, target="p ∝ a·[<great>]", at_most={"jensen_shannon": 0.6931})
+    root = page(tmp_path)
+    assert "".join(root.find(".//h1").itertext()) == (
+        "p ∝ a·[<great>]: satisfaction 0.010 → 0.85; 0.31 of 0.66 in JS(π, p) from the target left; "
+        "samples as varied as before."
+    )
+    assert [row[0] for row in cells(root, "figures")[1:]] == [
+        "satisfaction", "JS(π, p), at most 0.693", "entropy of π",
+    ]  # fmt: skip
+    assert "aim" not in {term.text for term in root.iter("dt")}
+
+
+def test_what_is_infinite_by_nature_is_left_out_and_p_has_a_column(tmp_path):
+    records = [
+        evaluation(step, reverse_kl=(np.inf, np.inf), entropy=(80.0, 1.0)) for step in (0, 10)
+    ]
+    run_folder(
+        tmp_path,
+        [*records, evaluation(0, entropy=(88.0, 2.0)) | {"kind": "target"}],
+        [{"step": 0, "text": "a"}],
+    )
+    aimed(tmp_path, at_most={"reverse_kl": None})
+    root = page(tmp_path)
+    assert cells(root, "figures") == [
+        ["", "before (step 0)", "after (step 10)", "p"],
+        ["entropy of π", "80.0 ± 1.0", "80.0 ± 1.0", "88.0 ± 2.0"],
+    ]
+    said = [p.text for p in root.iter("p")]
+    assert any("Left out, for π says what p rules out: KL(π‖p), infinite." in line for line in said)
+
+
+def test_hits_are_highlighted_and_nothing_in_them_is_run(tmp_path):
+    text = "<b>Great</b> greater & <i>GREAT"
+    run_folder(tmp_path, [evaluation(0)], [{"step": 0, "text": text}])
+    aimed(tmp_path, highlight=r"(?i)<\w>great\b")
+    root = page(tmp_path)
+    assert [mark.text for mark in root.iter("mark")] == [
+        "<b>Great",
+        "<i>GREAT",
+    ] * 2  # before and after
+    assert cells(root, "samples")[1] == [text, text]
+    assert not list(root.iter("b"))
 
 
 def test_what_has_no_evaluation_has_no_report(tmp_path):
