@@ -243,6 +243,7 @@ def self_normalized(
     """
     log_pi, log_q = one_axis(log_pi=log_pi, log_q=log_q)
     total = gather(importance_weights(log_pi, log_q), axis_name).sum()
+    total = jnp.where(total == 0, 1.0, total)  # samples that none could draw count for nothing
 
     def baseline(weights: Float[Array, "N"]) -> Float[Array, "N"]:
         weights, _ = one_axis(weights=weights, log_pi=log_pi)

@@ -19,17 +19,22 @@ from fjax import rollouts
 from fjax._trees import count_numbers, find_leaves, name_leaves
 from fjax.adapters import adapt, init_lora, merge_lora
 from fjax.divergences import FDivergence, by_name
+from fjax.estimators import known_log_z
+from fjax.evaluation import TextTarget
 from fjax.models import LanguageModel
 from fjax.rollouts import Collector, Contexts
-from fjax.runs import Display, RunError, align, open_run
+from fjax.runs import Display, RunError, Stepper, align, open_run
 from fjax.runs.folder import new_folder, newest_folder
 from fjax.runs.loop import ADAPTERS_KEY, TARGET_KEY
-from fjax.training import ppo_tuner, rloo_tuner
+from fjax.runs.stages import staged
+from fjax.surrogates import self_normalized
+from fjax.training import Tuner, ppo_tuner, rloo_tuner
 from fjax.types import Params
 
 from . import command
 from .inputs import input_digests
 from .settings import Settings, as_json
+from .stages import parse_stages
 from .task import Built, Task, Trained
 
 REPORTED = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
@@ -74,12 +79,10 @@ def run_task(task: Task, config: Any) -> int:
         result = align(
             model,
             target,
-            make_tuner(settings, model, contexts, built.trained)
-            if stepper is None
-            else stepper(config, built),
+            stepper(config, built) if stepper else make_mover(built, target, contexts),
             built.collector,
             folder=run,
-            steps=settings.steps,
+            steps=None if settings.stages else settings.steps,
             divergences=reported_divergences(settings),
             objective=settings.divergence,
             seed=settings.seed,
@@ -244,6 +247,38 @@ def make_collector(
         raise RunError(f"--{error}" if str(error).startswith("samples") else str(error)) from error
 
 
+def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> Tuner | Stepper:
+    """One pass over what is drawn, or ``--stages``."""
+    settings, trained = built.settings, built.trained
+    if not settings.stages:
+        return make_tuner(settings, built.model, contexts, trained)
+    start = 1 if contexts is None else contexts.start
+    logits_fn = adapt(built.model.logits_fn, trained.policy_of)
+    log_prob_fn = fjax.make_log_prob_fn(logits_fn, start=start)
+    optimizer = make_optimizer(settings, trained.initial)
+
+    def make_stage_tuner(divergence: FDivergence) -> Tuner:
+        return fjax.fdpg(
+            log_prob_fn,
+            optimizer,
+            divergence=divergence,
+            baseline=self_normalized,
+            log_z=known_log_z(),
+            clip=settings.clip,
+            microbatch_size=settings.microbatch_size,
+        )
+
+    return staged(
+        make_stage_tuner,
+        parse_stages(settings.stages),
+        built.collector,
+        target,
+        jax.random.key(settings.seed),
+        minibatch_size=settings.minibatch_size,
+        policy_of=trained.policy_of,
+    )
+
+
 def make_tuner(
     settings: Settings,
     model: LanguageModel,
@@ -299,10 +334,7 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
     peak, warmup = settings.learning_rate, max(settings.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, peak, warmup)
     if settings.decay:
-        updates = settings.steps * (
-            PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1
-        )
-        fall = optax.linear_schedule(peak, 0.0, max(updates + 1 - warmup, 1))
+        fall = optax.linear_schedule(peak, 0.0, max(count_updates(settings) + 1 - warmup, 1))
         schedule = optax.join_schedules([schedule, fall], [warmup])
     # The first step is taken at a rate above zero.
     optimizer = optax.sgd if settings.optimizer == "sgd" else partial(optax.adam, b2=0.98)
@@ -315,6 +347,13 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
     return optax.partition(
         {"moves": descend, "stays": optax.set_to_zero()}, _labels(settings.trainable, params)
     )
+
+
+def count_updates(settings: Settings) -> int:
+    """Of the optimiser, in the whole run."""
+    if settings.stages:
+        return sum(stage.updates for stage in parse_stages(settings.stages))
+    return settings.steps * (PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1)
 
 
 def _labels(pattern: str, params: Params) -> Params:

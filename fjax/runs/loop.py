@@ -39,7 +39,7 @@ from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metr
 from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
-from fjax.runs.steps import Progress, Stepper, as_numbers, online
+from fjax.runs.steps import Progress, Stepper, as_numbers, drawn_by, online, steps_of
 from fjax.training import Checkpoints, JsonlLogger, Logger, Tuner
 from fjax.training._digests import digest_params
 from fjax.types import Params, PRNGKeyArray
@@ -130,7 +130,7 @@ def align(
     collector: Collector,
     *,
     folder: str | Path | OpenRun,
-    steps: int,
+    steps: int | None = None,
     divergences: Mapping[str, FDivergence],
     objective: str | None = None,
     seed: int = 0,
@@ -161,7 +161,7 @@ def align(
         tuner: an online algorithm such as `fjax.fdpg`, or a `Stepper` of your own.
         collector: how to draw, as `fjax.rollouts.make_collector` makes it.
         folder: of the run; or one that `open_run` has opened, with the configuration to write.
-        steps: updates in all; a resumed run may be asked for more.
+        steps: in all; a resumed run may be asked for more. None: as many as the stepper has.
         divergences: D_f(π‖p) to report, by name.
         objective: which of them is the distance that stops a run and picks the model; None takes
             the first.
@@ -195,6 +195,7 @@ def align(
     aim = aim_of(target, divergences, objective)
     check_loggers(loggers)
     display, rng_key = display or Display(), jax.random.key(seed)
+    steps = steps_of(tuner, steps)
     schedule = Schedule(steps, eval_every, eval_samples, checkpoint_every, stop_below, patience)
     check_schedule(schedule)
     if isinstance(tuner, Tuner):
@@ -260,10 +261,12 @@ def _train(run: _Run, progress: Progress, seconds: float) -> Result:
     shown = {"headline": run.target.headline, "divergence": run.stepper.divergence}
     with run.display.progress("align", total=schedule.steps, completed=step, **shown) as bar:
         while step < schedule.steps and not run.stop.signal and not enough:
+            if run.stepper.finished(progress):
+                break
             progress, figures = run.stepper.step(progress, step)
             step += 1
-            samples = step * run.stepper.samples
-            record = {"kind": "step", "step": step, "samples": samples, **figures}
+            drawn = drawn_by(run.stepper, progress, step)
+            record = {"kind": "step", "step": step, "samples": drawn, **figures}
             record["seconds"] = time.monotonic() - begun
             run.logger.log(record)
             bar(step, record)
@@ -333,7 +336,7 @@ def _measure(run: _Run, progress: Progress, step: int) -> Evaluation:
 def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Evaluation:
     """Evaluates, and puts the figures and samples wherever they are kept and shown."""
     evaluation = _measure(run, progress, step)
-    drawn = step * run.stepper.samples
+    drawn = drawn_by(run.stepper, progress, step)
     record = as_record(evaluation.figures, step, time.monotonic() - begun, drawn)
     run.logger.log(record)
     run.kept.records[step] = record

@@ -129,6 +129,8 @@ def as_tree(progress: Progress, seconds: float) -> dict[str, Any]:
         tree["proposal"] = progress.proposal
     if progress.ahead is not None:
         tree["ahead"] = [x for x in progress.ahead[:-1] if x is not None]
+    if progress.staged is not None:
+        tree["staged"] = progress.staged
     return tree
 
 
@@ -138,4 +140,4 @@ def _from_tree(tree: dict, like: Progress) -> Progress:
         arrays = iter(tree["ahead"])
         rows = (None if x is None else next(arrays) for x in ahead[:-1])
         ahead = Batch(*rows, from_policy=ahead.from_policy)
-    return Progress(tree["state"], tree.get("proposal"), ahead)
+    return Progress(tree["state"], tree.get("proposal"), ahead, tree.get("staged"))

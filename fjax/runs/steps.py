@@ -29,11 +29,13 @@ class Progress(NamedTuple):
         proposal: parameters that are sampled from, where that is an adaptive copy of the policy's;
             else None.
         ahead: the batch of the next step, where it has been drawn already; else None.
+        staged: where a run in stages is, see `fjax.runs.stages`; else None.
     """
 
     state: TrainState
     proposal: Params | None = None
     ahead: Batch | None = None
+    staged: Any = None
 
 
 class Drawn(NamedTuple):
@@ -56,6 +58,9 @@ class Stepper(NamedTuple):
         unit: what they are.
         divergence: what the figure ``divergence`` of a step is; None where it is not known, or
             there is none.
+        steps: how many there are, where that is not for the run to say; else None.
+        finished: progress -> whether it has come to an end of its own.
+        drawn: progress -> how many have been drawn; None: ``samples`` in every step.
     """
 
     begin: Callable[[Params], Progress]
@@ -65,6 +70,23 @@ class Stepper(NamedTuple):
     base_samples: int = 0
     unit: str = "sample"
     divergence: FDivergence | None = None
+    steps: int | None = None
+    finished: Callable[[Progress], bool] = lambda progress: False
+    drawn: Callable[[Progress], int] | None = None
+
+
+def steps_of(tuner: Tuner | Stepper, steps: int | None) -> int:
+    """As many as are asked for, or else as the stepper has."""
+    if steps is None:
+        steps = tuner.steps if isinstance(tuner, Stepper) else None
+    if steps is None:
+        raise ValueError("steps must be given: only a run in stages has a number of its own.")
+    return steps
+
+
+def drawn_by(stepper: Stepper, progress: Progress, step: int) -> int:
+    """How many samples, or pairs, until then."""
+    return step * stepper.samples if stepper.drawn is None else stepper.drawn(progress)
 
 
 def online(
@@ -171,6 +193,11 @@ def as_record(info: Any) -> dict:
         else:
             record[name] = value.item()
     return record
+
+
+def on_host(figure: Estimate) -> Estimate:
+    """An estimate of Python's floats, from one of arrays."""
+    return Estimate(*(x.item() for x in jax.device_get(figure)))
 
 
 def as_numbers(name: str, figure: Estimate) -> dict:

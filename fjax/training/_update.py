@@ -16,7 +16,7 @@ from fjax._checks import float_dtype
 from fjax._sharding import together
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
-from fjax.surrogates import leave_one_out, pseudo_rewards
+from fjax.surrogates import leave_one_out, pseudo_rewards, self_normalized
 from fjax.training.base import Rollout, StepInfo, TrainState
 from fjax.types import Array, Bool, Float, Int, Params
 
@@ -241,8 +241,13 @@ def _as(x: Array, like: Array) -> Array:
     return x if together(like) is like else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
-def told(baseline, strata: Int[Array, "N"] | None):
-    """Leave-one-out has to know which samples are whose; every other baseline is the user's."""
+def told(baseline, strata: Int[Array, "N"] | None, log_pi=None, log_q=None):
+    """What a baseline of fjax has to know: whose the samples are, or how likely.
+
+    Every other baseline is the user's.
+    """
+    if baseline is self_normalized:
+        return self_normalized(log_pi, log_pi if log_q is None else log_q)
     return (
         partial(baseline, strata=strata)
         if baseline is leave_one_out and strata is not None

@@ -8,6 +8,7 @@ back part by part and summed, which is exact whatever the parts.
 Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and algorithm 1.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -36,7 +37,7 @@ def fdpg(
     optimizer: optax.GradientTransformation,
     *,
     divergence: FDivergence,
-    baseline: float | Float[Array, ""] | Baseline = leave_one_out,
+    baseline: float | Float[Array, ""] | Baseline | Callable[..., Baseline] = leave_one_out,
     log_z: RunningLogMean = running_log_mean(),
     clip: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
     microbatch_size: int | None = None,
@@ -56,7 +57,9 @@ def fdpg(
         optimizer: any optax transformation; it is given a gradient to descend.
         divergence: which f.
         baseline: B, see `fjax.surrogate_loss`. `fjax.leave_one_out`, the default, is told the
-            rollout's ``strata``.
+            rollout's ``strata``; `fjax.surrogates.self_normalized`, given as it is, log π and log
+            q. The latter is for samples that are used many times: with it, raising π on all of them
+            alike earns nothing, however often they are seen.
         log_z: how log Z is tracked.
         clip: (lowest, highest) value of f'. Biases, and reports how often.
         microbatch_size: samples that go through the policy at once; None means all. The result is
@@ -130,7 +133,8 @@ def _make_weigh(divergence, clip, baseline, on_policy):
     def of_context(log_pi, log_p, log_q, strata):
         sampled_from = None if on_policy else log_q
         weights = score_weights(log_pi, log_p, sampled_from, divergence=divergence, clip=clip)
-        return centred_weights(weights, log_pi, sampled_from, baseline=told(baseline, strata))
+        own = told(baseline, strata, log_pi, sampled_from)
+        return centred_weights(weights, log_pi, sampled_from, baseline=own)
 
     def weigh(scores, strata, log_pi):
         by_context = log_pi.reshape(scores.log_q.shape)
