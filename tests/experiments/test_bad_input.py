@@ -23,7 +23,7 @@ from experiments.gender_balance.target import make_features
 from experiments.preference_pairs import make_pairs
 from experiments.preference_pairs.data import read_pairs
 from experiments.sentiment_reward.__main__ import main as sentiment
-from experiments.tools import evaluate, generate, kl_gradients, tabulate
+from experiments.tools import evaluate, generate, gradient_noise, kl_gradients, tabulate
 from fjax.evaluation import Evaluation, Scored
 from fjax.evaluation.figures import figure
 from fjax.runs.aim import Aim
@@ -339,17 +339,19 @@ def test_a_broken_file_is_a_sentence(name, damage, tmp_path, monkeypatch, capsys
         (evaluate.main, ("--aligned", TINY), ("--output",)),
         (generate.main, ("--model", TINY, "--word", "w9"), ("--output", "--plot")),
         (kl_gradients.main, (), ("--output",)),
+        (gradient_noise.main, (), ("--output",)),
         (make_pairs.main, (), ("--output",)),
         (plot.main, (TINY,), ("--output",)),
     ],
-    ids=["evaluate", "generate", "kl_gradients", "make_pairs", "plot"],
+    ids=["evaluate", "generate", "kl_gradients", "gradient_noise", "make_pairs", "plot"],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     main, arguments, flags, monkeypatch, tmp_path, capsys
 ):
     for module in (evaluate, generate, make_pairs):
         monkeypatch.setattr(module, "load_model", lambda _: pytest.fail("the work has begun"))
-    monkeypatch.setattr(kl_gradients, "page", lambda _: pytest.fail("the work has begun"))
+    for module in (kl_gradients, gradient_noise):
+        monkeypatch.setattr(module, "page", lambda _: pytest.fail("the work has begun"))
     task = ("lexical_constraint",) if main is evaluate.main else ()
     (tmp_path / "file").touch()
     for flag in flags:

@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": ("tools.generate", ("--model", "folder", "--word", "great")),
     "bench": ("tools.bench", ()),
     "kl_gradients": ("tools.kl_gradients", ()),
+    "gradient_noise": ("tools.gradient_noise", ()),
     "tabulate": ("tools.tabulate", ("folder",)),
     "plot": ("conditional.plot", ("folder",)),
 }
