@@ -107,8 +107,8 @@ def covariance(world: World, x: jax.Array, y: jax.Array, *, fixed: bool) -> jax.
     """N times that of the means of x and y over a batch, by parameter; x and y are ``[S, P]``."""
 
     def of(probabilities):
-        centred = x - probabilities @ x
-        return probabilities @ (centred * (y - probabilities @ y))
+        of_x, of_y = (z - (probabilities @ z)[None] for z in (x, y))
+        return probabilities @ (of_x * of_y)
 
     parts = [share * of(probabilities) for share, probabilities in components(world, fixed)]
     return jnp.stack(parts).sum(axis=0)
@@ -225,7 +225,7 @@ def batch_gradients(
 def of_batches(world: World, divergence, parts: Parts, seed: int) -> dict[str, Noise]:
     """From batches with fixed numbers of both parts."""
     weigh = batch_gradients(divergence, parts.expected)
-    log_drawn = jnp.where(STRATA[:, None], world.log_a, world.log_pi)
+    log_drawn = jnp.where(STRATA[:, None], world.log_a[None], world.log_pi[None])
 
     def of_batch(rng_key):
         rows = jax.random.categorical(rng_key, log_drawn)
