@@ -43,6 +43,7 @@ N, C, T, K = 8, 4, 3, 2  # samples, which eight devices can share, contexts, tok
 # Where f is one of the arguments any will do: that each computes in float32 and is finite is shown in
 # test_contracts. Jensen–Shannon takes ten times as long to compile.
 F = divergences.squared_hellinger()
+Z = estimators.Estimate(-1.0, 0.1, 8.0)
 
 
 class Door(NamedTuple):
@@ -96,6 +97,16 @@ DOORS: dict[str, Door] = {
     "estimate_entropy": samples(estimators.estimate_entropy, "log_pi", "log_q", mask="where"),
     "estimate_proposal_gain": samples(
         estimators.estimate_proposal_gain, "log_pi", "log_proposal", "log_score", "log_q", mask="where"
+    ),
+    "estimate_divergence_from_halves": samples(
+        partial(estimators.estimate_divergence_from_halves, log_z=Z, divergence=F),
+        "log_pi", "log_score", "target_log_pi", "target_log_score", "log_z_shares",
+    ),
+    "estimate_forward_kl_from_target": samples(
+        partial(estimators.estimate_forward_kl_from_target, log_z=Z), "target_log_pi", "target_log_score", "log_z_shares"
+    ),
+    "estimate_target_entropy": samples(
+        partial(estimators.estimate_target_entropy, log_z=Z), "target_log_score", "log_z_shares"
     ),
     "log_mixture": samples(partial(estimators.log_mixture, base_fraction=0.25), "log_pi", "log_a", of="entries"),
     "update_log_mean": samples(_mean_of(estimators.update_log_mean), "log_weights", mask="where"),

@@ -69,6 +69,7 @@ def _fields(divergence):
     ]
 
 
+Z = estimators.Estimate(-1.0, 0.1, 8.0)
 pref = ("chosen_log_pi", "rejected_log_pi", "chosen_log_a", "rejected_log_a")
 grouped = ("token_log_pi", "token_log_q", "rewards")
 # Function -> (how it is called, names of the arrays). Everything with arrays in a module's __all__
@@ -107,6 +108,16 @@ CALLS = {
     estimators.estimate_entropy: (estimators.estimate_entropy, ("log_pi", "log_q")),
     estimators.estimate_proposal_gain: (
         estimators.estimate_proposal_gain, ("log_pi", "log_a", "log_score", "log_q")
+    ),
+    estimators.estimate_divergence_from_halves: (
+        lambda a, b, c, d: estimators.estimate_divergence_from_halves(a, b, c, d, Z, divergence=F, log_z_shares=jnp.exp(a)),
+        ("log_pi", "log_score", "log_q", "log_p"),
+    ),
+    estimators.estimate_forward_kl_from_target: (
+        lambda a, b: estimators.estimate_forward_kl_from_target(a, b, Z, log_z_shares=jnp.exp(a)), ("log_pi", "log_score")
+    ),
+    estimators.estimate_target_entropy: (
+        lambda a, b: estimators.estimate_target_entropy(a, Z, log_z_shares=jnp.exp(b)), ("log_score", "log_pi")
     ),
     estimators.log_mixture: (partial(estimators.log_mixture, base_fraction=0.25), ("log_pi", "log_a")),
     estimators.init_log_mean: (lambda x: jax.tree.map(lambda y: y + 0 * x[0], estimators.init_log_mean().count), ("log_pi",)),

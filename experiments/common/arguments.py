@@ -41,6 +41,8 @@ RANGES = {
     "epochs": Range(1, 10_000),
     "eval_every": Range(1, MANY),
     "eval_samples": Range(1, 2**24),
+    "exact_draws": Range(1, 2**30),
+    "exact_samples": Range(1, ROWS),
     "fit_samples": Range(2, 2**24),
     "jobs": Range(1, 1024),
     "learning_rate": Range(1e-12, 1e3),
@@ -64,6 +66,7 @@ RANGES = {
     "prompts_per_step": Range(2, ROWS),  # for a single prompt there is lexical_constraint
     "proposal_every": Range(1, MANY),
     "reward_beta": Range(1e-6, 1e6),
+    "reward_max": Range(-1e6, 1e6),
     "rounds": Range(1, 10_000),
     "rows": Range(1, ROWS),
     "samples": Range(1, ROWS),

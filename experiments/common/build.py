@@ -32,6 +32,7 @@ from fjax.training import Tuner, ppo_tuner, rloo_tuner
 from fjax.types import Params
 
 from . import command
+from .exact import exact_of
 from .inputs import input_digests
 from .settings import Settings, as_json
 from .stages import parse_stages
@@ -65,11 +66,12 @@ def run_task(task: Task, config: Any) -> int:
     built = make_built(settings, model, contexts, display, begun=begun)
     values, title = as_json(config) | describe_trained(settings, built), task.title(config)
     folder, ours = choose_folder(settings, task.name, title)
+    digests = input_digests(config, model, begun)
     opened = open_run(
         folder,
         values,
         resume=settings.resume,
-        digests=input_digests(config, model, begun),
+        digests=digests,
         command=shlex.join(command.called(task.name)),
         ours=ours,
     )
@@ -95,6 +97,7 @@ def run_task(task: Task, config: Any) -> int:
             checkpoint_every=settings.checkpoint_every,
             stop_below=settings.stop_below,
             patience=settings.patience,
+            exact=exact_of(config, built, target, digests),
             loggers=loggers(settings),
             title=title,
             display=display,

@@ -100,6 +100,14 @@ class Settings:
     eval_samples: int = 1024
     """Fresh samples of the policy in an evaluation, with prompts rounded up to the same number of
     each; those of the base model that log Z and the divergences also need come on top."""
+    exact_samples: int | None = 256
+    """Samples of the target itself to measure by, where they can be drawn: base samples that
+    satisfy a constraint, or are accepted by a reward that has a bound. Then no figure rests on
+    weights that may be wrong. Drawn once for a target, and never trained on; None does without."""
+    exact_draws: int = 32_768
+    """Samples of the base model that they may take, at most."""
+    exact_folder: Path = Path("runs/exact")
+    """Where they are kept for all runs of the same target."""
     checkpoint_every: int = 50
     """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
     stop_below: float | None = None

@@ -48,7 +48,8 @@ class Config:
     fit_samples: int = 8192
     """Samples of the base model that λ is fitted to."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(
-        default_factory=lambda: Settings(divergence="forward_kl")
+        # So near the base model weights say more than a few hundred exact samples would.
+        default_factory=lambda: Settings(divergence="forward_kl", exact_samples=None)
     )
     """Shared by all experiments."""
 

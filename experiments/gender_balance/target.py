@@ -126,7 +126,16 @@ def make_target(config: Config, built: Built) -> TextTarget:
         ratios={"share of women": ("woman", "gendered")},
         description=describe(config),
         highlight=highlight(looked_for(config)),
+        log_bound=highest(config, np.asarray(result.coefficients, float)),
     )
+
+
+def highest(config: Config, coefficients: np.ndarray) -> float:
+    """An upper bound of λ·φ: of each feature the end of its range that counts more. Balance is
+    between -share and 1 - share, a word's rate between 0 and 1; a hard constraint adds nothing."""
+    soft = np.where(np.isfinite(coefficients), coefficients, 0.0)
+    low = np.array([-config.share] + [0.0] * (len(soft) - 1))
+    return float(np.maximum(soft * low, soft * (low + 1)).sum())
 
 
 def describe(config: Config) -> str:

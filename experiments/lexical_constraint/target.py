@@ -1,5 +1,6 @@
 """The task: its constraint on texts, its target, and nothing else."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ def make_target(config: Config) -> TextTarget:
         stop_if_absent=config.when_absent == "stop",
         description=describe(config),
         highlight=highlight([config.word]),
+        log_bound=math.log1p(config.smoothing),
     )
 
 

@@ -35,6 +35,10 @@ class Config:
     beta: float = 1.0
     """β, the price of a nat of KL from the base model: the smaller, the more the reward counts; at
     0 the target would be the best single sample."""
+    reward_max: float | None = None
+    """The most that a text can earn: a higher reward counts as this. With it log P/a is bounded,
+    and exact samples of the target can be drawn to measure by, the sooner the lower it is. Without
+    it they cannot, and every divergence rests on weights."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = ASSETS

@@ -15,11 +15,14 @@ from fjax.runs import Display
 from fjax.runs.aim import aim_of
 from fjax.runs.distance import check_bound
 from fjax.runs.folder import write_text
-from fjax.runs.loop import EVALUATION_KEY, NO_STEP, as_record
+from fjax.runs.loop import EVALUATION_KEY, NO_STEP
+from fjax.runs.records import as_record, as_target_record
 
 from ..common.arguments import FolderOrName, check_output
 from ..common.build import load_aligned, load_model, make_built, reported_divergences
 from ..common.command import run
+from ..common.exact import exact_of
+from ..common.inputs import input_digests
 from ..common.settings import Settings
 from ..tasks import TASKS
 
@@ -77,13 +80,14 @@ def run_evaluate(config: Config) -> int:
         with display.counting("estimate Z") as progress:
             key = jax.random.fold_in(rng_key, NO_STEP)
             known = draw_base(collector, base.params, target, key, samples, progress=progress)
+    exact = exact_of(config.task, built, target, input_digests(config.task, base, None))
     divergences, found = reported_divergences(settings), []
     for i, model in enumerate((base, aligned)):
         key = jax.random.fold_in(rng_key, i)
         with display.counting("evaluate") as progress:
             drawn = draw_scored(collector, model.params, target, key, samples, progress=progress)
         given = collector, model.params, target, drawn, known
-        found.append(measure(*given, divergences=divergences))
+        found.append(measure(*given, exact=exact, divergences=divergences))
         known = known or make_base(*drawn)
     before, after = found
     check = check_bound(after, target.bound)
@@ -91,7 +95,8 @@ def run_evaluate(config: Config) -> int:
         as_record(before.figures, 0, 0.0, 0),
         aim_of(target, divergences, settings.divergence),
     )
-    display.beside(record, after, aim, check, first="base", last=config.aligned)
+    of_p = None if exact is None else as_target_record(exact)
+    display.beside(record, after, aim, check, first="base", last=config.aligned, of_p=of_p)
     if config.output is not None:
         figures = {name: figure._asdict() for name, figure in after.figures.items()}
         written = {"aligned": config.aligned, "samples": len(after.samples.texts)}

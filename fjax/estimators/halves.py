@@ -68,13 +68,15 @@ def estimate_divergence_from_halves(
     """
     made(divergence)
     of_pi = _one_each(log_pi=log_pi, log_score=log_score)
-    of_p = _one_each(target_log_pi=target_log_pi, target_log_score=target_log_score)
+    *of_p, shares = _one_each(
+        target_log_pi=target_log_pi, target_log_score=target_log_score, log_z_shares=log_z_shares
+    )
     mine, theirs = (_terms_and_slopes(half, log_z.value, divergence) for half in (of_pi, of_p))
     (value, error), (target_value, target_error) = (mean_and_error(x[0]) for x in (mine, theirs))
     slope = (mine[1].mean() + theirs[1].mean()) / 2
     value = (value + target_value) / 2
     spread = jnp.hypot(error, target_error) / 2
-    std_error = _with_log_z(spread, slope, log_z, theirs[0] / 2, log_z_shares)
+    std_error = _with_log_z(spread, slope, log_z, theirs[0] / 2, shares)
     return Estimate(
         value,
         jnp.where(jnp.isinf(value), jnp.inf, std_error),
@@ -112,9 +114,11 @@ def estimate_forward_kl_from_target(
 
     Source: Khalifa et al. 2021, section 3; delta method.
     """
-    log_pi, log_score = _one_each(target_log_pi=target_log_pi, target_log_score=target_log_score)
+    log_pi, log_score, shares = _one_each(
+        target_log_pi=target_log_pi, target_log_score=target_log_score, log_z_shares=log_z_shares
+    )
     mean, std_error = mean_and_error(log_score - log_pi)
-    std_error = _with_log_z(std_error, -1.0, log_z, log_score - log_pi, log_z_shares)
+    std_error = _with_log_z(std_error, -1.0, log_z, log_score - log_pi, shares)
     infinite = jnp.isinf(mean)
     return Estimate(mean - log_z.value, jnp.where(infinite, jnp.inf, std_error), _count(log_score))
 
@@ -144,18 +148,19 @@ def estimate_target_entropy(
 
     Source: elementary; delta method.
     """
-    (log_score,) = _one_each(target_log_score=target_log_score)
+    log_score, shares = _one_each(target_log_score=target_log_score, log_z_shares=log_z_shares)
     mean, std_error = mean_and_error(log_score)
-    std_error = _with_log_z(std_error, 1.0, log_z, -log_score, log_z_shares)
+    std_error = _with_log_z(std_error, 1.0, log_z, -log_score, shares)
     return Estimate(log_z.value - mean, std_error, _count(log_score))
 
 
-def _one_each(**arrays: Array) -> tuple:
+def _one_each(**arrays: Array | None) -> tuple:
     """Checked and stopped."""
     found = jax.lax.stop_gradient(one_axis(**arrays))
     if len(found[0]) == 0:
+        given = [name for name, x in arrays.items() if x is not None]
         raise ValueError(
-            f"{' and '.join(arrays)} have no sample in them: there must be one at least."
+            f"{' and '.join(given)} have no sample in them: there must be one at least."
         )
     return found
 
@@ -183,7 +188,6 @@ def _with_log_z(std_error, slope, log_z, values, shares):
     """The error of a mean over samples of p and of slope · log Z together."""
     variance = std_error**2 + (slope * log_z.std_error) ** 2
     if shares is not None:
-        (shares,) = one_axis(log_z_shares=shares)
         # of n⁻¹ Σ values and Σ shares, both over the same n samples
         common = jnp.sum((values - values.mean()) * (shares - shares.mean())) / (len(shares) - 1)
         variance = variance + 2 * slope * common

@@ -152,7 +152,8 @@ def _check(collector: Collector, target: TextTarget, samples: int, max_draws: in
 def _draw(collector: Collector, params: Params, target: TextTarget, key: PRNGKeyArray) -> Scored:
     """A batch of the base model, whose share as the policy and whose own are all the same here."""
     batch = jax.device_get(collector.draw_unseen(0, params, key))
-    return together(*score(collector, target, [batch], batch.from_policy))
+    drawn = together(*score(collector, target, [batch], batch.from_policy))
+    return drawn._replace(log_pi=drawn.log_a)
 
 
 def _accepted(target: TextTarget, key: PRNGKeyArray, drawn: Scored) -> np.ndarray:

@@ -66,9 +66,10 @@ def evaluate(
     Features, entropy, KL(π‖a) and the metrics are of samples of the policy. log Z and the
     divergences need samples wherever π *or* p has mass. Given samples of p, KL(p‖π) is a mean over
     them, any other D_f is from half p, half π, and log Z is theirs. Without, those of the base
-    model join in, as the policy sees them now. With contexts all figures are means over those whose
-    Z is known, and standard errors those of such means, from the spread between contexts: each Z_c
-    is from samples of its own, so that its error is part of that spread.
+    model join in, as the policy sees them now, and ``pareto_k`` says whether their weights can be
+    relied on. With contexts all figures are means over those whose Z is known, and standard errors
+    those of such means, from the spread between contexts: each Z_c is from samples of its own, so
+    that its error is part of that spread.
 
     Args:
         collector: how to score.
@@ -124,7 +125,8 @@ def measure(
             np.isfinite(log_z.value).astype(float)[:, None]
         )
     figures |= _of_task(target, known_mine, known_other)
-    names = ("log_z", *divergences, "kl_to_base", "entropy")
+    trust = ("pareto_k",) if "pareto_k" in by_context else ()
+    names = ("log_z", *divergences, *trust, "kl_to_base", "entropy")
     figures |= {name: over_contexts(by_context[name]) for name in names}
     found = {name: metric(known_mine) for name, metric in (METRICS | dict(metrics or {})).items()}
     figures |= {name: figure for name, figure in found.items() if figure is not None}
@@ -215,7 +217,11 @@ def _estimates(
 
     def of_one(mine, other, log_z):
         log_pi, log_score, log_q = _mixture(mine, other)
+        trust = {}
         if log_z is None:
+            # Of a prompt there are too few samples for a tail.
+            k = estimators.pareto_k(log_score - log_q)
+            trust["pareto_k"] = Estimate(k, jnp.full_like(k, jnp.nan), jnp.full_like(k, jnp.nan))
             of_divergence = partial(
                 estimators.estimate_divergence_from_score, log_pi, log_score, log_q
             )
@@ -231,6 +237,7 @@ def _estimates(
             **{name: of_divergence(divergence=divergence) for name, divergence in divergences},
             "kl_to_base": estimators.estimate_kl_to_base(*mine[:2]),
             "entropy": estimators.estimate_entropy(mine[0]),
+            **trust,
         }
 
     of_base = base_log_pi, base_log_a, base_log_score

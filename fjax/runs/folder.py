@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "resume",
     "run_folder",
     "eval_every",
+    *("exact_samples", "exact_draws", "exact_folder"),  # what it is measured by
     "checkpoint_every",
     "stop_below",
     "patience",

@@ -20,6 +20,7 @@ from fjax.estimators import Estimate
 from fjax.evaluation import (
     Base,
     Evaluation,
+    Exact,
     Metric,
     Scored,
     TextTarget,
@@ -38,9 +39,10 @@ from fjax.runs.endings import AskedToStop, Stop, graceful_stop
 from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metrics
 from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
+from fjax.runs.records import as_record, as_target_record, keep_samples
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
-from fjax.runs.steps import Progress, Stepper, as_numbers, drawn_by, online, steps_of
-from fjax.training import Checkpoints, JsonlLogger, Logger, Tuner
+from fjax.runs.steps import Progress, Stepper, drawn_by, online, steps_of
+from fjax.training import Checkpoints, Logger, Tuner
 from fjax.training._digests import digest_params
 from fjax.types import Params, PRNGKeyArray
 
@@ -111,6 +113,7 @@ class _Run(NamedTuple):
     divergences: Mapping[str, FDivergence]
     aim: Aim
     metrics: Mapping[str, Metric] | None
+    exact: Exact | None
     rng_key: PRNGKeyArray
     checkpoints: Checkpoints
     logger: Logger
@@ -144,6 +147,7 @@ def align(
     stop_below: float | None = None,
     patience: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    exact: Exact | None = None,
     loggers: Sequence[Logger | str] = (),
     title: str = "align",
     resume: bool = False,
@@ -177,6 +181,8 @@ def align(
         stop_below: end once the distance is below it.
         patience: evaluations without a new lowest distance after which the run ends.
         metrics: more figures, as in `fjax.evaluation.evaluate`.
+        exact: samples of p to measure by, as `fjax.evaluation.draw_exact` gives them, of a key that
+            no step has; None weighs samples of the policy and the base model instead.
         loggers: objects with ``log(record)`` and ``close()``, or names, as in
             `fjax.runs.loggers.open_loggers`.
         title: of the run.
@@ -224,10 +230,13 @@ def align(
             with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
                 run = _Run(
                     opened, title, model, initial, policy_of, target, collector, tuner, schedule,
-                    divergences, aim, metrics, rng_key, checkpoints, logger, display, kept,
+                    divergences, aim, metrics, exact, rng_key, checkpoints, logger, display, kept,
                     stop,
                 )  # fmt: skip
-                kept.records |= by_step(read_metrics(opened.path), "evaluation")
+                records = read_metrics(opened.path)
+                kept.records |= by_step(records, "evaluation")
+                if exact is not None and not by_step(records, "target"):
+                    logger.log(as_target_record(exact))
                 display.start(title, opened, schedule.steps, tuner, model.params, resumed_at=step)
                 return _train(run, progress, seconds)
 
@@ -327,7 +336,7 @@ def _measure(run: _Run, progress: Progress, step: int) -> Evaluation:
     with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
         kept.base = kept.base or _base(run, step)
         drawn = _draw(run, params, step)
-        options = {"divergences": run.divergences, "metrics": run.metrics}
+        options = {"exact": run.exact, "divergences": run.divergences, "metrics": run.metrics}
         found = measure(run.collector, params, run.target, drawn, kept.base, **options)
         kept.base = kept.base or make_base(*drawn)
         return found
@@ -340,39 +349,13 @@ def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Eva
     record = as_record(evaluation.figures, step, time.monotonic() - begun, drawn)
     run.logger.log(record)
     run.kept.records[step] = record
-    _keep_samples(run.folder, evaluation, step)
+    keep_samples(run.folder, evaluation, step)
     if step < run.schedule.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.aim)
     bound = run.target.bound
     if step == 0 and bound and evaluation.figures[bound].value == 0 and _begins_as_base(run):
         _absent(run, evaluation)
     return evaluation
-
-
-def as_record(figures: Mapping[str, Estimate], step: int, seconds: float, drawn: int) -> dict:
-    """A line of metrics.jsonl."""
-    record = {"kind": "evaluation", "step": step, "seconds": seconds, "samples": drawn}
-    for name, figure in figures.items():
-        record |= as_numbers(name, figure)
-    return record
-
-
-def _keep_samples(folder: Path, evaluation: Evaluation, step: int) -> None:
-    """Some samples, from all contexts; and with contexts, the means of each."""
-    samples, features = evaluation.samples, evaluation.samples.features
-    count = len(samples.texts)
-    with JsonlLogger(folder / folders.SAMPLES) as logger:
-        for i in np.linspace(0, count - 1, min(64, count)).astype(int):
-            prompt = {"prompt": samples.prompts[i]} if samples.prompts[i] else {}
-            record = {"step": step, **prompt, "text": samples.texts[i]}
-            logger.log(record | {k: v[i] for k, v in features.items()})
-    if evaluation.log_z is None:
-        return
-    with JsonlLogger(folder / folders.CONTEXTS) as logger:
-        means = {k: samples.table(v).mean(axis=1) for k, v in features.items()}
-        for i, prompt in enumerate(samples.prompts[:: count // len(evaluation.log_z)]):
-            record = {"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]}
-            logger.log(record | {k: v[i] for k, v in means.items()})
 
 
 def _absent(run: _Run, evaluation: Evaluation) -> None:

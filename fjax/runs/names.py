@@ -2,6 +2,8 @@
 
 NAMES = {
     "win_rate": "win rate over the base",
+    "exact_samples": "exact samples of p",
+    "pareto_k": "Pareto k̂ of P/q",
     "known": "contexts with a known Z",
     "log_z": "log Z",
     "forward_kl": "KL(p‖π)",

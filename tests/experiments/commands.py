@@ -25,6 +25,8 @@ SMALL = (
     8,
     "--eval-every",
     2,
+    "--exact-samples",
+    None,
 )
 """A model and sizes with which a step takes milliseconds; compiling takes the seconds."""
 
