@@ -337,8 +337,9 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
     peak, warmup = settings.learning_rate, max(settings.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, peak, warmup)
     if settings.decay:
-        fall = optax.linear_schedule(peak, 0.0, max(count_updates(settings) + 1 - warmup, 1))
-        schedule = optax.join_schedules([schedule, fall], [warmup])
+        begin, updates = falling_updates(settings, warmup)
+        fall = optax.linear_schedule(peak, 0.0, max(updates + 1 - begin, 1))
+        schedule = optax.join_schedules([schedule, fall], [begin])
     # The first step is taken at a rate above zero.
     optimizer = optax.sgd if settings.optimizer == "sgd" else partial(optax.adam, b2=0.98)
     descend = optax.chain(
@@ -352,11 +353,13 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
     )
 
 
-def count_updates(settings: Settings) -> int:
-    """Of the optimiser, in the whole run."""
+def falling_updates(settings: Settings, warmup: int) -> tuple[int, int]:
+    """Where in a run the rate begins to fall, and the last update."""
     if settings.stages:
-        return sum(stage.updates for stage in parse_stages(settings.stages))
-    return settings.steps * (PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1)
+        stages = [stage.updates for stage in parse_stages(settings.stages)]
+        return max(sum(stages[:-1]), warmup), sum(stages)
+    each = PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1
+    return warmup, settings.steps * each
 
 
 def _labels(pattern: str, params: Params) -> Params:

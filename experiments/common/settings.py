@@ -76,8 +76,9 @@ class Settings:
     warmup_steps: int = 10
     """Steps over which the rate rises from 0; with 0 or 1 the first step has the full rate."""
     decay: bool = False
-    """Let the rate fall linearly to 0 at --steps, which averages the noise of the last steps away.
-    Without it the rate stays constant, and --resume may ask for more steps."""
+    """Let the rate fall linearly to 0 at --steps, or over the last of --stages, which averages the
+    noise of the last steps away. Without it the rate stays constant, and --resume may ask for more
+    steps."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer."""
     trainable: str | None = None
