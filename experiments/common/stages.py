@@ -1,5 +1,7 @@
 """Stages on the command line: one word each, as ``forward_kl:9600:100``."""
 
+from functools import cache
+
 from fjax import divergences
 from fjax.runs.stages import Stage
 
@@ -23,7 +25,7 @@ def parse_stage(word: str) -> Stage:
     if updates < 1:
         raise ValueError(f"--stages {word!r} makes no update; give at least 1.")
     try:
-        divergence = divergences.by_name(name)
+        divergence = _by_name(name)
     except ValueError as error:
         raise ValueError(f"--stages {word!r}: {error}") from error
     return Stage(divergence, samples, updates)
@@ -39,3 +41,7 @@ def parse_stages(words: tuple[str, ...]) -> tuple[Stage, ...]:
     if stages and stages[0].samples < 1:
         raise ValueError(f"--stages: the first, {words[0]!r}, must draw samples.")
     return stages
+
+
+_by_name = cache(divergences.by_name)
+"""The same f for the same name, so that stages share a compiled program."""

@@ -78,7 +78,7 @@ class _Given(NamedTuple):
     """What stays the same throughout a staged run."""
 
     stages: tuple[Stage, ...]
-    updates: tuple[Callable, ...]
+    updates: dict[FDivergence, Callable]
     collector: Collector
     target: TextTarget
     policy_of: Callable[[Params], Params]
@@ -131,10 +131,11 @@ def staged(
     num_contexts = None
     if contexts is not None and not contexts.global_z:
         num_contexts = len(contexts.training.texts)
-    updates = tuple(
-        _make_update(make_tuner(stage.divergence), len(stages), num_contexts, minibatch_size)
-        for stage in stages
-    )
+    # Stages of one f share a program.
+    updates = {
+        f: _make_update(make_tuner(f), len(stages), num_contexts, minibatch_size)
+        for f in {stage.divergence for stage in stages}
+    }
     init = make_tuner(stages[0].divergence).init
     given = _Given(
         tuple(stages), updates, collector, target, policy_of, rng_key, num_contexts,
@@ -232,7 +233,8 @@ def _draw(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pro
 def _learn(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Progress, dict]:
     """A few updates; now and then a look at the held-out samples."""
     at, state = progress.staged, progress.state
-    number, stage = int(at.stage), given.stages[int(at.stage)]
+    stage = given.stages[int(at.stage)]
+    update = given.updates[stage.divergence]
     done = int(at.done) + 1 - _draws(given, stage)
     left = stage.updates - (done - 1) * given.updates_per_step
     looks = stage.patience is not None or stage.max_kl is not None
@@ -240,7 +242,7 @@ def _learn(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pr
         progress, _ = _look(given, progress)
         at = progress.staged
     for i in range(min(given.updates_per_step, left)):
-        state, info = given.updates[number](state, at.replay, jax.random.fold_in(rng_key, i))
+        state, info = update(state, at.replay, jax.random.fold_in(rng_key, i))
     progress = progress._replace(state=state, staged=at._replace(done=at.done + 1))
     # Scores came normalised: the log Z that the tuner knows is 0.
     record = {k: v for k, v in as_record(info).items() if not k.startswith("log_z")}
