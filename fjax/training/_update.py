@@ -241,7 +241,12 @@ def _as(x: Array, like: Array) -> Array:
     return x if together(like) is like else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
-def told(baseline, strata: Int[Array, "N"] | None, log_pi=None, log_q=None):
+def told(
+    baseline,
+    strata: Int[Array, "N"] | None,
+    log_pi: Float[Array, "N"],
+    log_q: Float[Array, "N"] | None = None,
+):
     """What a baseline of fjax has to know: whose the samples are, or how likely.
 
     Every other baseline is the user's.

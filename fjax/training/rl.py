@@ -241,7 +241,7 @@ def _advantages(log_pi: Float[Array, "M"], rollout: Rollout) -> Float[Array, "C 
     """π/q · (R - B): R = log P - log π, stopped, and B the mean of the row's others."""
     log_pi = jax.lax.stop_gradient(log_pi).reshape(rollout.log_q.shape)
     rewards = jax.vmap(_rewards)(log_pi, rollout.log_score)
-    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata)(rewards))(
+    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata, rewards)(rewards))(
         rewards, rollout.strata
     )
     return (rewards - others) * jnp.exp(log_pi - rollout.log_q)
