@@ -194,7 +194,7 @@ CALLS = {
 HOST = {
     "sequences", "tabular_log_prob_fn", "exact_gradient", "expected_gradient", "expected_surrogate_gradient",
     "alpha_from_amari", "alpha_from_cressie_read", "alpha_from_f_dpo", "by_name", "names",
-    "estimate_mean_over_contexts", "estimate_ratio", "estimate_win_rate", "over_contexts",
+    "estimate_mean_over_contexts", "estimate_ratio", "estimate_win_rate", "over_contexts", "known_log_z",
 }  # fmt: skip
 
 
