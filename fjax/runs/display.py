@@ -306,13 +306,13 @@ def _safe(text: str) -> str:
 
 
 def _note(record: Record, headline: str, divergence: FDivergence | None) -> str:
-    parts = (
-        [f"{on_one_line(headline)} {short(rows.value_of(record, headline))}"]
-        if headline in record
-        else []
-    )
+    parts = [f"stage {record['stage']}"] if "stage" in record else []
+    if headline in record:
+        parts.append(f"{on_one_line(headline)} {short(rows.value_of(record, headline))}")
     if "divergence" in record:
         parts.append(_of_step(rows.value_of(record, "divergence"), divergence))
+    if "held_out" in record:
+        parts.append(f"on held-out samples {short(rows.value_of(record, 'held_out'))}")
     if "log_z" in record:
         parts.append(f"log Z {short(rows.value_of(record, 'log_z'))}")
     return "  ".join(parts)

@@ -118,6 +118,7 @@ def _training(path: Path, steps: list[dict]) -> None:
     _with_error(axes[0, 0], steps, "log_z", marker="")
     axes[0, 0].set_title("running estimate of log Z")
     _with_error(axes[0, 1], steps, "divergence", marker="")
+    _with_error(axes[0, 1], steps, "held_out", label="on held-out samples")
     axes[0, 1].set_title("the objective, on each step's samples")
     axes[0, 2].plot(*_xy(steps, "reward_std"), lw=0.8, label="standard deviation")
     axes[0, 2].set_title("spread of the pseudo-reward -f'(π/p)")

@@ -244,8 +244,10 @@ def _learn(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pr
     for i in range(min(given.updates_per_step, left)):
         state, info = update(state, at.replay, jax.random.fold_in(rng_key, i))
     progress = progress._replace(state=state, staged=at._replace(done=at.done + 1))
-    # Scores came normalised: the log Z that the tuner knows is 0.
-    record = {k: v for k, v in as_record(info).items() if not k.startswith("log_z")}
+    # The tuner's log Z is 0, for scores came normalised; and its divergence, of samples that were
+    # trained on, reads too low.
+    left_out = ("log_z", "divergence")
+    record = {k: v for k, v in as_record(info).items() if not k.startswith(left_out)}
     last = done * given.updates_per_step >= stage.updates
     if looks and (last or done % given.look_every == 0):
         progress, seen = _look(given, progress)
