@@ -256,7 +256,11 @@ MUTANTS: tuple[Mutant, ...] = (
     *_of(
         "fjax/training/f_dpg.py",
         "tests/training/test_fdpg.py tests/training/test_contexts.py",
-        ("the tuner forgets the strata", "baseline=told(baseline, strata)", "baseline=baseline"),
+        (
+            "the tuner forgets the strata",
+            "own = told(baseline, strata, log_pi, sampled_from)",
+            "own = baseline",
+        ),
         ("contexts without Z move the policy", "jnp.where(scores.known, weights, 0.0)", "weights"),
     ),
     *_of(

@@ -35,6 +35,7 @@ def draw_probabilities(
         Numbers that sum to 1; 0 for rows that are held out or not there, and for those of contexts
         whose Z is unknown. All 0 if there are no others.
 
+    >>> from fjax.replay import add_to_replay, init_replay
     >>> tokens = jnp.ones((2, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(2), jnp.zeros(2))
     >>> replay = add_to_replay(init_replay(rollout, 3), rollout, batch=0, held_out=0)
@@ -87,6 +88,7 @@ def minibatch(
     Raises:
         ValueError: for n below 1, weights that are none, or a log Z of contexts for rows without.
 
+    >>> from fjax.replay import add_to_replay, init_replay
     >>> tokens = jnp.ones((4, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(4), jnp.ones(4))
     >>> replay = add_to_replay(init_replay(rollout, 6), rollout, batch=0, held_out=0)
@@ -130,6 +132,7 @@ def replay_part(
     Raises:
         ValueError: within `jax.jit`, without a row that counts, or as `minibatch` does.
 
+    >>> from fjax.replay import add_to_replay, init_replay
     >>> tokens = jnp.ones((4, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(4), jnp.ones(4))
     >>> replay = add_to_replay(init_replay(rollout, 6), rollout, batch=0, held_out=0.25)

@@ -29,6 +29,8 @@ def weights_by_count(replay: Replay, *, num_batches: int) -> Float[Array, "B"]:
     Raises:
         ValueError: unless there are as many.
 
+    >>> from fjax.replay import add_to_replay, init_replay
+    >>> from fjax.training import Rollout
     >>> tokens = jnp.ones((4, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(4), jnp.zeros(4))
     >>> replay = add_to_replay(init_replay(rollout, 6), rollout, batch=1)
@@ -74,6 +76,8 @@ def weights_by_ess(
     Raises:
         ValueError: unless there are as many batches, or for other shapes of log Z.
 
+    >>> from fjax.replay import add_to_replay, init_replay
+    >>> from fjax.training import Rollout
     >>> tokens = jnp.ones((4, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(4), jnp.zeros(4))
     >>> replay = add_to_replay(init_replay(rollout, 8), rollout, batch=0, held_out=0.5)
@@ -120,6 +124,8 @@ def replay_log_z(
     Raises:
         ValueError: for weights that are none; or if Z are wanted of contexts that rows do not have.
 
+    >>> from fjax.replay import add_to_replay, init_replay
+    >>> from fjax.training import Rollout
     >>> tokens = jnp.ones((4, 3), int)
     >>> rollout = Rollout(tokens, tokens > 0, jnp.zeros(4), jnp.ones(4))
     >>> replay = add_to_replay(init_replay(rollout, 6), rollout, batch=0)

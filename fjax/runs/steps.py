@@ -29,7 +29,7 @@ class Progress(NamedTuple):
         proposal: parameters that are sampled from, where that is an adaptive copy of the policy's;
             else None.
         ahead: the batch of the next step, where it has been drawn already; else None.
-        staged: where a run in stages is, see `fjax.runs.stages`; else None.
+        staged: where a run in stages is, see `fjax.runs.staged`; else None.
     """
 
     state: TrainState
