@@ -312,6 +312,34 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
+        "fjax/replay/draws.py",
+        "tests/replay/test_gradient.py",
+        (
+            "as many rows as they were drawn, whatever the share",
+            "share * (1 - share_of_p + share_of_p * jnp.minimum(weights, cap))",
+            "share * (1 + jnp.minimum(weights, cap))",
+        ),
+        (
+            "rows count by how likely they were to be drawn again",
+            "replay.log_q - log_u, log_p",
+            "replay.log_q, log_p",
+        ),
+        (
+            "a row that cannot be drawn counts",
+            "jnp.where(likely == 0, -jnp.inf, jnp.log(share) - jnp.log(likely))",
+            "jnp.log(share) - jnp.log(likely)",
+        ),
+    ),
+    *_of(
+        "fjax/runs/stages.py",
+        "tests/runs/test_stages.py",
+        (
+            "the share of p is not passed on",
+            "partial(minibatch, n=minibatch_size, share_of_p=share_of_p)",
+            "partial(minibatch, n=minibatch_size)",
+        ),
+    ),
+    *_of(
         "fjax/adapters.py",
         "tests/test_adapters.py",
         (

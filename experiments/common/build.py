@@ -35,7 +35,7 @@ from . import command
 from .exact import exact_of
 from .inputs import input_digests
 from .settings import Settings, as_json
-from .stages import parse_stages
+from .stages import FILTER_LOOK_EVERY, LOOK_EVERY, UPDATES_PER_STEP
 from .task import Built, Task, Trained
 
 REPORTED = ("forward_kl", "reverse_kl", "total_variation", "jensen_shannon")
@@ -84,7 +84,7 @@ def run_task(task: Task, config: Any) -> int:
             stepper(config, built) if stepper else make_mover(built, target, contexts),
             built.collector,
             folder=run,
-            steps=None if settings.stages else settings.steps,
+            steps=settings.all_steps,
             divergences=reported_divergences(settings),
             objective=settings.divergence,
             seed=settings.seed,
@@ -251,10 +251,11 @@ def make_collector(
 
 
 def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> Tuner | Stepper:
-    """One pass over what is drawn, or ``--stages``."""
+    """One pass over what is drawn, or stages, of which filter_sft is one."""
     settings, trained = built.settings, built.trained
-    if not settings.stages:
+    if not settings.schedule:
         return make_tuner(settings, built.model, contexts, trained)
+    filters = settings.algorithm == "filter_sft"
     start = 1 if contexts is None else contexts.start
     logits_fn = adapt(built.model.logits_fn, trained.policy_of)
     log_prob_fn = fjax.make_log_prob_fn(logits_fn, start=start)
@@ -265,7 +266,7 @@ def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> T
             log_prob_fn,
             optimizer,
             divergence=divergence,
-            baseline=self_normalized,
+            baseline=0.0 if filters else self_normalized,  # likelihood has none
             log_z=known_log_z(),
             clip=settings.clip,
             microbatch_size=settings.microbatch_size,
@@ -273,12 +274,15 @@ def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> T
 
     return staged(
         make_stage_tuner,
-        parse_stages(settings.stages),
+        settings.schedule,
         built.collector,
         target,
         jax.random.key(settings.seed),
         minibatch_size=settings.minibatch_size,
+        updates_per_step=UPDATES_PER_STEP,
         policy_of=trained.policy_of,
+        share_of_p=1.0 if filters else 0.5,
+        look_every=FILTER_LOOK_EVERY if filters else LOOK_EVERY,
     )
 
 
@@ -355,8 +359,8 @@ def make_optimizer(settings: Settings, params: Params) -> optax.GradientTransfor
 
 def falling_updates(settings: Settings, warmup: int) -> tuple[int, int]:
     """Where in a run the rate begins to fall, and the last update."""
-    if settings.stages:
-        stages = [stage.updates for stage in parse_stages(settings.stages)]
+    if settings.schedule:
+        stages = [stage.updates for stage in settings.schedule]
         return max(sum(stages[:-1]), warmup), sum(stages)
     each = PPO_EPOCHS * PPO_MINIBATCHES if settings.algorithm == "ppo" else 1
     return warmup, settings.steps * each

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from fjax import divergences
+from fjax.runs.stages import Stage
 
 from .arguments import FolderOrName, check_numbers
-from .stages import parse_stages
+from .stages import count_steps, parse_filter_stage, parse_stages
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN = ASSETS / "reviews-gpt2"
+
+MINIMISED = {"rloo": "reverse_kl", "ppo": "reverse_kl", "filter_sft": "forward_kl"}
+"""What the other algorithms are for."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,14 @@ class Settings:
     jensen_shannon, alpha=0.5 (0 is forward, 1 reverse KL, ½ twice the squared Hellinger distance),
     or any other of the library by its name. Reverse KL is infinite on a hard constraint: add
     --clip."""
-    algorithm: Literal["fdpg", "rloo", "ppo"] = "fdpg"
+    algorithm: Literal["fdpg", "rloo", "ppo", "filter_sft"] = "fdpg"
     """fdpg descends any divergence. rloo (REINFORCE with a leave-one-out baseline) and ppo (without
     a critic) maximise E[r] - β KL(π‖a), which is reverse KL to the target, on samples of the policy
-    alone: what RLHF libraries do."""
+    alone: what RLHF libraries do. filter_sft draws all its samples from the base model first, keeps
+    what the target would (hits, or each by its weight exp(r/β)), and fine-tunes on that, until the
+    likelihood of those held out no longer rises: forward KL. It draws as many samples as --steps of
+    --samples would, and makes as many updates as --steps at most, or what a single one of --stages
+    says."""
     clip: tuple[float, float] | None = None
     """Bounds (lowest highest) on f'. They bias the gradient, and make reverse KL usable on a hard
     constraint: the highest is what a violation costs, the lowest what a hit can earn. Try -8 8."""
@@ -47,7 +55,7 @@ class Settings:
     Cover first, draw again from where that led, sharpen last. --divergence is what is reported and
     picks the model. Without stages every sample is used once, in one of --steps."""
     minibatch_size: int = 128
-    """Samples of an update with --stages, from all that was drawn so far."""
+    """Samples of an update with --stages or filter_sft, from all that was drawn so far."""
     steps: int = 200
     """Gradient steps; --stages have a number of their own."""
     samples: int = 256
@@ -151,28 +159,58 @@ class Settings:
             ) from error
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError("--lora-alpha is for adapters: give --lora-rank, or leave it out.")
-        parse_stages(self.stages)
         self._check_algorithm()
+        self._check_stages()
 
     def _check_algorithm(self):
         if self.algorithm != "fdpg":
-            if self.divergence != "reverse_kl":
-                raise ValueError(
-                    f"--algorithm {self.algorithm} minimises reverse KL: give --divergence "
-                    f"reverse_kl, or take fdpg for {self.divergence}."
-                )
-            for name, value in (
-                ("clip", self.clip),
-                ("overlap", self.overlap),
-                ("proposal adaptive", self.proposal == "adaptive"),
-            ):
-                if value:
-                    raise ValueError(
-                        f"--{name} is for --algorithm fdpg; {self.algorithm} needs the policy's "
-                        f"own samples."
-                    )
+            self._check_other()
         if self.overlap and self.proposal == "adaptive":
             raise ValueError("--overlap and --proposal adaptive cannot be combined; leave one out.")
+
+    def _check_other(self):
+        """What the other algorithms are for, and what they cannot have."""
+        minimised, filters = MINIMISED[self.algorithm], self.algorithm == "filter_sft"
+        if self.divergence != minimised:
+            raise ValueError(
+                f"--algorithm {self.algorithm} minimises {minimised.replace('_kl', ' KL')}: give "
+                f"--divergence {minimised}, or take fdpg for {self.divergence}."
+            )
+        needs = "draws once, from the base model" if filters else "needs the policy's own samples"
+        for name, value in (
+            ("clip", self.clip),
+            ("overlap", self.overlap),
+            ("proposal adaptive", self.proposal == "adaptive"),
+            ("stages", self.stages and not filters),
+        ):
+            if value:
+                raise ValueError(f"--{name} is for --algorithm fdpg; {self.algorithm} {needs}.")
+        if filters and self.start is not None:
+            raise ValueError(
+                "--algorithm filter_sft draws from the base model and begins as it: leave --start "
+                "out."
+            )
+
+    def _check_stages(self):
+        adaptive = self.proposal == "adaptive"
+        if self.schedule and (self.overlap or adaptive):
+            raise ValueError(
+                f"--stages say what is drawn from and when: leave out "
+                f"{'--proposal adaptive' if adaptive else '--overlap'}."
+            )
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """The stages of the run; none if every sample is used once."""
+        if self.algorithm == "filter_sft":
+            return (parse_filter_stage(self.stages, self.steps * self.samples, self.steps),)
+        return parse_stages(self.stages)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of the whole run, of whatever kind."""
+        stages = self.schedule
+        return count_steps(stages, self.samples) if stages else self.steps
 
     @property
     def base_samples(self) -> int:

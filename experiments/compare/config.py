@@ -32,7 +32,7 @@ class Config:
     An objective is one of
 
         jensen_shannon, alpha=0.5, ...  --divergence of that name
-        rloo, ppo                       --algorithm of that name, with --divergence reverse_kl
+        rloo, ppo, filter_sft           --algorithm of that name, with its --divergence
         "any label: --flag value"       those flags of the task
 
     Examples:

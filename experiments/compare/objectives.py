@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from fjax.divergences import by_name
 
-ALGORITHMS = ("rloo", "ppo")
+from ..common.settings import MINIMISED
+
+ALGORITHMS = tuple(MINIMISED)
 
 
 class Objective(NamedTuple):
@@ -50,12 +52,12 @@ def parse_objective(text: str) -> Objective:
     if ":" in text:
         return _labelled(text)
     if text in ALGORITHMS:
-        return Objective(text, ("--algorithm", text, "--divergence", "reverse_kl"))
+        return Objective(text, ("--algorithm", text, "--divergence", MINIMISED[text]))
     try:
         by_name(text)
     except ValueError as error:
         raise ValueError(
-            f"--objectives are a divergence, {' or '.join(ALGORITHMS)}, or "
+            f"--objectives are a divergence, {', '.join(ALGORITHMS)}, or "
             f'"label: --flag value" with flags of the task; got {text!r}. {error}'
         ) from error
     return Objective(text, ("--divergence", text))

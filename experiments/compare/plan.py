@@ -47,16 +47,12 @@ class Place(NamedTuple):
 
 class Plan(NamedTuple):
     """A run to be made: its command without --resume, and the configuration that the task makes of
-    it."""
+    it; and how many steps it takes, unless it stops early."""
 
     place: Place
     command: list[str]
     config: dict
-
-    @property
-    def steps(self) -> int:
-        """How many it takes, unless it stops early."""
-        return self.config["steps"]
+    steps: int
 
 
 def places(folder: Path, objectives: Sequence[Objective], seeds: Sequence[int]) -> list[Place]:
@@ -81,6 +77,7 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
     }
     plans = []
     for place in places(folder, list(objectives.values()), config.seeds):
+        values, steps = parsed[place.label]
         command = [
             sys.executable,
             "-m",
@@ -93,7 +90,8 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
             Plan(
                 place,
                 command,
-                parsed[place.label] | {"seed": place.seed, "run_folder": str(place.folder)},
+                values | {"seed": place.seed, "run_folder": str(place.folder)},
+                steps,
             )
         )
     for plan in plans:
@@ -101,16 +99,17 @@ def make_plans(config: Config, folder: Path) -> list[Plan]:
     return plans
 
 
-def parse(task: str, arguments: Sequence[str], label: str) -> dict:
-    """What the task would make of its command line, found out in this process, before minutes are
-    lost.
+def parse(task: str, arguments: Sequence[str], label: str) -> tuple[dict, int]:
+    """What the task would make of its command line, and its number of steps; found out in this
+    process, before minutes are lost.
 
     Raises:
         RunError: if it would refuse it.
     """
     (task_config,) = (known.config for known in TASKS if known.name == task)
     try:
-        return as_json(command_lines.parse(task_config, f"{PROGRAM} {task}", arguments))
+        config = command_lines.parse(task_config, f"{PROGRAM} {task}", arguments)
+        return as_json(config), config.settings.all_steps
     except ValueError as error:
         raise RunError(f"{task} refuses the objective {label!r}: {error}") from error
     except SystemExit as exit:

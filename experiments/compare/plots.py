@@ -1,5 +1,5 @@
-"""The pictures of this literature: curves against samples, alignment against diversity, spread of
-the pseudo-reward."""
+"""The pictures of this literature: curves against samples, alignment against diversity, what it
+costs in samples and in seconds, spread of the pseudo-reward."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,16 @@ import numpy as np
 from fjax.runs.names import title_of
 from fjax.runs.plots import STYLE, counted, label_counts
 
-from .results import Curve, Result, by_label, by_samples, curve, spread
+from .results import (
+    Curve,
+    Result,
+    by_label,
+    by_samples,
+    curve,
+    curve_of_time,
+    figures_of_p,
+    spread,
+)
 
 PANELS = (
     "forward_kl",
@@ -30,17 +39,19 @@ MARKERS = "osD^vPX<>ph"
 
 
 def write(folder: Path, results: Sequence[Result], headlines: Sequence[str]) -> list[str]:
-    """frontier.png, curves.png and, where runs have a pseudo-reward, spread.png; returns their
-    names."""
-    groups, names = by_label(results), ["frontier.png", "curves.png"]
+    """frontier.png, curves.png, cost.png and, where runs have a pseudo-reward, spread.png; returns
+    their names."""
+    groups, names = by_label(results), ["frontier.png", "curves.png", "cost.png"]
+    of_p = figures_of_p(results) or {}
     xlabel = counted([record for result in results for record in result.steps])
     looks = {label: look(i, len(groups)) for i, label in enumerate(groups)}
     with plt.style.context(STYLE):
         _frontier(folder / names[0], groups, looks, headlines)
-        _curves(folder / names[1], groups, looks, headlines, xlabel)
+        _curves(folder / names[1], groups, looks, headlines, xlabel, of_p)
+        _cost(folder / names[2], groups, looks, headlines, xlabel, of_p)
         if any("reward_std" in record for result in results for record in result.steps):
             names.append("spread.png")
-            _spread(folder / names[2], groups, looks)
+            _spread(folder / names[3], groups, looks)
     return names
 
 
@@ -50,7 +61,7 @@ def look(i: int, count: int) -> dict:
     return {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
 
 
-def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) -> None:
+def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of_p: dict) -> None:
     last = [result.last for group in groups.values() for result in group]
     names = [name for name in (*headlines, *PANELS) if any(name in record for record in last)]
     columns = 3 if len(names) % 3 == 0 else 4
@@ -68,6 +79,7 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) ->
                 **looks[label],
             )
         ax.set_title(titled(name))
+        _level(ax, of_p.get(name))
         label_counts(ax)
         ax.tick_params(labelbottom=True)  # a shared axis has them on its lowest panel alone
         if not ax.has_data():
@@ -88,14 +100,40 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str) ->
     _finish(figure, path)
 
 
+def _cost(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of_p: dict) -> None:
+    """What is wanted, and KL(p‖π), at equal samples on the left and at equal seconds on the right;
+    p itself is where the lines should end."""
+    names = (*headlines, "forward_kl")
+    figure, axes = plt.subplots(
+        len(names), 2, figsize=(9, 3 * len(names) + 0.5), squeeze=False, sharex="col", sharey="row"
+    )
+    for row, name in zip(axes, names, strict=True):
+        for ax, along in zip(row, (curve, curve_of_time), strict=True):
+            for label, group in groups.items():
+                values = along([result.evaluations for result in group], name)
+                _band(ax, values, label=label, ms=4, **looks[label])
+            _level(ax, 0.0 if name == "forward_kl" and of_p else of_p.get(name))
+            label_counts(ax)
+        row[0].set_ylabel(titled(name))
+    for ax, label in zip(axes[-1], (xlabel, "seconds"), strict=True):
+        ax.set_xlabel(label)
+    _finish(figure, path)
+
+
+def _level(ax, value: float | None) -> None:
+    """What p itself has, as a dashed line; nothing where it is unknown."""
+    if value is not None and math.isfinite(value):
+        ax.axhline(value, color="grey", ls="--", lw=0.8, label="p itself")
+
+
 def _band(ax, values: Curve, **options) -> None:
     """A line, and around it the standard deviation between seeds; nothing where it is unknown
     throughout."""
     if np.isnan(values.mean).all():
         return
-    ax.plot(values.samples, values.mean, lw=1.3, **options)
+    ax.plot(values.at, values.mean, lw=1.3, **options)
     low, high = values.mean - values.deviation, values.mean + values.deviation
-    ax.fill_between(values.samples, low, high, color=options["color"], alpha=0.2, lw=0)
+    ax.fill_between(values.at, low, high, color=options["color"], alpha=0.2, lw=0)
 
 
 def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
@@ -169,6 +207,7 @@ def _spread(path: Path, groups, looks) -> None:
 
 def _smooth(records: Sequence[dict], name: str) -> list[dict]:
     """Running means over a twentieth of the run, since one batch says little about the next."""
+    records = [record for record in records if name in record]  # steps that draw have none
     width = max(1, len(records) // 20)
     values = np.array([float(record.get(name, math.nan)) for record in records])
     means = [float(values[max(0, i + 1 - width) : i + 1].mean()) for i in range(len(values))]

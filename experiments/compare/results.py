@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fjax.runs import RunError
-from fjax.runs.folder import MAY_CHANGE, by_step, read_config, read_metrics
+from fjax.runs.folder import MAY_CHANGE, by_step, of_target, read_config, read_metrics
 
 from .plan import Place
 
@@ -31,12 +31,14 @@ NOTES = {
 
 
 class Result(NamedTuple):
-    """A finished run: its configuration, and its records in order of samples."""
+    """A finished run: its configuration, its records in order of steps, and figures of exact
+    samples of p, where it was measured by some."""
 
     place: Place
     config: dict
     evaluations: list[dict]
     steps: list[dict]
+    of_p: dict | None = None
 
     @property
     def last(self) -> dict:
@@ -52,10 +54,10 @@ class Spread(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A figure against samples: mean over seeds and standard deviation between them (NaN where
-    there is one)."""
+    """A figure against samples or seconds: mean over seeds and standard deviation between them (NaN
+    where there is one)."""
 
-    samples: np.ndarray
+    at: np.ndarray
     mean: np.ndarray
     deviation: np.ndarray
 
@@ -70,7 +72,7 @@ def read_result(place: Place) -> Result:
     evaluations, steps = (list(by_step(records, k).values()) for k in ("evaluation", "step"))
     if not evaluations:
         raise RunError(f"{place.folder} has no evaluation yet.")
-    return Result(place, config, evaluations, steps)
+    return Result(place, config, evaluations, steps, of_target(records))
 
 
 def place_of(folder: Path, labels: dict[str, str]) -> Place:
@@ -126,6 +128,12 @@ def by_label(results: Sequence[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
+def figures_of_p(results: Sequence[Result]) -> dict | None:
+    """Of exact samples of p; None where no run had any, or not all had the same."""
+    found = {json.dumps(result.of_p, sort_keys=True) for result in results if result.of_p}
+    return json.loads(found.pop()) if len(found) == 1 else None
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Of one figure over seeds. One that is infinite makes the mean so, one that is unknown makes
     it unknown."""
@@ -138,20 +146,40 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def curve(runs: Sequence[Sequence[dict]], name: str) -> Curve:
-    """Of one figure, from the records of each seed; where it is infinite or unknown for one of
-    them, NaN."""
+    """Of one figure against samples, from the records of each seed; where it is infinite or unknown
+    for one of them, NaN."""
     at = by_samples(runs, name)
-    spreads = [spread(values) for values in at.values()]
+    return _curve(list(at), list(at.values()))
+
+
+def curve_of_time(runs: Sequence[Sequence[dict]], name: str) -> Curve:
+    """The same against seconds: those that the seeds took to the same step, on average."""
+    seconds, values = by_step_of(runs, "seconds"), by_step_of(runs, name)
+    return _curve([spread(taken).mean for taken in seconds.values()], list(values.values()))
+
+
+def _curve(at: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
+    spreads = [spread(of_seeds) for of_seeds in values]
     mean = np.array([s.mean if math.isfinite(s.mean) else math.nan for s in spreads])
-    return Curve(np.array(list(at)), mean, np.array([s.deviation for s in spreads]))
+    return Curve(np.array(at), mean, np.array([s.deviation for s in spreads]))
 
 
 def by_samples(runs: Sequence[Sequence[dict]], name: str) -> dict[int, list[float]]:
-    """Samples drawn, in order -> the figure then, a value for each run that has a record there."""
+    """Samples drawn, in order -> the figure then, a value for each run that has a record there: the
+    last, for stages learn many times from what was drawn."""
+    return _grouped([{r["samples"]: r for r in records} for records in runs], name)
+
+
+def by_step_of(runs: Sequence[Sequence[dict]], name: str) -> dict[int, list[float]]:
+    """Steps, in order -> the figure then, a value for each run that has a record of it."""
+    return _grouped([{r["step"]: r for r in records} for records in runs], name)
+
+
+def _grouped(runs: Sequence[dict[int, dict]], name: str) -> dict[int, list[float]]:
     at = defaultdict(list)
     for records in runs:
-        for record in records:
-            at[record["samples"]].append(float(record.get(name, math.nan)))
+        for number, record in records.items():
+            at[number].append(float(record.get(name, math.nan)))
     return dict(sorted(at.items()))
 
 

@@ -7,7 +7,7 @@ from fjax.runs.names import title_of
 from fjax.runs.plots import counted
 
 from .plan import Place
-from .results import Result, Spread, by_label, differing_settings, spread
+from .results import Result, Spread, by_label, differing_settings, figures_of_p, spread
 
 REPORTED = (
     "kl_to_base",
@@ -22,6 +22,9 @@ REPORTED = (
     "jensen_shannon",
 )
 """Columns after the task's headline."""
+
+DISTANCES = REPORTED[-4:]
+"""Those that are 0 between p and itself."""
 
 
 def page(
@@ -56,11 +59,22 @@ def rows(results: Sequence[Result], missing: Sequence[Place], figures: Sequence[
     }
     base = [*_figures([result.evaluations[0] for result in first.values()], known), "0", "–"]
     table = [header, ["---"] * len(header), ["base model", *base]]
+    of_p = figures_of_p(results)
+    if of_p is not None:
+        table.append(["base + rejection: p itself", *_exact(of_p, known)])
     for label, count in wanted.items():
         group = groups.get(label, [])
         title = label if len(group) == count else f"{label} ({len(group)} of {count} seeds)"
         table.append([title.replace("|", "\\|"), *_row([result.last for result in group], known)])
     return [f"| {' | '.join(cells)} |" for cells in table]
+
+
+def _exact(of_p: dict, names: Sequence[str]) -> list[str]:
+    """Of samples that the base model drew and the target accepted, and what one of them costs."""
+    cells = zip(names, _figures([of_p], names), strict=True)
+    cost = of_p["drawn"] / of_p["exact_samples"]
+    own = ["0" if name in DISTANCES else figure for name, figure in cells]
+    return [*own, f"{cost:,.0f} a sample", "–"]
 
 
 def notes(results: Sequence[Result], missing: Sequence[Place]) -> list[str]:

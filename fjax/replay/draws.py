@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fjax._checks import is_concrete
+from fjax._checks import is_concrete, one_number
 from fjax.replay.rows import Replay
 from fjax.replay.weights import BatchWeights, LogZ, normalised, row_weights
 from fjax.training import Rollout
@@ -18,22 +18,27 @@ def draw_probabilities(
     batch_weights: BatchWeights,
     log_z: LogZ,
     cap: float = float("inf"),
+    share_of_p: float = 0.5,
 ) -> Float[Array, "R"]:
-    """How likely `minibatch` is to draw each row: s_i ∝ (c_b/n_b)(1 + min(p/q, cap)).
+    """How likely `minibatch` is to draw each row: s_i ∝ (c_b/n_b)(1 - h + h·min(p/q, cap)).
 
-    Half of the draws go to rows as they were drawn and half to those that p would have drawn, so
-    neither the weights π/q nor p/q are multiplied by more than 2: u·p/q ≤ 2, but for the error of
-    log Z and for rows beyond the cap.
+    A share 1 - h of the draws goes to rows as they were drawn and a share h to those that p would
+    have drawn. Half and half, neither the weights π/q nor p/q are multiplied by more than 2:
+    u·p/q ≤ 2, but for the error of log Z and for rows beyond the cap.
 
     Args:
         replay: what there is.
         batch_weights: c_b, see `minibatch`.
         log_z: log Z, or that of each context.
         cap: of p/q, as far as it makes a row more likely.
+        share_of_p: h, from 0 to 1. With 1 rows where p = 0 are never drawn.
 
     Returns:
         Numbers that sum to 1; 0 for rows that are held out or not there, and for those of contexts
         whose Z is unknown. All 0 if there are no others.
+
+    Raises:
+        ValueError: for a share that is none, or as `minibatch` does.
 
     >>> from fjax.replay import add_to_replay, init_replay
     >>> tokens = jnp.ones((2, 3), int)
@@ -44,11 +49,15 @@ def draw_probabilities(
 
     Source: defensive mixtures, Hesterberg 1995; Owen and Zhou 2000.
     """
+    one_number(share_of_p=share_of_p)
+    if is_concrete(share_of_p) and not 0 <= share_of_p <= 1:
+        raise ValueError(f"share_of_p is a share of the draws, from 0 to 1; got {share_of_p}.")
     log_p, known = normalised(replay, log_z)
     share = row_weights(replay, batch_weights, known & ~replay.held_out)
     weights = jnp.exp(jnp.where(share > 0, log_p - replay.log_q, -jnp.inf))
-    likely = share * (1 + jnp.minimum(weights, cap))
-    return likely / jnp.where((share > 0).any(), likely.sum(), 1.0)
+    likely = share * (1 - share_of_p + share_of_p * jnp.minimum(weights, cap))
+    total = likely.sum()
+    return likely / jnp.where(total == 0, 1.0, total)
 
 
 def minibatch(
@@ -59,6 +68,7 @@ def minibatch(
     batch_weights: BatchWeights,
     log_z: LogZ,
     cap: float = float("inf"),
+    share_of_p: float = 0.5,
 ) -> Rollout:
     """Rows of the training part, drawn with replacement, as a rollout for `fjax.fdpg`.
 
@@ -80,13 +90,17 @@ def minibatch(
         log_z: log Z, or that of each context ``[K]``, such as of `replay_log_z`. Rows of contexts
             whose Z is unknown, -inf, are left out.
         cap: of p/q, as far as it makes a row more likely, see `draw_probabilities`.
+        share_of_p: share of the draws that go to rows as p would have drawn them. With 1 the sum
+            above is over rows with p > 0 alone, all that counts if B = 0 and f'(∞) = 0: for forward
+            KL the gradient is then that of maximum likelihood, -mean of ∇log π, on what was drawn.
 
     Returns:
-        n rows, without contexts. If there is none to train on, or no Z is known, log q is inf, and
-        the gradient 0.
+        n rows, without contexts. If there is none to draw, or no Z is known, log q is inf, and the
+        gradient 0.
 
     Raises:
-        ValueError: for n below 1, weights that are none, or a log Z of contexts for rows without.
+        ValueError: for n below 1, weights that are none, a share not from 0 to 1, or a log Z of
+            contexts for rows without.
 
     >>> from fjax.replay import add_to_replay, init_replay
     >>> tokens = jnp.ones((4, 3), int)
@@ -99,11 +113,13 @@ def minibatch(
     Source: Owen 2013, section 9.1, applied twice: p/q, then (c_b/n_b)/s.
     """
     check_counts(n=n)
-    likely = draw_probabilities(replay, batch_weights=batch_weights, log_z=log_z, cap=cap)
+    options = {"batch_weights": batch_weights, "log_z": log_z}
+    likely = draw_probabilities(replay, **options, cap=cap, share_of_p=share_of_p)
     rows = jax.random.choice(rng_key, likely.shape[0], (n,), p=likely)
     log_p, known = normalised(replay, log_z)
     share = row_weights(replay, batch_weights, known & ~replay.held_out)
-    log_u = jnp.where(share > 0, jnp.log(share) - jnp.log(likely), -jnp.inf)
+    # A row that is never drawn is there only if no other can be, and must not count.
+    log_u = jnp.where(likely == 0, -jnp.inf, jnp.log(share) - jnp.log(likely))
     return _rows(replay, rows, log_p, log_u)
 
 

@@ -97,6 +97,7 @@ def staged(
     rng_key: PRNGKeyArray,
     *,
     minibatch_size: int = 128,
+    share_of_p: float = 0.5,
     updates_per_step: int = 5,
     look_every: int = 5,
     held_out: float = 0.1,
@@ -116,24 +117,29 @@ def staged(
         target: what to score by.
         rng_key: of the whole run.
         minibatch_size: rows of an update.
+        share_of_p: share of them that is drawn as p would have, see `fjax.replay.minibatch`. With
+            1, one stage of forward KL and a ``baseline`` of 0.0, this is filtering and fine-tuning:
+            maximum likelihood on what p would have drawn.
         updates_per_step: updates between two lines of metrics.
         look_every: such steps between two looks at the held-out samples.
         held_out: share of what is drawn that is never learnt from.
         policy_of: (params that are trained) -> what is sampled from.
 
     Raises:
-        ValueError: for stages that draw nothing first, or make no update.
+        ValueError: for stages that draw nothing first, or make no update; or if what is never drawn
+            would count, for f'(∞) is not 0.
 
     Source: Go et al. 2023 for the gradient; Owen 2013, sections 9.1 and 9.11 for the mixture.
     """
-    _check_stages(stages)
+    _check_stages(stages, share_of_p)
     contexts = collector.contexts
     num_contexts = None
     if contexts is not None and not contexts.global_z:
         num_contexts = len(contexts.training.texts)
+    draw = partial(minibatch, n=minibatch_size, share_of_p=share_of_p)
     # Stages of one f share a program.
     updates = {
-        f: _make_update(make_tuner(f), len(stages), num_contexts, minibatch_size)
+        f: _make_update(make_tuner(f), len(stages), num_contexts, draw)
         for f in {stage.divergence for stage in stages}
     }
     init = make_tuner(stages[0].divergence).init
@@ -173,7 +179,7 @@ def staged(
     )
 
 
-def _check_stages(stages: Sequence[Stage]) -> None:
+def _check_stages(stages: Sequence[Stage], share_of_p: float) -> None:
     if not stages or stages[0].samples < 1:
         raise ValueError("There must be a stage, and the first one must draw samples.")
     for number, stage in enumerate(stages, 1):
@@ -181,6 +187,12 @@ def _check_stages(stages: Sequence[Stage]) -> None:
             raise ValueError(
                 f"Stage {number} has samples={stage.samples} and updates={stage.updates}: a stage "
                 f"draws at least 0 samples and makes at least 1 update."
+            )
+        slope = float(stage.divergence.derivative(jnp.inf))
+        if share_of_p == 1 and slope != 0:
+            raise ValueError(
+                f"Stage {number} descends an f with f'(∞) = {slope:g}, so that samples where p = 0 "
+                f"count, but share_of_p=1 draws none of them: take fjax.forward_kl(), or less."
             )
 
 
@@ -195,14 +207,15 @@ def _rollout_like(collector: Collector, params: Params, rng_key: PRNGKeyArray) -
     return to_rollout(batch, jnp.zeros(len(batch.tokens)), contexts=collector.contexts)
 
 
-def _make_update(tuner: Tuner, num_batches: int, num_contexts: int | None, size: int) -> Callable:
+def _make_update(
+    tuner: Tuner, num_batches: int, num_contexts: int | None, draw: Callable[..., Rollout]
+) -> Callable:
     """(state, replay, key) -> (state, info): an update on one minibatch."""
 
     @partial(jax.jit, donate_argnums=0)
     def update(state, replay, rng_key):
         log_z, weights = _log_z(replay, num_batches, num_contexts, held_out=False)
-        z = log_z.value
-        return tuner.update(state, minibatch(replay, rng_key, size, batch_weights=weights, log_z=z))
+        return tuner.update(state, draw(replay, rng_key, batch_weights=weights, log_z=log_z.value))
 
     return update
 

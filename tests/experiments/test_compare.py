@@ -99,6 +99,12 @@ def figures_of(value: float) -> dict:
         ("alpha=-1", "alpha=-1", "--divergence alpha=-1", "alpha--1"),
         ("rloo", "rloo", "--algorithm rloo --divergence reverse_kl", "rloo"),
         (
+            "filter_sft",
+            "filter_sft",
+            "--algorithm filter_sft --divergence forward_kl",
+            "filter_sft",
+        ),
+        (
             "reverse_kl, f' in [-8, 8]: --clip -8 8",
             "reverse_kl, f' in [-8, 8]",
             "--clip -8 8",
@@ -122,7 +128,7 @@ def test_every_divergence_of_the_library_is_an_objective(name):
 BAD = [
     (
         {"objectives": ("forward_lk",)},
-        '--objectives are a divergence, rloo or ppo, or "label: --flag value" with flags of the '
+        '--objectives are a divergence, rloo, ppo, filter_sft, or "label: --flag value" with flags of the '
         "task; got 'forward_lk'. There is no divergence 'forward_lk'. There are ",
     ),
     ({"objectives": ("alpha",)}, "'alpha' lacks its parameter. It is written alpha=0.5"),
@@ -202,6 +208,16 @@ def test_every_objective_with_every_seed_seed_by_seed(tmp_path):
     assert plans[3].config["divergence"] == "alpha=0.5"
     assert plans[3].config["seed"] == 1
     assert plans[3].steps == 2
+
+
+def test_steps_of_stages_are_their_own(tmp_path):
+    """Whatever --steps says: a run that took more than that is neither refused nor run again."""
+    staged, filtering = planned(
+        tmp_path, "staged: --stages forward_kl:64:20 jensen_shannon:32:5", "filter_sft", seeds=(0,)
+    )
+    assert (staged.steps, filtering.steps) == (4 + 4 + 2 + 1, 2 + 1)
+    write_run(staged.place.folder, staged.config, last=figures_of(0.5), steps=10)
+    assert planned(tmp_path, "staged: --stages forward_kl:64:20 jensen_shannon:32:5", seeds=(0,))
 
 
 def test_what_is_complete_is_not_run_again(tmp_path):
@@ -361,9 +377,44 @@ def test_curves_meet_where_samples_do():
         ],
     ]
     found = results.curve(runs, "entropy")
-    np.testing.assert_array_equal(found.samples, [0, 10, 20, 30])
+    np.testing.assert_array_equal(found.at, [0, 10, 20, 30])
     np.testing.assert_allclose(found.mean, [5.0, 2.0, np.nan, 7.0])
     np.testing.assert_allclose(found.deviation, [2**0.5, 2**0.5, np.nan, np.nan])
+
+
+def test_of_stages_the_last_figure_at_so_many_samples_counts():
+    """They learn many times from what was drawn; against seconds every step is there."""
+    records = [
+        {"step": step, "samples": samples, "seconds": 10.0 * step, "entropy": entropy}
+        for step, samples, entropy in ((0, 0, 4.0), (2, 64, 3.0), (4, 64, 1.0))
+    ]
+    slower = [r | {"seconds": 12.0 * r["step"], "entropy": r["entropy"] + 2} for r in records]
+    found = results.curve([records, slower], "entropy")
+    np.testing.assert_array_equal(found.at, [0, 64])
+    np.testing.assert_array_equal(found.mean, [5.0, 2.0])
+    found = results.curve_of_time([records, slower], "entropy")
+    np.testing.assert_array_equal(found.at, [0.0, 22.0, 44.0])
+    np.testing.assert_array_equal(found.mean, [5.0, 4.0, 2.0])
+
+
+def test_rejection_from_the_base_has_a_row_with_its_cost():
+    figures = {"satisfaction": 0.5, "entropy": 90.0, "forward_kl": 2.0, "self_bleu": 0.2}
+    of_p = {
+        "kind": "target", "satisfaction": 1.0, "satisfaction_std_error": 0.0, "entropy": 88.7,
+        "entropy_std_error": 1.3, "drawn": 20_480, "exact_samples": 256,
+    }  # fmt: skip
+    filtered, other = (
+        result(label, 0, figures)._replace(of_p=of_p) for label in ("filter_sft", "js")
+    )
+    older = result("older", 0, figures)
+    table_of = lambda *runs: table.rows(runs, [], figures)  # noqa: E731
+    assert table_of(filtered, other, older)[3] == (
+        "| base + rejection: p itself | 1.00 ± 0.00 | 88.7 ± 1.3 | 0 | – | 80 a sample | – |"
+    )
+    assert table_of(filtered, older)[4].startswith("| filter_sft | 0.500 ± 0.010 |")
+    elsewhere = other._replace(of_p=of_p | {"entropy": 70.0})  # of another target
+    assert table_of(filtered, elsewhere)[3].startswith("| filter_sft |")
+    assert table_of(older)[3].startswith("| older |")
 
 
 def test_the_later_of_two_records_of_a_step_counts(tmp_path):
@@ -466,7 +517,7 @@ def test_a_report_has_its_pictures(name, tmp_path, capsys, monkeypatch):
                 **options,
             )
     assert write_report(Config(name, only_report=True), tmp_path / "out", places, []) == 0
-    pictures = {"curves.png", "frontier.png"} | (set() if offline else {"spread.png"})
+    pictures = {"curves.png", "frontier.png", "cost.png"} | (set() if offline else {"spread.png"})
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *pictures}
     text = (tmp_path / "out" / "table.md").read_text()
     assert set(re.findall(r"\((.*png)\)", text)) == pictures

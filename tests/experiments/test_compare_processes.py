@@ -22,6 +22,7 @@ def pretended(folder: Path, name: str, code: str, steps: int = 2) -> Plan:
         place,
         [sys.executable, "-c", f"import os, sys, time, signal, pathlib\n{code}"],
         {"steps": steps},
+        steps,
     )
 
 

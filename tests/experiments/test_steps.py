@@ -13,6 +13,7 @@ from fjax.runs.loop import Result
 from .commands import SMALL, run
 
 FREQUENT = ("--word", "w9", *SMALL)
+FILTER = {"algorithm": "filter_sft", "divergence": "forward_kl"}
 
 
 @pytest.fixture
@@ -70,6 +71,36 @@ def test_the_usual_algorithms_have_samples_of_the_policy_alone(asked, algorithm)
     )
 
 
+def test_filtering_draws_from_the_base_alone_as_much_as_a_run_would(asked):
+    found = asked("--algorithm", "filter_sft", "--divergence", "forward_kl", "--steps", 7)
+    assert found["collector"].policy_samples == found["collector"].samples == 16
+    assert found["steps"] == found["tuner"].steps == 7 + 2  # 7 updates are two steps
+    (stage,) = Settings(algorithm="filter_sft", divergence="forward_kl", steps=7).schedule
+    assert (stage.samples, stage.updates, stage.patience) == (7 * 256, 7, 3)
+
+
+def test_or_as_its_one_stage_says(asked):
+    filtering = "--algorithm", "filter_sft", "--divergence", "forward_kl"
+    found = asked(*filtering, "--stages", "forward_kl:40:12")
+    assert found["steps"] == found["tuner"].steps == 3 + 3
+
+
+def test_steps_of_stages_are_their_own(asked):
+    found = asked("--stages", "forward_kl:40:12", "jensen_shannon:16:1", "--steps", 99)
+    assert found["steps"] == found["tuner"].steps == 3 + 3 + 1 + 1
+
+
+def test_a_run_that_filters(monkeypatch, tmp_path):
+    """Of 64 samples of the base about a third are hits; the model learns from them, and says how many it took."""
+    filtering = "--algorithm", "filter_sft", "--divergence", "forward_kl", "--lora-rank", 2
+    stages = "--stages", "forward_kl:64:20", "--learning-rate", 0.05, "--eval-every", 99
+    folder = tmp_path / "run"
+    assert run(monkeypatch, main, *FREQUENT, *filtering, *stages, "--run-folder", folder) == 0
+    first, *_, last = [r for r in read_metrics(folder) if r["kind"] == "evaluation"]
+    assert (first["samples"], last["samples"]) == (0, 64)
+    assert last["satisfaction"] > first["satisfaction"]
+
+
 def test_a_run_of_many_of_them_at_once(monkeypatch, tmp_path):
     ways = "--overlap", "--divergence", "alpha=0.3", "--optimizer", "sgd", "--decay"
     arguments = *FREQUENT, *ways, "--trainable", "wte|bias", "--steps", 2
@@ -98,6 +129,39 @@ def test_a_run_of_many_of_them_at_once(monkeypatch, tmp_path):
         (
             {"algorithm": "ppo", "divergence": "reverse_kl", "proposal": "adaptive"},
             "--proposal adaptive is for --algorithm fdpg",
+        ),
+        (
+            {"algorithm": "ppo", "divergence": "reverse_kl", "stages": ("forward_kl:64:5",)},
+            "--stages is for --algorithm fdpg; ppo needs the policy's own samples",
+        ),
+        (
+            {"algorithm": "filter_sft"},
+            "--algorithm filter_sft minimises forward KL: give --divergence forward_kl",
+        ),
+        (
+            FILTER | {"start": "a model"},
+            "--algorithm filter_sft draws from the base model and begins as it: leave --start out",
+        ),
+        (
+            FILTER | {"clip": (-8.0, 8.0)},
+            "--clip is for --algorithm fdpg; filter_sft draws once, from the base model",
+        ),
+        (
+            FILTER | {"stages": ("forward_kl:64:5", "forward_kl:64:5")},
+            "or give one, forward_kl:SAMPLES:UPDATES; got forward_kl:64:5 forward_kl:64:5",
+        ),
+        (FILTER | {"stages": ("jensen_shannon:64:5",)}, "got jensen_shannon:64:5"),
+        (
+            FILTER | {"stages": ("forward_kl:0:5",)},
+            "the first, 'forward_kl:0:5', must draw samples",
+        ),
+        (
+            {"stages": ("forward_kl:64:5",), "overlap": True},
+            "--stages say what is drawn from and when: leave out --overlap",
+        ),
+        (
+            {"stages": ("forward_kl:64:5",), "proposal": "adaptive"},
+            "leave out --proposal adaptive",
         ),
         (
             {"overlap": True, "proposal": "adaptive"},

@@ -192,3 +192,51 @@ def test_leave_one_out_over_draws_has_the_mean_of_all_rows_for_its_baseline(name
     weights = surrogates.score_weights(log_pi, whole.log_score, whole.log_q, divergence=f)
     expected, _ = step(small.params, whole, weights.mean(), divergence=f)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cap", [np.inf, 2.0])
+def test_rows_that_p_would_have_drawn_say_all_of_forward_kl(cap, x64):
+    """On average over all draws: -Σ (c_b/n_b)(p/q) ∇log π, whatever the cap, with B = 0."""
+    small, f = world(3), divergences.forward_kl()
+    kept = some_rows(small.log_p_hard + 0.4)
+    share, options = row_weights(kept), {"batch_weights": BATCH_WEIGHTS, "log_z": 0.4}
+    likely = np.asarray(replay.draw_probabilities(kept, **options, cap=cap, share_of_p=1.0))
+    hit = (share > 0) & ~np.isneginf(kept.log_score)
+    np.testing.assert_array_equal(likely > 0, hit)
+    assert likely.sum() == pytest.approx(1)
+    ones = folded(kept, likely, share, 0.4)
+    ones = Rollout(*(x[hit][:, None] for x in ones[:4]))
+    gradients = jax.vmap(lambda one: step(small.params, one, 0.0, divergence=f)[0])(ones)
+    found = np.einsum("r,rpv->pv", likely[hit], gradients)
+    whole, _ = step(
+        small.params, replay.replay_part(kept, held_out=False, **options), 0.0, divergence=f
+    )
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-10)
+    weights = jnp.asarray(share[hit] * np.exp(kept.log_score - 0.4 - kept.log_q)[hit])
+    by_hand = jax.grad(
+        lambda params: -jnp.sum(weights * LOG_PROB_FN(params, kept.tokens[hit], kept.where[hit]))
+    )(small.params)
+    np.testing.assert_allclose(found, by_hand, rtol=0, atol=1e-10)
+
+
+def test_with_the_z_of_the_rows_it_is_maximum_likelihood_on_what_is_drawn(x64):
+    """Then u·p/q is 1: each row drawn counts alike, and the gradient is that of -mean log π."""
+    small = world(3)
+    kept = some_rows(small.log_p_hard + 0.4)
+    log_z = replay.replay_log_z(kept, batch_weights=BATCH_WEIGHTS).value
+    options = {"batch_weights": BATCH_WEIGHTS, "log_z": log_z, "share_of_p": 1.0}
+    drawn = replay.minibatch(kept, jax.random.key(0), 5, **options)
+    found, _ = step(small.params, drawn, 0.0, divergence=divergences.forward_kl())
+    by_hand = jax.grad(lambda params: -LOG_PROB_FN(params, drawn.tokens, drawn.where).mean())
+    np.testing.assert_allclose(found, by_hand(small.params), rtol=0, atol=1e-10)
+
+
+def test_where_p_would_have_drawn_no_row_the_gradient_is_zero(x64):
+    small = world(3)
+    kept = some_rows(jnp.full(7, -jnp.inf))
+    options = {"batch_weights": BATCH_WEIGHTS, "log_z": 0.4, "share_of_p": 1.0}
+    assert not np.any(replay.draw_probabilities(kept, **options))
+    drawn = replay.minibatch(kept, jax.random.key(0), 5, **options)
+    found, info = step(small.params, drawn, 0.0, divergence=divergences.forward_kl())
+    assert bool(info.finite)
+    assert not np.any(found)

@@ -338,6 +338,9 @@ def test_weights_and_normalisers_that_are_none_are_refused():
         replay.minibatch(kept, key, 2, batch_weights=HALF, log_z=jnp.zeros(2))
     with refused(r"one number, or one a context, \[K\]; got \[2, 2\]"):
         replay.minibatch(kept, key, 2, batch_weights=HALF, log_z=jnp.zeros((2, 2)))
+    for share in (-0.1, 1.5, np.nan):
+        with refused(f"share_of_p is a share of the draws, from 0 to 1; got {share}"):
+            replay.draw_probabilities(kept, **options, share_of_p=share)
     with refused("n must be at least 1"):
         replay.minibatch(kept, key, 0, **options)
     with refused("contexts up to number 1, so num_contexts must be at least 2; got 1"):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import fjax
+from fjax import replay
 from fjax.estimators import known_log_z
 from fjax.runs import align, read_metrics
 from fjax.runs.stages import Stage, staged
@@ -164,6 +165,42 @@ def test_no_hit_changes_nothing_until_there_is_one():
     np.testing.assert_array_equal(progress.state.params, bigram.BASE)
     assert record["finite"]
     assert jnp.isneginf(walk(stepper)[0][0]["log_z"])
+
+
+def make_filter(*stages, rng_key=jax.random.key(0), **options):
+    """Filtering and fine-tuning: the same stages with two numbers changed."""
+
+    def make(divergence):
+        options = {"divergence": divergence, "baseline": 0.0, "log_z": known_log_z()}
+        return fjax.fdpg(bigram.LOG_PROB_FN, optax.sgd(0.5), **options)
+
+    draws = bigram.collector(base_samples=0)
+    given = make, stages, draws, bigram.TARGET, rng_key
+    return staged(*given, share_of_p=1.0, held_out=0.25, **options)
+
+
+def test_filtering_and_fine_tuning_is_maximum_likelihood_on_hits():
+    stepper = make_filter(Stage(FORWARD, 256, 1), minibatch_size=16)
+    progress = walk(stepper)[-1][1]
+    kept, key = progress.staged.replay, jax.random.fold_in(jax.random.key(0), 8)
+    options = {"batch_weights": np.ones(1), "share_of_p": 1.0}
+    log_z = replay.replay_log_z(kept, batch_weights=np.ones(1)).value
+    drawn = replay.minibatch(kept, jax.random.fold_in(key, 0), 16, **options, log_z=log_z)
+    assert ((np.asarray(drawn.tokens) == 9) & np.asarray(drawn.where)).any(axis=1).all()
+    loss = jax.grad(lambda x: -bigram.LOG_PROB_FN(x, drawn.tokens, drawn.where).mean())
+    moved = bigram.BASE - progress.state.params
+    np.testing.assert_allclose(moved, 0.5 * loss(jnp.asarray(bigram.BASE)), atol=1e-5)
+
+
+def test_and_brings_the_policy_nearer_to_the_target():
+    policy = walk(make_filter(Stage(FORWARD, 512, 60, patience=3)))[-1][1].state.params
+    tokens, where = fjax.enumeration.sequences(bigram.WORDS, 4, eos_id=bigram.END)
+    assert divergence(policy, tokens, where) < 0.7 * divergence(bigram.BASE, tokens, where)
+
+
+def test_an_f_that_counts_what_is_never_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"Stage 1 .* f'\(∞\) = 0.34.*share_of_p=1 draws none"):
+        make_filter(Stage(SHANNON, 64, 5))
 
 
 @pytest.mark.parametrize(
