@@ -91,13 +91,13 @@ def test_steps_of_stages_are_their_own(asked):
 
 
 def test_a_run_that_filters(monkeypatch, tmp_path):
-    """Of 64 samples of the base about a third are hits; the model learns from them, and says how many it took."""
+    """Of 320 samples of the base about a third are hits: enough to get better from."""
     filtering = "--algorithm", "filter_sft", "--divergence", "forward_kl", "--lora-rank", 2
-    stages = "--stages", "forward_kl:64:20", "--learning-rate", 0.05, "--eval-every", 99
+    stages = "--stages", "forward_kl:320:20", "--learning-rate", 0.01, "--eval-every", 99
     folder = tmp_path / "run"
     assert run(monkeypatch, main, *FREQUENT, *filtering, *stages, "--run-folder", folder) == 0
     first, *_, last = [r for r in read_metrics(folder) if r["kind"] == "evaluation"]
-    assert (first["samples"], last["samples"]) == (0, 64)
+    assert (first["samples"], last["samples"]) == (0, 320)
     assert last["satisfaction"] > first["satisfaction"]
 
 

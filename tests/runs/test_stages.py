@@ -182,7 +182,8 @@ def make_filter(*stages, rng_key=jax.random.key(0), **options):
 def test_filtering_and_fine_tuning_is_maximum_likelihood_on_hits():
     stepper = make_filter(Stage(FORWARD, 256, 1), minibatch_size=16)
     progress = walk(stepper)[-1][1]
-    kept, key = progress.staged.replay, jax.random.fold_in(jax.random.key(0), 8)
+    kept = jax.tree.map(jnp.asarray, progress.staged.replay)
+    key = jax.random.fold_in(jax.random.key(0), 8)
     options = {"batch_weights": np.ones(1), "share_of_p": 1.0}
     log_z = replay.replay_log_z(kept, batch_weights=np.ones(1)).value
     drawn = replay.minibatch(kept, jax.random.fold_in(key, 0), 16, **options, log_z=log_z)
