@@ -66,7 +66,7 @@ def parse_filter_stage(words: tuple[str, ...], samples: int, updates: int) -> St
     >>> stage.samples, stage.updates, stage.patience
     (11520, 45, 3)
     """
-    words = words or (f"forward_kl:{samples}:{updates}",)
+    words = list(words) or [f"forward_kl:{samples}:{updates}"]
     if len(words) > 1 or not words[0].startswith("forward_kl:"):
         raise ValueError(
             f"--algorithm filter_sft draws once, from the base model, and raises the likelihood of "

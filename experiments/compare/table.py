@@ -122,7 +122,7 @@ def _row(records: list[dict], names: list[str]) -> list[str]:
     return [*_figures(records, names), drawn, took]
 
 
-def _figures(records: list[dict], names: list[str]) -> list[str]:
+def _figures(records: list[dict], names: Sequence[str]) -> list[str]:
     """Over seeds, or of a single one with the standard error of its evaluation."""
     spreads = [spread([record.get(name, math.nan) for record in records]) for name in names]
     if len(records) == 1:

@@ -188,7 +188,7 @@ def _check_stages(stages: Sequence[Stage], share_of_p: float) -> None:
                 f"Stage {number} has samples={stage.samples} and updates={stage.updates}: a stage "
                 f"draws at least 0 samples and makes at least 1 update."
             )
-        slope = float(stage.divergence.derivative(jnp.inf))
+        slope = float(stage.divergence.derivative(jnp.array(jnp.inf)))
         if share_of_p == 1 and slope != 0:
             raise ValueError(
                 f"Stage {number} descends an f with f'(∞) = {slope:g}, so that samples where p = 0 "

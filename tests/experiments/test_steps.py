@@ -91,14 +91,18 @@ def test_steps_of_stages_are_their_own(asked):
 
 
 def test_a_run_that_filters(monkeypatch, tmp_path):
-    """Of 320 samples of the base about a third are hits: enough to get better from."""
+    """All of its samples are the base's, drawn before the first update; that it helps is shown in
+    tests/runs/test_stages.py."""
     filtering = "--algorithm", "filter_sft", "--divergence", "forward_kl", "--lora-rank", 2
     stages = "--stages", "forward_kl:320:20", "--learning-rate", 0.01, "--eval-every", 99
     folder = tmp_path / "run"
     assert run(monkeypatch, main, *FREQUENT, *filtering, *stages, "--run-folder", folder) == 0
-    first, *_, last = [r for r in read_metrics(folder) if r["kind"] == "evaluation"]
-    assert (first["samples"], last["samples"]) == (0, 320)
-    assert last["satisfaction"] > first["satisfaction"]
+    metrics = read_metrics(folder)
+    evaluations = [r for r in metrics if r["kind"] == "evaluation"]
+    assert [r["samples"] for r in (evaluations[0], evaluations[-1])] == [0, 320]
+    seen = [r["held_out"] for r in metrics if "held_out" in r]
+    assert len(seen) >= 2
+    assert np.isfinite(seen).all()
 
 
 def test_a_run_of_many_of_them_at_once(monkeypatch, tmp_path):
