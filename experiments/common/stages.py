@@ -66,14 +66,14 @@ def parse_filter_stage(words: tuple[str, ...], samples: int, updates: int) -> St
     >>> stage.samples, stage.updates, stage.patience
     (11520, 45, 3)
     """
-    asked = list(words) or [f"forward_kl:{samples}:{updates}"]
-    if len(asked) > 1 or not asked[0].startswith("forward_kl:"):
+    first, *others = words or (f"forward_kl:{samples}:{updates}",)
+    if others or not first.startswith("forward_kl:"):
         raise ValueError(
             f"--algorithm filter_sft draws once, from the base model, and raises the likelihood of "
             f"what the target keeps: leave --stages out, or give one, forward_kl:SAMPLES:UPDATES; "
-            f"got {' '.join(asked)}."
+            f"got {' '.join(words)}."
         )
-    (stage,) = parse_stages(asked)
+    (stage,) = parse_stages((first,))
     return stage._replace(patience=FILTER_PATIENCE)
 
 
