@@ -12,7 +12,7 @@ Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,24 @@ from fjax._checks import positive
 from fjax._trees import find_leaves, list_paths, name_leaves
 from fjax.types import Array, Float, Params, PRNGKeyArray
 
-__all__ = ["Adapters", "adapt", "init_lora", "merge_lora"]
+__all__ = ["AdaptedMatrix", "Adapters", "adapt", "attach_lora", "init_lora", "merge_lora"]
 
 Adapters = dict[str, dict[str, Array]]
 """Path of a matrix in the parameters -> its change, ``{"down": [in, r], "up": [r, out]}``."""
+
+
+class AdaptedMatrix(NamedTuple):
+    """A matrix that stands for W + down · up, without the sum; see `attach_lora`.
+
+    Attributes:
+        matrix: W, of the base model.
+        down: ``[in, r]``.
+        up: ``[r, out]``, already times α/r.
+    """
+
+    matrix: Float[Array, "I O"]
+    down: Float[Array, "I r"]
+    up: Float[Array, "r O"]
 
 
 def init_lora(params: Params, rng_key: PRNGKeyArray, *, rank: int, pattern: str = "") -> Adapters:
@@ -99,15 +113,53 @@ def merge_lora(
 
     Source: Hu et al. 2021, equation 3.
     """
-    if alpha is not None:
-        positive(alpha=alpha)
-    named = name_leaves(params)
-    _check_belong(adapters, named)
+    named = _checked(params, adapters, alpha)
     merged = (
         _merge(leaf, adapters[path], alpha) if path in adapters else leaf
         for path, leaf in named.items()
     )
     return jax.tree.structure(params).unflatten(merged)
+
+
+def attach_lora(
+    params: Params,
+    adapters: Mapping[str, Mapping[str, Array]],
+    *,
+    alpha: float | Float[Array, ""] | None = None,
+) -> Params:
+    """The base model's parameters with the adapters beside them, for fjax's own models.
+
+        x · W + (α/r)(x · down) · up
+
+    The same function of the adapters as with `merge_lora`, up to rounding, and so the same
+    gradient; but no second copy of W is made, and no gradient of its size. For sampling and scoring
+    merged parameters are the faster ones.
+
+    Args:
+        params: of the base model.
+        adapters: as `init_lora` makes them for these parameters.
+        alpha: see `merge_lora`.
+
+    Returns:
+        The tree of ``params``, with an `AdaptedMatrix` where there is an adapter. The models that
+        `fjax.from_pretrained` loads take it; what computes with arrays alone does not.
+
+    Raises:
+        ValueError: as `merge_lora` does.
+
+    >>> adapters = {"kernel": {"down": jnp.array([[1.0], [2.0]]), "up": jnp.array([[3.0, 0.0]])}}
+    >>> attached = attach_lora({"kernel": jnp.ones((2, 2))}, adapters, alpha=2.0)
+    >>> attached["kernel"].up.tolist()
+    [[6.0, 0.0]]
+
+    Source: Hu et al. 2021, equation 3.
+    """
+    named = _checked(params, adapters, alpha)
+    attached = (
+        _attach(leaf, adapters[path], alpha) if path in adapters else leaf
+        for path, leaf in named.items()
+    )
+    return jax.tree.structure(params).unflatten(attached)
 
 
 def adapt(fn: Callable[..., Any], policy_of: Callable[[Any], Params]) -> Callable[..., Any]:
@@ -120,8 +172,9 @@ def adapt(fn: Callable[..., Any], policy_of: Callable[[Any], Params]) -> Callabl
     Args:
         fn: its first argument is the parameters: a `fjax.types.LogProbFn`, a
             `fjax.types.LogitsFn`, or any other.
-        policy_of: adapters -> parameters: ``partial(merge_lora, params)``, or one of your own. The
-            same is given to `fjax.runs.align`.
+        policy_of: adapters -> parameters: ``partial(merge_lora, params)``, or one of your own;
+            `fjax.runs.align` is given the same. To train a model of fjax's, `attach_lora` in place
+            of `merge_lora` is faster.
 
     >>> from functools import partial
     >>> params = {"kernel": jnp.ones((2, 2))}
@@ -181,6 +234,15 @@ def _begin(matrix: Any, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
     return {"down": down, "up": jnp.zeros((rank, *others), dtype)}
 
 
+def _checked(params: Params, adapters: Mapping, alpha: float | Array | None) -> dict[str, Any]:
+    """The parameters by name."""
+    if alpha is not None:
+        positive(alpha=alpha)
+    named = name_leaves(params)
+    _check_belong(adapters, named)
+    return named
+
+
 def _check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[str, Any]) -> None:
     """Whether each adapter is one of a matrix that there is."""
     for path, adapter in adapters.items():
@@ -198,11 +260,20 @@ def _check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[st
             )
 
 
+def _scale(adapter: Mapping[str, Array], alpha: float | Array | None) -> float | Array:
+    return 1.0 if alpha is None else alpha / adapter["down"].shape[1]
+
+
+def _attach(
+    matrix: Any, adapter: Mapping[str, Array], alpha: float | Array | None
+) -> AdaptedMatrix:
+    return AdaptedMatrix(matrix, adapter["down"], _scale(adapter, alpha) * adapter["up"])
+
+
 def _merge(
     matrix: Any, adapter: Mapping[str, Array], alpha: float | Array | None
 ) -> Float[Array, "..."]:
-    down, up = adapter["down"], adapter["up"]
-    scale = 1.0 if alpha is None else alpha / down.shape[1]
     # Accelerators multiply float32 in fewer bits unless told otherwise.
-    change = jnp.tensordot(down, up, 1, precision=jax.lax.Precision.HIGHEST)
-    return (matrix + scale * change).astype(matrix.dtype)
+    highest = jax.lax.Precision.HIGHEST
+    change = jnp.tensordot(adapter["down"], adapter["up"], 1, precision=highest)
+    return (matrix + _scale(adapter, alpha) * change).astype(matrix.dtype)

@@ -14,7 +14,8 @@ from flax import nnx
 
 import fjax
 from fjax import enumeration
-from fjax.adapters import adapt, init_lora, merge_lora
+from fjax.adapters import adapt, attach_lora, init_lora, merge_lora
+from fjax.models import gpt2
 from fjax.training import Checkpoints
 
 KEY = jax.random.key(0)
@@ -113,6 +114,51 @@ def test_the_gradient_is_the_chain_rule_s(alpha, x64):
         np.testing.assert_allclose(found[path]["down"], scale * g @ up.T, rtol=1e-12)
         up_grad = np.asarray(found[path]["up"]).reshape(2, -1)
         np.testing.assert_allclose(up_grad, scale * down.T @ g, rtol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_beside_the_matrices_they_are_the_same_as_added_up(alpha, x64):
+    """log π and its gradient of a GPT-2 with adapters on every matrix, and the cached model's
+    logits: in float64 to 1e-10, also where padding stands on the left."""
+    config = gpt2.GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    params = gpt2.init_params(config, KEY, param_dtype=jnp.float64)
+    params = jax.tree.map(lambda x: 10 * x, params)
+    adapters = moved(init_lora(params, KEY, rank=2))
+    assert {"wte/embedding", "wpe/embedding", "h_1/mlp/c_fc/kernel"} < set(adapters)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 7, (3, 6)))
+    log_prob_fn = fjax.make_log_prob_fn(gpt2.logits_fn(config, dtype=jnp.float64), start=2)
+    where = jnp.ones_like(tokens, bool).at[:, :2].set(False)
+
+    def found(way):
+        policy_of = partial(way, params, alpha=alpha)
+        log_pi, back = jax.vjp(
+            lambda adapters: adapt(log_prob_fn, policy_of)(adapters, tokens, where), adapters
+        )
+        cache = gpt2.init_cache(config, 3, 6, dtype=jnp.float64)
+        real = jnp.ones_like(tokens, bool).at[0, :3].set(False)
+        decode = adapt(gpt2.decode_fn(config, dtype=jnp.float64), policy_of)
+        return log_pi, back(jnp.arange(1.0, 4.0))[0], decode(adapters, tokens, cache, real)[0]
+
+    beside, merged = map(jax.jit(found, static_argnums=0), (attach_lora, merge_lora))
+    assert min(abs(x).max() for x in jax.tree.leaves(merged[1])) > 1e-3
+    for a, b in zip(*map(jax.tree.leaves, (beside, merged)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * abs(b).max())
+
+
+def test_beside_the_matrices_none_of_their_size_is_made():
+    """As many bytes as W has are more than all that the gradient needs."""
+    config = gpt2.GPT2Config(vocab_size=7, n_positions=8, n_embd=256, n_layer=1, n_head=2)
+    params = gpt2.init_params(config, KEY)
+    adapters = init_lora(params, KEY, rank=1, pattern="mlp")
+    tokens = jnp.zeros((1, 4), jnp.int32)
+
+    def temporary(way):
+        logits_fn = adapt(gpt2.logits_fn(config), lambda adapters: way(params, adapters))
+        grad = jax.jit(jax.grad(lambda adapters: logits_fn(adapters, tokens).sum()))
+        return grad.lower(adapters).compile().memory_analysis().temp_size_in_bytes
+
+    matrix = 4 * 256 * 1024
+    assert temporary(attach_lora) < matrix < temporary(merge_lora)
 
 
 def test_of_full_rank_they_can_be_any_change(x64):

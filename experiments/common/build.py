@@ -17,7 +17,7 @@ import optax
 import fjax
 from fjax import rollouts
 from fjax._trees import count_numbers, find_leaves, name_leaves
-from fjax.adapters import adapt, init_lora, merge_lora
+from fjax.adapters import adapt, attach_lora, init_lora, merge_lora
 from fjax.divergences import FDivergence, by_name
 from fjax.estimators import known_log_z
 from fjax.evaluation import TextTarget
@@ -138,7 +138,8 @@ def make_trained(settings: Settings, params: Params) -> Trained:
         given = f"--lora-rank {settings.lora_rank}" + f", --trainable {pattern}" * bool(pattern)
         raise RunError(f"{given}: {error}") from error
     merge = partial(jax.jit(merge_lora), params, alpha=settings.lora_alpha)
-    return Trained(adapters, merge)
+    attach = partial(attach_lora, params, alpha=settings.lora_alpha)
+    return Trained(adapters, merge, attach)
 
 
 def describe_trained(settings: Settings, built: Built) -> dict[str, int]:
@@ -257,7 +258,7 @@ def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> T
         return make_tuner(settings, built.model, contexts, trained)
     filters = settings.algorithm == "filter_sft"
     start = 1 if contexts is None else contexts.start
-    logits_fn = adapt(built.model.logits_fn, trained.policy_of)
+    logits_fn = adapt(built.model.logits_fn, trained.in_training)
     log_prob_fn = fjax.make_log_prob_fn(logits_fn, start=start)
     optimizer = make_optimizer(settings, trained.initial)
 
@@ -300,7 +301,7 @@ def make_tuner(
     num_contexts = None
     if contexts is not None and not contexts.global_z:
         num_contexts = len(contexts.training.texts)
-    logits_fn = adapt(model.logits_fn, trained.policy_of)
+    logits_fn = adapt(model.logits_fn, trained.in_training)
     log_prob_fn = fjax.make_log_prob_fn(logits_fn, start=start)
     if settings.algorithm == "rloo":
         return rloo_tuner(

@@ -18,11 +18,13 @@ class Trained(NamedTuple):
     """What a run trains: the policy's parameters, or adapters of them.
 
     initial: what it begins with.
-    policy_of: (what is trained) -> parameters of the policy.
+    policy_of: (what is trained) -> parameters of the policy, to sample, score and save.
+    in_training: the same for its gradient, where adapters are not added up.
     """
 
     initial: Params
     policy_of: Callable[[Params], Params] = lambda params: params
+    in_training: Callable[[Params], Params] = lambda params: params
 
 
 class Built(NamedTuple):

@@ -63,7 +63,7 @@ def make_stepper(config: Config, built: Built) -> Stepper:
     )
     # too few pairs are said at once
     batch_at(batch, 0, batch_size=config.pairs_per_step, seed=settings.seed)
-    log_prob_fn = fjax.make_log_prob_fn(adapt(model.logits_fn, built.trained.policy_of))
+    log_prob_fn = fjax.make_log_prob_fn(adapt(model.logits_fn, built.trained.in_training))
     tuner = preference_tuner(
         log_prob_fn,
         make_optimizer(settings, built.trained.initial),

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from fjax._checks import as_mask, is_concrete
 from fjax._sharding import spread_as
+from fjax.adapters import AdaptedMatrix
 from fjax.models.base import KVCache, ModelConfig
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
@@ -30,8 +31,10 @@ __all__ = [
     "decode_fn",
     "empty_cache",
     "logits_fn",
+    "look_up",
     "project",
     "score_fn",
+    "times",
     "wide",
 ]
 
@@ -228,15 +231,45 @@ def attention_mask(
     return positions_BxT, causal_1xTxS & where_BxS[:, None, :], where_BxS, length
 
 
-def project(hidden_BxTxD: Array, embedding_VxD: Array) -> Array:
-    """Logits in float32 at least, whatever the dtype of the computation: ``hidden · embedding``.
+def times(x_BxTxD: Array, kernel: Array | AdaptedMatrix) -> Array:
+    """``x · kernel``, in the dtype of x; with an adapter ``x · W + (x · down) · up``.
+
+    >>> times(jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((4, 3))).dtype
+    dtype(bfloat16)
+    """
+    if isinstance(kernel, AdaptedMatrix):
+        return times(x_BxTxD, kernel.matrix) + times(times(x_BxTxD, kernel.down), kernel.up)
+    # Rows in one axis. From [B, T, D] XLA on a CPU takes the kernel's gradient of a transposed
+    # copy, and the backward pass of a block takes twice as long.
+    *axes, width = x_BxTxD.shape
+    found = x_BxTxD.reshape(-1, width) @ kernel.astype(x_BxTxD.dtype)
+    return found.reshape(*axes, -1)
+
+
+def look_up(table: Array | AdaptedMatrix, ids_BxT: Array, *, dtype: DTypeLike) -> Array:
+    """Rows of a table; NaN for an id beyond it.
+
+    >>> look_up(jnp.eye(3), jnp.array([[2, 3]]), dtype=jnp.float32).tolist()
+    [[[0.0, 0.0, 1.0], [nan, nan, nan]]]
+    """
+    if isinstance(table, AdaptedMatrix):
+        found = look_up(table.matrix, ids_BxT, dtype=dtype)
+        return found + times(look_up(table.down, ids_BxT, dtype=dtype), table.up)
+    return jnp.take(table.astype(dtype), ids_BxT, axis=0)
+
+
+def project(hidden_BxTxD: Array, embedding: Array | AdaptedMatrix) -> Array:
+    """Logits in float32 at least, whatever the dtype of the computation: ``hidden · embeddingᵀ``.
 
     >>> project(jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((3, 4))).dtype
     dtype('float32')
     """
+    if isinstance(embedding, AdaptedMatrix):
+        change = project(project(hidden_BxTxD, embedding.up), embedding.down)
+        return project(hidden_BxTxD, embedding.matrix) + change
     dtype = hidden_BxTxD.dtype
     return jnp.einsum(
-        "btd,vd->btv", hidden_BxTxD, embedding_VxD.astype(dtype), preferred_element_type=wide(dtype)
+        "btd,vd->btv", hidden_BxTxD, embedding.astype(dtype), preferred_element_type=wide(dtype)
     )
 
 

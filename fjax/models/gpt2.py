@@ -178,12 +178,9 @@ class _GPT2(nn.Module):
     dtype: DTypeLike
 
     def setup(self):
-        init = nn.initializers.normal(self.config.initializer_range)
-        embed = partial(
-            nn.Embed, features=self.config.n_embd, dtype=self.dtype, embedding_init=init
-        )
-        self.wte = embed(self.config.vocab_size)
-        self.wpe = embed(self.config.n_positions)
+        shape = self.config.n_embd, self.dtype, self.config.initializer_range
+        self.wte = _Embed(self.config.vocab_size, *shape)
+        self.wpe = _Embed(self.config.n_positions, *shape)
         self.h = [
             _Block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)
         ]
@@ -207,12 +204,43 @@ class _GPT2(nn.Module):
         return self.ln_f(x_BxTxD), cache
 
 
+class _Dense(nn.Module):
+    """As `flax.linen.Dense`, whose kernel may come with an adapter."""
+
+    features: int
+    dtype: DTypeLike
+    scale: float
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        init = nn.initializers.normal(self.scale)
+        kernel = self.param("kernel", init, (x_BxTxD.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x_BxTxD, bias = x_BxTxD.astype(self.dtype), bias.astype(self.dtype)
+        return causal.times(x_BxTxD, kernel) + bias[None, None]
+
+
+class _Embed(nn.Module):
+    """As `flax.linen.Embed`, whose table may come with an adapter."""
+
+    rows: int
+    features: int
+    dtype: DTypeLike
+    scale: float
+
+    @nn.compact
+    def __call__(self, ids_BxT):
+        init = nn.initializers.normal(self.scale)
+        table = self.param("embedding", init, (self.rows, self.features))
+        return causal.look_up(table, ids_BxT, dtype=self.dtype)
+
+
 def _dense(module, name, features, *, residual=False):
     # GPT-2 scales the projections that write into the residual stream by 1/sqrt(2L) at
     # initialisation.
     depth = 2 * module.config.n_layer if residual else 1
-    init = nn.initializers.normal(module.config.initializer_range / depth**0.5)
-    return nn.Dense(features, dtype=module.dtype, kernel_init=init, name=name)
+    scale = module.config.initializer_range / depth**0.5
+    return _Dense(features, module.dtype, scale, name=name)
 
 
 def _layer_norm(module, name):
