@@ -86,11 +86,12 @@ class Display:
         begin = "from the start" if chosen is None else f"from {_safe(str(chosen))}"
         at = f"going on at step {resumed_at}" if resumed_at else begin
         share = f" ({stepper.base_samples} of the base model)" if stepper.base_samples else ""
+        each = f"of {count(stepper.samples, stepper.unit)}{share}"
         size = count_numbers(params) / 1e6
         model = _safe(str(run.config.get("model", "a model")))
         self.say(
             f"[bold]{escape(title)}[/]: {model} ({size:.1f}M parameters), {count(steps, 'step')} "
-            f"of {count(stepper.samples, stepper.unit)}{share}, {at}, on {escape(hardware())}.\n"
+            f"{stepper.plan or each}, {at}, on {escape(hardware())}.\n"
             f"Everything is written to {escape(str(run.path))}."
         )
 

@@ -41,6 +41,7 @@ from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
 from fjax.runs.records import as_record, as_target_record, keep_samples
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
+from fjax.runs.rows import collapse
 from fjax.runs.steps import Progress, Stepper, drawn_by, online, steps_of
 from fjax.training import Checkpoints, Logger, Tuner
 from fjax.training._digests import digest_params
@@ -279,6 +280,8 @@ def _train(run: _Run, progress: Progress, seconds: float) -> Result:
             record["seconds"] = time.monotonic() - begun
             run.logger.log(record)
             bar(step, record)
+            if (warning := collapse(record)) is not None:
+                run.display.warn(f"Step {step}. {warning}")
             if not record["finite"]:
                 _save(run, progress, begun)
                 raise RunError(_not_finite(run, step))

@@ -130,7 +130,7 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[1, 1].set_title("effective samples of the divergence")
     axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples")
     if any(record.get("clipped_fraction") for record in steps):
-        samples = steps[-1]["samples"] / steps[-1]["step"]
+        samples = steps[-1].get("minibatch", steps[-1]["samples"] / steps[-1]["step"])
         x, y = _xy(steps, "clipped_fraction")
         axes[1, 2].plot(x, y * samples, lw=0.8, label="samples with clipped f'")
     axes[1, 2].set(title="effective samples of π/q", ylim=(0, None))

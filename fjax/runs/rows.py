@@ -73,6 +73,19 @@ def rests_on_little(record: Record, name: str, aim: Aim) -> bool:
     return heavy or float(record.get(f"{name}_ess", math.nan)) < FEW
 
 
+def collapse(record: Record) -> str | None:
+    """What to say of weights p/q of a replay of which a few count for most; None of others."""
+    k = float(record.get("pareto_k", -math.inf))
+    if not k > HEAVY:
+        return None
+    found = "too few of them are above 0" if math.isinf(k) else f"Pareto k̂ {k:.2f}, above {HEAVY}"
+    return (
+        f"The weights p/q of what was drawn so far rest on too little ({found}): gradients and log "
+        f"Z are those of a few samples, which the policy will learn by heart. Draw more in this "
+        f"stage, go to the target in more stages, or make the target easier (a larger β)."
+    )
+
+
 def cell(record: Record, name: str, aim: Aim) -> str:
     """The value to two digits of its standard error; to three digits where it has none."""
     if name not in record:

@@ -8,6 +8,7 @@ Whatever a later step needs is in `Staged`, and so in the checkpoint.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,19 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax.divergences import FDivergence
-from fjax.estimators import Estimate, estimate_divergence, estimate_kl_to_base
+from fjax.estimators import Estimate, estimate_divergence, estimate_kl_to_base, pareto_k
 from fjax.evaluation import TextTarget
 from fjax.replay import (
     Replay,
     add_to_replay,
     init_replay,
     minibatch,
+    replay_bytes,
     replay_log_z,
     replay_part,
     weights_by_ess,
 )
 from fjax.rollouts import Collector, to_rollout
+from fjax.runs.folder import RunError
 from fjax.runs.steps import Progress, Stepper, as_numbers, as_record, on_host, score_batch
+from fjax.runs.text import count
 from fjax.training import Rollout, Tuner
 from fjax.types import Array, Float, Int, Params, PRNGKeyArray
 
@@ -84,6 +88,7 @@ class _Given(NamedTuple):
     policy_of: Callable[[Params], Params]
     rng_key: PRNGKeyArray
     num_contexts: int | None
+    minibatch_size: int
     updates_per_step: int
     look_every: int
     held_out: float
@@ -128,6 +133,7 @@ def staged(
     Raises:
         ValueError: for stages that draw nothing first, or make no update; or if what is never drawn
             would count, for f'(∞) is not 0.
+        RunError: as the run begins, for more samples than there is memory for.
 
     Source: Go et al. 2023 for the gradient; Owen 2013, sections 9.1 and 9.11 for the mixture.
     """
@@ -145,13 +151,16 @@ def staged(
     init = make_tuner(stages[0].divergence).init
     given = _Given(
         tuple(stages), updates, collector, target, policy_of, rng_key, num_contexts,
-        updates_per_step, look_every, held_out,
+        minibatch_size, updates_per_step, look_every, held_out,
     )  # fmt: skip
 
+    draws = sum(_draws(given, stage) for stage in stages)
+    rows, steps = draws * collector.samples, sum(_steps(given, stage) for stage in stages)
+
     def begin(params: Params) -> Progress:
-        state = init(params)
-        rows = sum(_draws(given, stage) for stage in stages) * collector.samples
-        replay = init_replay(_rollout_like(collector, policy_of(params), rng_key), rows)
+        like = _rollout_like(collector, policy_of(params), rng_key)
+        _check_memory(like, rows)
+        state, replay = init(params), init_replay(like, rows)
         copy = jax.tree.map(jnp.copy, state.params)
         zero = jnp.zeros((), jnp.int32)
         at = Staged(replay, zero, zero, copy, jnp.asarray(jnp.inf), zero)
@@ -173,9 +182,11 @@ def staged(
         step,
         collector.samples,
         base_samples,
-        steps=sum(_steps(given, stage) for stage in stages),
+        steps=steps,
         finished=lambda progress: int(progress.staged.stage) >= len(stages),
         drawn=lambda progress: int(progress.staged.replay.size),
+        plan=f"in {count(len(stages), 'stage')}: {draws} draw {collector.samples} samples each, "
+        f"{steps - draws} learn from all of them",
     )
 
 
@@ -205,6 +216,26 @@ def _rollout_like(collector: Collector, params: Params, rng_key: PRNGKeyArray) -
     """A batch, for its shapes alone: an engine outside of JAX has them nowhere else."""
     batch = collector.draw(params, rng_key)
     return to_rollout(batch, jnp.zeros(len(batch.tokens)), contexts=collector.contexts)
+
+
+def _check_memory(like: Rollout, rows: int) -> None:
+    """Whether there is room for so many samples, before the first is drawn."""
+    columns, there = like.tokens.shape[1], _memory()
+    needed = replay_bytes(columns, rows, contexts=like.contexts is not None)
+    if needed > there:
+        raise RunError(
+            f"{rows:,} samples of {columns} tokens are {needed:,} bytes, more than the {there:,} "
+            f"that {jax.devices()[0].device_kind} has. Draw fewer samples in the stages, or "
+            f"shorter ones."
+        )
+
+
+def _memory() -> int:
+    """Bytes of the device that arrays are made on."""
+    of_device = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in of_device:
+        return of_device["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _make_update(
@@ -240,6 +271,9 @@ def _draw(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pro
     if given.num_contexts is None:
         record |= as_numbers("log_z", on_host(log_z))
     at = at._replace(replay=replay, done=at.done + 1)
+    if int(at.done) == _draws(given, given.stages[int(at.stage)]):  # before it is learnt from
+        weights = jnp.where(replay.held_out, -jnp.inf, replay.log_score - replay.log_q)
+        record["pareto_k"] = float(pareto_k(weights, where=replay.batches == at.stage))
     return progress._replace(staged=at), record | {"finite": True}
 
 
@@ -261,6 +295,7 @@ def _learn(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pr
     # trained on, reads too low.
     left_out = ("log_z", "divergence")
     record = {k: v for k, v in as_record(info).items() if not k.startswith(left_out)}
+    record["minibatch"] = given.minibatch_size
     last = done * given.updates_per_step >= stage.updates
     if looks and (last or done % given.look_every == 0):
         progress, seen = _look(given, progress)

@@ -61,6 +61,7 @@ class Stepper(NamedTuple):
         steps: how many there are, where that is not for the run to say; else None.
         finished: progress -> whether it has come to an end of its own.
         drawn: progress -> how many have been drawn; None: ``samples`` in every step.
+        plan: what is going to happen, in words, where steps are not all alike.
     """
 
     begin: Callable[[Params], Progress]
@@ -73,6 +74,7 @@ class Stepper(NamedTuple):
     steps: int | None = None
     finished: Callable[[Progress], bool] = lambda progress: False
     drawn: Callable[[Progress], int] | None = None
+    plan: str = ""
 
 
 def steps_of(tuner: Tuner | Stepper, steps: int | None) -> int:

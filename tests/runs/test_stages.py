@@ -9,7 +9,8 @@ import pytest
 import fjax
 from fjax import replay
 from fjax.estimators import known_log_z
-from fjax.runs import align, read_metrics
+from fjax.runs import RunError, align, read_metrics
+from fjax.runs.rows import collapse
 from fjax.runs.stages import Stage, staged
 from tests import bigram
 
@@ -60,6 +61,40 @@ def test_a_stage_draws_from_what_the_last_one_led_to_and_keeps_each_density():
     expected = np.where(np.asarray(end.batches) == 0, log_a, mixed)
     np.testing.assert_allclose(end.log_q, expected, rtol=1e-4)
     assert int(end.held_out.sum()) == 24
+
+
+def test_what_is_going_to_happen_is_said_in_words():
+    stepper = make_stepper(Stage(FORWARD, 64, 4), Stage(SHANNON, 32, 2))
+    plan = "in 2 stages: 3 draw 32 samples each, 3 learn from all of them"
+    assert stepper.plan == plan
+    assert make_stepper(Stage(FORWARD, 32, 2)).plan.startswith("in 1 stage: 1 draw")
+
+
+def test_weights_that_rest_on_little_are_seen_before_they_are_learnt_from():
+    """k̂ of P/q of the stage's own rows, those that are held out left out."""
+    seen = walk(make_stepper(Stage(FORWARD, 512, 2), Stage(SHANNON, 256, 2)))
+    drawn = [(record, to.staged.replay) for record, to in seen if "pareto_k" in record]
+    assert [int(rows.size) for _, rows in drawn] == [512, 768]
+    for batch, (record, rows) in enumerate(drawn):
+        mine = (rows.batches == batch) & ~rows.held_out
+        expected = fjax.estimators.pareto_k(jnp.asarray((rows.log_score - rows.log_q)[mine]))
+        np.testing.assert_allclose(record["pareto_k"], float(expected), rtol=1e-4)
+    assert collapse({"pareto_k": 0.7}) is None
+    assert collapse({}) is None
+    assert "Pareto k̂ 0.71, above 0.7" in collapse({"pareto_k": 0.71})
+    assert "too few of them are above 0" in collapse({"pareto_k": np.inf})
+
+
+def test_more_samples_than_there_is_memory_for_are_refused_before_one_is_drawn(monkeypatch):
+    stepper = make_stepper(Stage(FORWARD, 64, 4))
+    columns = stepper.begin(bigram.BASE).staged.replay.tokens.shape[1]
+    needed = replay.replay_bytes(columns, 64)
+    monkeypatch.setattr("fjax.runs.stages._memory", lambda: needed)
+    stepper.begin(bigram.BASE)
+    monkeypatch.setattr("fjax.runs.stages._memory", lambda: needed - 1)
+    said = f"64 samples of {columns} tokens are {needed:,} bytes, more than the {needed - 1:,} that"
+    with pytest.raises(RunError, match=said):
+        stepper.begin(bigram.BASE)
 
 
 def test_updates_leave_the_replay_alone_and_draws_the_policy():
