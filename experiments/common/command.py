@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from fjax.runs import RunError
 from fjax.runs.endings import Interrupted, handled_by, interrupt, lasting_output
+from fjax.runs.memory import keep_freed_memory
 from fjax.runs.text import on_one_line
 
 from .arguments import parse
@@ -76,6 +77,8 @@ def _run(config: type[ConfigT], main: Callable[[ConfigT], int], name: str, compu
     # of __post_init__: a value that its type allows and its meaning does not
     except ValueError as error:
         return _fail(str(error))
+    if computes:
+        keep_freed_memory()
     if computes and _backend() != "cpu":
         # Compiling for an accelerator takes minutes, and is the same every time.
         jax.config.update(

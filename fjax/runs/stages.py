@@ -8,7 +8,6 @@ Whatever a later step needs is in `Staged`, and so in the checkpoint.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from fjax.replay import (
 )
 from fjax.rollouts import Collector, to_rollout
 from fjax.runs.folder import RunError
+from fjax.runs.memory import device_memory
 from fjax.runs.steps import Progress, Stepper, as_numbers, as_record, on_host, score_batch
 from fjax.runs.text import count
 from fjax.training import Rollout, Tuner
@@ -220,7 +220,7 @@ def _rollout_like(collector: Collector, params: Params, rng_key: PRNGKeyArray) -
 
 def _check_memory(like: Rollout, rows: int) -> None:
     """Whether there is room for so many samples, before the first is drawn."""
-    columns, there = like.tokens.shape[1], _memory()
+    columns, there = like.tokens.shape[1], device_memory()
     needed = replay_bytes(columns, rows, contexts=like.contexts is not None)
     if needed > there:
         raise RunError(
@@ -228,14 +228,6 @@ def _check_memory(like: Rollout, rows: int) -> None:
             f"that {jax.devices()[0].device_kind} has. Draw fewer samples in the stages, or "
             f"shorter ones."
         )
-
-
-def _memory() -> int:
-    """Bytes of the device that arrays are made on."""
-    of_device = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in of_device:
-        return of_device["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _make_update(

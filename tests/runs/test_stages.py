@@ -89,9 +89,9 @@ def test_more_samples_than_there_is_memory_for_are_refused_before_one_is_drawn(m
     stepper = make_stepper(Stage(FORWARD, 64, 4))
     columns = stepper.begin(bigram.BASE).staged.replay.tokens.shape[1]
     needed = replay.replay_bytes(columns, 64)
-    monkeypatch.setattr("fjax.runs.stages._memory", lambda: needed)
+    monkeypatch.setattr("fjax.runs.stages.device_memory", lambda: needed)
     stepper.begin(bigram.BASE)
-    monkeypatch.setattr("fjax.runs.stages._memory", lambda: needed - 1)
+    monkeypatch.setattr("fjax.runs.stages.device_memory", lambda: needed - 1)
     said = f"64 samples of {columns} tokens are {needed:,} bytes, more than the {needed - 1:,} that"
     with pytest.raises(RunError, match=said):
         stepper.begin(bigram.BASE)
