@@ -55,17 +55,18 @@ def continued(
     it is. To be differentiated.
     """
     stopped = jax.lax.stop_gradient(log_t)
-    shares = 0.5 ** jnp.arange(1, _HALVINGS + 1, dtype=log_t.dtype).reshape(-1, *[1] * log_t.ndim)
-    beyond = jnp.isinf(function(stopped)) & jnp.isfinite(stopped)
-    on_the_way = shares * jnp.where(beyond, stopped, 1.0)[None]
-    known = jnp.isfinite(function(on_the_way))
-    beyond &= known.any(axis=0)
+    shares = 0.5 ** jnp.arange(_HALVINGS + 1, dtype=log_t.dtype).reshape(-1, *[1] * log_t.ndim)
+    on_the_way = shares * stopped[None]  # from log_t itself towards t = 1
+    values = function(on_the_way)
+    known = jnp.isfinite(values)
+    beyond = jnp.isinf(values[0]) & jnp.isfinite(stopped) & known.any(axis=0)
     near = jnp.sign(stopped) * jnp.where(known, jnp.abs(on_the_way), 0.0).max(axis=0)
-    near = jax.lax.stop_gradient(jnp.where(beyond, near, 1.0))
-    inside, slope = jax.jvp(function, (near,), (jnp.ones_like(near),))
+    point = jnp.where(beyond, jax.lax.stop_gradient(near), log_t)
+    at = jax.lax.stop_gradient(point)
+    inside, slope = jax.jvp(function, (at,), (jnp.ones_like(at),))
     power = jax.lax.stop_gradient(jnp.where(beyond, slope / jnp.where(beyond, inside, 1.0), 0.0))
     # Double `where`: an infinite slope must not meet the 0 that selection sends back.
-    return function(jnp.where(beyond, near, log_t)), power * jnp.where(beyond, log_t - near, 0.0)
+    return function(point), power * jnp.where(beyond, log_t - at, 0.0)
 
 
 def in_range(x: Float[Array, "*n"]) -> Bool[Array, "*n"]:

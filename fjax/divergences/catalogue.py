@@ -357,7 +357,8 @@ def _coin_information(log_t, weight):
     # Near t = 1 the value is of second order, and the two logarithms below of first order with
     # opposite signs.
     change = jnp.expm1(small) / (1 + weight * jnp.expm1(small))
-    near = weight * _excess((1 - weight) * change) + (1 - weight) * _excess(-weight * change)
+    more, less = _excess(jnp.stack([(1 - weight) * change, -weight * change]))
+    near = weight * more + (1 - weight) * less
     log_sigma, log_not = jax.nn.log_sigmoid(log_t + log_odds), jax.nn.log_sigmoid(-log_t - log_odds)
     sigma = jax.nn.sigmoid(log_t + log_odds)
     far = sigma * (log_sigma - log_weight) + jax.nn.sigmoid(-log_t - log_odds) * (
