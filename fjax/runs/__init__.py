@@ -7,6 +7,7 @@ from fjax.runs import _extra  # noqa: F401 - before all that needs it
 from fjax.runs.display import Display
 from fjax.runs.folder import OpenRun, RunError, open_run, read_evaluations, read_metrics
 from fjax.runs.loop import Result, align
+from fjax.runs.memory import keep_freed_memory
 from fjax.runs.stages import Stage, staged
 from fjax.runs.steps import Progress, Stepper, online
 
@@ -19,6 +20,7 @@ __all__ = [
     "Stage",
     "Stepper",
     "align",
+    "keep_freed_memory",
     "online",
     "open_run",
     "read_evaluations",

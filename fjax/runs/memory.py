@@ -20,6 +20,10 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether that is so; False where there is no glibc.
 
+    fjax's commands do this. In a script of your own it is the first line:
+
+        fjax.runs.keep_freed_memory()
+
     Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
