@@ -154,6 +154,11 @@ def kl_reward_to_go(
     with is the log-ratio from it on, for it cannot have caused what came before. On-policy. The
     value of each entry is log π_t/a_t, so their sum estimates KL(π‖a).
 
+    Less variance is that of KL alone. Where the policy has moved for a reward, log π/a of the whole
+    sequence is high where the reward is, and their difference varies little: added to a reward with
+    one number for a baseline, the part of it before the token is missed. A baseline that knows the
+    tokens before makes the two equal (the measurement: docs/noise.md).
+
     Args:
         token_log_pi: log-probability of each token under the policy; differentiated.
         token_log_a: under the base model.
