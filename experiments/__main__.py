@@ -12,7 +12,7 @@ TOOLS = {
     "tabulate": (".tools.tabulate", "Runs as a table."),
     "bench": (".tools.bench", "Time of each phase on this machine."),
     "kl_gradients": (".tools.kl_gradients", "Which estimators of KL have its gradient."),
-    "gradient_noise": (".tools.gradient_noise", "How noisy the gradient is, by baseline."),
+    "gradient_noise": (".tools.gradient_noise", "How noisy the gradient is, and what helps."),
     "pretrain": (".pretrain.__main__", "Train the built-in model again."),
 }
 """Name -> its module, and what it does; tasks are in `experiments.tasks`."""

@@ -1,0 +1,1 @@
+"""What `gradient_noise` measures: baselines, the penalty of RLHF, and whole runs."""
