@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fjax.divergences import (
-    exact_divergence,
-    forward_kl,
-    jensen_shannon,
-    reverse_kl,
-    total_variation,
-)
+from fjax import divergences
+from fjax.divergences import forward_kl, jensen_shannon, reverse_kl, total_variation
 from tests.cases import CASES, each, name, refused
 
+# Compiled as a whole: the many small programs of a sum that is not take ten times as long.
+exact_divergence = jax.jit(divergences.exact_divergence, static_argnames="divergence")
 LOG_2 = np.log(2)
 FIELDS = ("generator", "derivative", "integrand", "intercept")
 EXTREMES = [0.0, 1e-8, 1e-4, 1.0, 20.0, 49.0, 51.0, 88.0, 89.0, 200.0, 1e4, np.inf]
@@ -179,8 +176,11 @@ def test_members_without_mass_and_padding_change_nothing(case, x64):
     def plain(log_pi):
         return exact_divergence(log_pi, log_p, divergence=case.divergence)
 
-    assert float(padded(log_pi)) == pytest.approx(float(plain(log_pi)), rel=1e-14)
-    np.testing.assert_allclose(jax.grad(padded)(log_pi), jax.grad(plain)(log_pi), rtol=1e-14)
+    (value, gradient), (expected, slope) = jax.jit(
+        lambda x: [jax.value_and_grad(of)(x) for of in (padded, plain)]
+    )(log_pi)
+    assert float(value) == pytest.approx(float(expected), rel=1e-14)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-14)
 
 
 @each

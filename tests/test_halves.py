@@ -1,6 +1,8 @@
 """Estimates from samples of π and of p, half and half: their expectations summed over a small space,
 and their errors, that of log Z included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +12,34 @@ from fjax import divergences, estimators
 from fjax.estimators import Estimate
 from tests.cases import CASES, each, each_target_of_the_paper, refused, world
 
+# Each compiled as a whole: the many small programs of one that is not take ten times as long.
+exact_divergence = jax.jit(divergences.exact_divergence, static_argnames="divergence")
+estimate_from_halves = jax.jit(
+    estimators.estimate_divergence_from_halves, static_argnames="divergence"
+)
 KNOWN = Estimate(0.0, 0.0, 1.0)
 LOG_Z = -1.5
 
 
-def over_both(small, log_p, estimate):
+@functools.partial(jax.jit, static_argnames="divergence")
+def of_draws(log_pi, log_p, rows, *, divergence):
+    """An estimate from each row's two samples of π and two of p."""
+    return jax.vmap(
+        lambda row: estimators.estimate_divergence_from_halves(
+            log_pi[row[:2]], log_p[row[:2]], log_pi[row[2:]], log_p[row[2:]], KNOWN,
+            divergence=divergence,
+        )
+    )(rows)  # fmt: skip
+
+
+def over_both(small, log_p, divergence):
     """Every estimate from two samples of π and two of p, with the probability of those."""
-    rows = np.indices((7,) * 4).reshape(4, -1).T
-    rows = rows[np.isfinite(log_p[rows[:, 2:]]).all(axis=1)]
-    log_pi = small.log_pi
-    found = jax.vmap(lambda r: estimate(log_pi[r[:2]], log_p[r[:2]], log_pi[r[2:]], log_p[r[2:]]))
-    log_probability = log_pi[rows[:, :2]].sum(axis=1) + log_p[rows[:, 2:]].sum(axis=1)
-    return found(rows), np.exp(log_probability)
+    every = np.indices((7,) * 4).reshape(4, -1).T
+    rows = every[np.isfinite(log_p[every[:, 2:]]).all(axis=1)]
+    # As many rows for every p, some again, so that a divergence is compiled once.
+    found = of_draws(small.log_pi, log_p, np.resize(rows, every.shape), divergence=divergence)
+    log_probability = small.log_pi[rows[:, :2]].sum(axis=1) + log_p[rows[:, 2:]].sum(axis=1)
+    return jax.tree.map(lambda x: x[: len(rows)], found), np.exp(log_probability)
 
 
 @each
@@ -30,14 +48,9 @@ def test_divergences_are_unbiased_and_so_are_their_squared_errors(case, hard, x6
     """E[estimate] = D_f(π‖p) and E[std_error²] = Var[estimate], over all draws of two and two."""
     small = world()
     log_p = small.target(hard=hard)
-    exact = float(divergences.exact_divergence(small.log_pi, log_p, divergence=case.divergence))
+    exact = float(exact_divergence(small.log_pi, log_p, divergence=case.divergence))
 
-    def estimate(*samples):
-        return estimators.estimate_divergence_from_halves(
-            *samples, KNOWN, divergence=case.divergence
-        )
-
-    found, probability = over_both(small, log_p, estimate)
+    found, probability = over_both(small, log_p, case.divergence)
     assert probability.sum() == pytest.approx(1, rel=1e-12)
     if hard and not case.allows_zeros:
         assert exact == np.inf
@@ -100,13 +113,13 @@ def test_no_weight_exceeds_two(seed, x64):
         jax.random.categorical(jax.random.key(seed + i), log, shape=(4000,))
         for i, log in enumerate((log_pi, log_p))
     )
-    found = estimators.estimate_divergence_from_halves(
+    found = estimate_from_halves(
         log_pi[mine], log_p[mine], log_pi[theirs], log_p[theirs], KNOWN,
         divergence=divergences.jensen_shannon(),
     )  # fmt: skip
     assert found.ess >= 4000 * (1 - 0.05)  # Σw is 8000 up to its error
     assert found.value <= np.log(2)
-    exact = divergences.exact_divergence(log_pi, log_p, divergence=divergences.jensen_shannon())
+    exact = exact_divergence(log_pi, log_p, divergence=divergences.jensen_shannon())
     assert abs(float(found.value - exact)) < 4 * found.std_error
 
 
@@ -117,14 +130,16 @@ def test_forward_kl_and_entropy_are_unbiased(x64):
     rows = np.indices((7, 7)).reshape(2, -1).T
     rows = rows[np.isfinite(log_score[rows]).all(axis=1)]
     probability = np.exp(small.log_p_hard[rows].sum(axis=1))
-    kl = jax.vmap(
-        lambda r: estimators.estimate_forward_kl_from_target(small.log_pi[r], log_score[r], log_z)
-    )(rows)
-    entropy = jax.vmap(lambda r: estimators.estimate_target_entropy(log_score[r], log_z))(rows)
+
+    @jax.jit
+    @jax.vmap
+    def both(r):
+        kl = estimators.estimate_forward_kl_from_target(small.log_pi[r], log_score[r], log_z)
+        return kl, estimators.estimate_target_entropy(log_score[r], log_z)
+
+    kl, entropy = both(rows)
     p = np.exp(small.log_p_hard)
-    exact_kl = divergences.exact_divergence(
-        small.log_pi, small.log_p_hard, divergence=divergences.forward_kl()
-    )
+    exact_kl = exact_divergence(small.log_pi, small.log_p_hard, divergence=divergences.forward_kl())
     exact_entropy = -np.sum(p * np.where(p > 0, small.log_p_hard, 0.0))
     for found, exact in ((kl, exact_kl), (entropy, exact_entropy)):
         assert float(probability @ found.value) == pytest.approx(float(exact), rel=1e-12)
@@ -190,7 +205,7 @@ def test_errors_know_of_the_samples_that_z_is_from(hard, x64):
             exact = -jnp.sum(jnp.where(p > 0, p * jnp.where(p > 0, log_p, 0.0), 0.0))
         else:
             of = divergences.by_name(name)
-            exact = divergences.exact_divergence(log_pi, log_p, divergence=of)
+            exact = exact_divergence(log_pi, log_p, divergence=of)
         # 4 errors of the mean, and a bias of order 1/150 of the variance of log Z
         assert abs(values.mean() - exact) < 4 * values.std() / np.sqrt(REPETITIONS) + 0.01, name
 
@@ -202,9 +217,7 @@ def test_what_is_infinite_is_said_to_be_so():
     assert (float(forward.value), float(forward.std_error)) == (np.inf, np.inf)
     for case in CASES[:4]:
         samples = half, never, half, half
-        found = estimators.estimate_divergence_from_halves(
-            *samples, KNOWN, divergence=case.divergence
-        )
+        found = estimate_from_halves(*samples, KNOWN, divergence=case.divergence)
         assert bool(jnp.isinf(found.value)) is not case.allows_zeros, case.divergence.name
 
 

@@ -127,7 +127,11 @@ def expected(world: World, loss: Loss, *, off_policy: bool) -> jax.Array:
         else jax.lax.stop_gradient(world.log_prob_fn(world.params, *world.space))
     )
 
-    return enumeration.expected_gradient(loss, *world[:3], world.log_a, log_q)
+    @jax.jit
+    def gradient(log_a, log_q):
+        return enumeration.expected_gradient(loss, *world[:3], log_a, log_q)
+
+    return gradient(world.log_a, log_q)
 
 
 def of(world: World, divergence: divergences.FDivergence) -> jax.Array:

@@ -17,6 +17,7 @@ def small_pictures():
     """What is on them is looked at in tests/runs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(STYLE, "savefig.dpi", 30)
+        monkeypatch.setitem(STYLE, "figure.constrained_layout.use", False)
         yield
 
 

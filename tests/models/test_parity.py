@@ -23,14 +23,20 @@ def compare(logits_fn, params, tokens, counted, expected):
     """Within 1e-4, 1e-3 and 1e-4 relative."""
     tokens, counted = jnp.asarray(tokens, jnp.int32), jnp.asarray(counted)
     log_prob_fn = make_log_prob_fn(logits_fn)
-    log_pi, pull_back = jax.vjp(lambda params: log_prob_fn(params, tokens, counted), params)
-    gradients = named_tensors(gpt2.FAMILY, pull_back(jnp.ones_like(log_pi))[0])
-    np.testing.assert_allclose(logits_fn(params, tokens), expected["logits"], rtol=0, atol=1e-4)
+
+    @jax.jit
+    def ours(params):
+        log_pi, pull_back = jax.vjp(lambda params: log_prob_fn(params, tokens, counted), params)
+        return logits_fn(params, tokens), log_pi, pull_back(jnp.ones_like(log_pi))[0]
+
+    logits, log_pi, gradient = ours(params)
+    gradients = named_tensors(gpt2.FAMILY, gradient)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(log_pi, expected["sequence_log_probs"], rtol=0, atol=1e-3)
     for key in expected:
         if key.startswith("gradient"):
-            ours, theirs = gradients["transformer." + key.removeprefix("gradient ")], expected[key]
-            assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), key
+            found, theirs = gradients["transformer." + key.removeprefix("gradient ")], expected[key]
+            assert np.abs(found - theirs).max() <= 1e-4 * np.abs(theirs).max(), key
 
 
 def continue_greedily(model, prompt, where=None, *, new_tokens=8):

@@ -9,4 +9,5 @@ from fjax.runs.plots import STYLE
 def small_pictures():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(STYLE, "savefig.dpi", 30)
+        monkeypatch.setitem(STYLE, "figure.constrained_layout.use", False)
         yield

@@ -88,12 +88,9 @@ def outcomes(ends=(EOS,)):
                 yield tokens
 
 
-def exact_log_prob(table, tokens, transform, first):
-    total, last = 0.0, first
-    for step, token in enumerate(tokens):
-        total += float(jax.nn.log_softmax(transform(table[step, last]))[token])
-        last = token
-    return total
+def exact_log_prob(log_table, tokens, first):
+    lasts = (first, *tokens)
+    return sum(float(log_table[step, lasts[step], token]) for step, token in enumerate(tokens))
 
 
 @pytest.mark.parametrize("transform", [identity, chain(temperature(1.5), top_k(3)), top_p(0.85)])
@@ -116,8 +113,8 @@ def test_frequencies_on_a_listed_space(table, transform):
 
 
 def compare_with_the_listed_space(samples, space, table, transform, tolerance):
-    n = len(samples.tokens)
-    log_probs = np.array([exact_log_prob(table, tokens, transform, 2) for tokens in space])
+    n, log_table = len(samples.tokens), np.asarray(jax.nn.log_softmax(transform(table)))
+    log_probs = np.array([exact_log_prob(log_table, tokens, 2) for tokens in space])
     # prefixes included, the space is whole
     np.testing.assert_allclose(np.exp(log_probs).sum(), 1.0, rtol=tolerance)
 
@@ -143,10 +140,11 @@ def test_log_probs_equal_an_uncached_rescoring(params, transform):
     )
     whole = jnp.concatenate([jnp.repeat(prompt, 4, 0), samples.tokens], 1)
     real = jnp.concatenate([jnp.repeat(where, 4, 0), samples.where], 1)
-    logits = gpt2.logits_fn(CONFIG)(params, whole[:, :-1], real[:, :-1], start=prompt.shape[1] - 1)
-    rescored = jnp.take_along_axis(
-        jax.nn.log_softmax(transform(logits)), samples.tokens[..., None], -1
-    )[..., 0]
+    logits_fn = partial(gpt2.logits_fn(CONFIG), start=prompt.shape[1] - 1)
+    log_probs = jax.jit(lambda *inputs: jax.nn.log_softmax(transform(logits_fn(*inputs))))(
+        params, whole[:, :-1], real[:, :-1]
+    )
+    rescored = jnp.take_along_axis(log_probs, samples.tokens[..., None], -1)[..., 0]
     assert samples.log_probs.dtype == jnp.float32
     np.testing.assert_allclose(
         samples.log_probs, jnp.where(samples.where, rescored, 0.0), atol=1e-5
@@ -429,15 +427,11 @@ def test_greedy_follows_the_most_probable_token(params):
     samples = draw_gpt2(
         params, jax.random.key(0), prompt, where=where, transform=greedy, max_new_tokens=6
     )
-    tokens, real = prompt, where
-    for step in range(6):
-        best = jnp.argmax(
-            gpt2.logits_fn(CONFIG)(params, tokens, real, start=tokens.shape[1] - 1)[:, 0], -1
-        )
-        best = jnp.where(samples.where[:, step], best, EOS)
-        tokens = jnp.concatenate([tokens, best[:, None].astype(tokens.dtype)], 1)
-        real = jnp.pad(real, ((0, 0), (0, 1)), constant_values=True)
-    np.testing.assert_array_equal(samples.tokens, tokens[:, prompt.shape[1] :])
+    whole = jnp.concatenate([prompt, samples.tokens], 1)
+    real = jnp.pad(where, ((0, 0), (0, 6)), constant_values=True)
+    logits_fn = partial(gpt2.logits_fn(CONFIG), start=prompt.shape[1] - 1)
+    best = np.argmax(jax.jit(logits_fn)(params, whole[:, :-1], real[:, :-1]), -1)
+    np.testing.assert_array_equal(samples.tokens, np.where(samples.where, best, EOS))
     assert not samples.log_probs.any()
 
 
