@@ -344,7 +344,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/test_adapters.py",
         (
             "α counts whatever the rank",
-            "alpha / down.shape[1]",
+            'alpha / adapter["down"].shape[1]',
             "alpha",
         ),
         (
@@ -358,9 +358,14 @@ MUTANTS: tuple[Mutant, ...] = (
             "jnp.ones((rank, *others), dtype)",
         ),
         (
+            "adapters beside a matrix are not scaled",
+            '_scale(adapter, alpha) * adapter["up"]',
+            'adapter["up"]',
+        ),
+        (
             "the change is rounded before it is added",
-            "(matrix + scale * change).astype(matrix.dtype)",
-            "matrix + (scale * change).astype(matrix.dtype)",
+            "(matrix + _scale(adapter, alpha) * change).astype(matrix.dtype)",
+            "matrix + (_scale(adapter, alpha) * change).astype(matrix.dtype)",
         ),
         (
             "all matrices begin with the same numbers",
