@@ -311,34 +311,6 @@ def test_it_stops_when_near_enough_and_exports_the_nearest(experiment, tmp_path,
     assert str(best) in os.listdir(folder / "checkpoints")
 
 
-def test_the_last_step_can_be_the_best(experiment, tmp_path, capsys):
-    """B17: where --steps was a multiple of --checkpoint-every it was saved before it was evaluated,
-    and never exported."""
-    folder = tmp_path / "run"
-    sizes = ("--samples", 64, "--eval-samples", 256, "--checkpoint-every", 2)
-    command = (*FREQUENT, *sizes, "--learning-rate", 0.002, "--run-folder", folder)
-    assert experiment(*command, "--steps", 4) == 0
-    evaluated = {
-        r["step"]: r["jensen_shannon"]
-        for r in read_jsonl(folder / "metrics.jsonl")
-        if r["kind"] == "evaluation"
-    }
-    assert evaluated[4] < evaluated[2]
-    assert "The model is that of step" not in capsys.readouterr().out
-    # And it stays so, when the run goes on from there and gets worse.
-    assert experiment(*command, "--steps", 10, "--resume") == 0
-    evaluated = {
-        r["step"]: r["jensen_shannon"]
-        for r in read_jsonl(folder / "metrics.jsonl")
-        if r["kind"] == "evaluation"
-    }
-    best = min((step for step in evaluated if step), key=evaluated.__getitem__)
-    assert str(best) in os.listdir(folder / "checkpoints")
-    assert best == 10 or f"The model is that of step {best}" in " ".join(
-        capsys.readouterr().out.split()
-    )
-
-
 @pytest.mark.parametrize(
     ("smoothing", "said"),
     [(0.0, "p(x) ∝ a(x)·[great in x]"), (0.1, "p(x) ∝ a(x)·([great in x] + 0.1)")],

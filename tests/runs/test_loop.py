@@ -377,6 +377,28 @@ def test_a_damaged_best_checkpoint_is_not_exported(bare):
     ]
 
 
+def divergence_by_step(folder) -> dict:
+    return {
+        r["step"]: r["jensen_shannon"] for r in read_metrics(folder) if r["kind"] == "evaluation"
+    }
+
+
+def test_the_last_step_can_be_the_best(tmp_path, capsys):
+    """B17: where the steps were a multiple of checkpoint_every it was saved before it was evaluated,
+    and never exported."""
+    folder, sizes = tmp_path / "run", {"eval_samples": 256}
+    run(folder, **sizes)
+    evaluated = divergence_by_step(folder)
+    assert evaluated[4] < evaluated[2]
+    assert "The model is that of step" not in said(capsys)
+    # And it stays so, when the run goes on from there and gets worse.
+    run(folder, steps=10, resume=True, **sizes)
+    evaluated = divergence_by_step(folder)
+    best = min((step for step in evaluated if step), key=evaluated.__getitem__)
+    assert (folder / "checkpoints" / str(best)).is_dir()
+    assert best == 10 or f"The model is that of step {best}" in said(capsys)
+
+
 def test_a_signal_while_evaluating_saves_what_there_is(monkeypatch, tmp_path, capsys):
     """At the first evaluation, in the middle, and at the last: a save each time, and the run goes
     on to its end."""
