@@ -8,8 +8,8 @@ PYTHON ?=
 VENV ?= $(if $(filter cpu,$(JAX)),.venv,.venv-$(JAX))
 # What is passed on to the program behind the target.
 ARGS ?=
-DEMO_ARGS ?= --word great --samples 320 --stages forward_kl:9600:90 forward_kl:4800:70 jensen_shannon:4800:90 \
-	jensen_shannon:6400:100 --lora-rank 4 --learning-rate 1.5e-3 --decay --exact-samples 128 --eval-every 50 --eval-samples 512
+DEMO_ARGS ?= --word great --samples 320 --stages forward_kl:9600:160 forward_kl:6400:140 jensen_shannon:12800:300 \
+	--minibatch-size 64 --lora-rank 2 --learning-rate 2e-3 --decay --exact-samples 128 --eval-every 60 --eval-samples 512
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench mutants clean

@@ -1,6 +1,7 @@
 """A run at a glance, as pictures drawn from metrics.jsonl."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -48,11 +49,17 @@ def write(folder: Path, aim: Aim) -> None:
     with plt.style.context(STYLE):
         _evaluation(folder / "evaluation.png", evaluations, steps, aim, of_p)
         if steps:
-            draw = _training if counted(steps) == DRAWN else _offline_training
-            draw(folder / "training.png", steps)
+            _draw_of(steps)(folder / "training.png", steps)
         headline = next((name for name in aim.headlines if name in (of_contexts or [{}])[0]), "")
         if headline:
             _contexts(folder / "contexts.png", of_contexts, headline)
+
+
+def _draw_of(steps: list[dict]) -> Callable[[Path, list[dict]], None]:
+    """How steps of their kind are drawn."""
+    if counted(steps) != DRAWN:
+        return _offline_training
+    return _staged_training if "stage" in steps[0] else _training
 
 
 def _evaluation(
@@ -130,11 +137,39 @@ def _training(path: Path, steps: list[dict]) -> None:
     axes[1, 1].set_title("effective samples of the divergence")
     axes[1, 2].plot(*_xy(steps, "importance_ess"), lw=0.8, label="effective samples")
     if any(record.get("clipped_fraction") for record in steps):
-        samples = steps[-1].get("minibatch", steps[-1]["samples"] / steps[-1]["step"])
+        samples = steps[-1]["samples"] / steps[-1]["step"]
         x, y = _xy(steps, "clipped_fraction")
         axes[1, 2].plot(x, y * samples, lw=0.8, label="samples with clipped f'")
     axes[1, 2].set(title="effective samples of π/q", ylim=(0, None))
     _finish(figure, axes, path)
+
+
+def _staged_training(path: Path, steps: list[dict]) -> None:
+    """Of steps that draw or learn; each stage begins at a dashed line."""
+    panels = {
+        "log_z": ("estimate of log Z, of all samples so far", "log Z"),
+        "log_z_ess": ("what is known of p", "effective samples so far"),
+        "reward_std": ("spread of the pseudo-reward -f'(π/p)", "standard deviation"),
+        "grad_norm": ("norm of the gradient", "norm"),
+        "importance_ess": ("effective samples of π/q", "of a minibatch"),
+        "held_out": ("the objective, on held-out samples", "held-out samples"),
+    }
+    by_steps = [record | {"samples": record["step"]} for record in steps]
+    begun = [b["step"] for a, b in pairwise(steps) if a["stage"] != b["stage"]]
+    figure, axes = plt.subplots(2, 3)
+    for ax, (name, (title, label)) in zip(axes.flat, panels.items(), strict=True):
+        if not any(name in record for record in steps):
+            ax.set_axis_off()  # nothing was held out, or there is a Z for each prompt
+            continue
+        looks = name == "held_out"
+        found = [record for record in by_steps if name in record] if looks else by_steps
+        _with_error(ax, found, name, label=label, marker="." if looks else "")
+        ax.set_title(title)
+        for step in begun:
+            ax.axvline(step, color="grey", ls="--", lw=0.8)
+        if name == "grad_norm" and any(record.get(name, 0) > 0 for record in steps):
+            ax.set_yscale("log")
+    _finish(figure, axes, path, xlabel="step")
 
 
 def _offline_training(path: Path, steps: list[dict]) -> None:
@@ -220,7 +255,7 @@ def label_counts(ax) -> None:
 def _finish(figure, axes, path: Path, *, xlabel: str = DRAWN) -> None:
     for ax in axes.flat:
         label_counts(ax)
-        if not ax.has_data():
+        if ax.axison and not ax.has_data():
             ax.text(
                 0.5,
                 0.5,

@@ -102,6 +102,33 @@ def test_a_training_without_the_figures_of_a_tuner(drawn):
     assert axes["running estimate of log Z"].texts[0].get_text() == SAID
 
 
+def test_a_run_in_stages_is_drawn_by_its_steps(drawn):
+    """Those that learn draw nothing: against samples their curves would stand on end."""
+    draws = {"log_z": -4.0, "log_z_std_error": 0.1, "log_z_ess": 50.0}
+    learns = {"grad_norm": 0.5, "reward_std": 1.0, "importance_ess": 20.0, "minibatch": 64}
+    figures = (1, draws), (1, learns), (1, learns), (2, draws), (2, learns)
+    steps = [
+        {"kind": "step", "step": n, "samples": 100, "stage": stage, **found}
+        for n, (stage, found) in enumerate(figures, 1)
+    ]
+    axes = drawn([evaluation(0, entropy=1.0), *steps])["training"]
+    norm, begins = axes["norm of the gradient"].get_lines()
+    np.testing.assert_array_equal(norm.get_xdata(), [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(norm.get_ydata(), [np.nan, 0.5, 0.5, np.nan, 0.5])
+    assert begins.get_xdata()[0] == 4
+    assert "the objective, on held-out samples" not in axes  # there was no look
+
+
+def test_looks_at_held_out_samples_are_drawn_where_there_were_some(drawn):
+    steps = [
+        {"kind": "step", "step": n, "samples": 100, "stage": 1, **found}
+        for n, found in enumerate(({}, {"held_out": 0.5}, {}, {"held_out": 0.4}), 1)
+    ]
+    axes = drawn([evaluation(0, entropy=1.0), *steps])["training"]
+    (line,) = axes["the objective, on held-out samples"].get_lines()
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], [0.5, 0.4])
+
+
 def test_steps_on_pairs_have_pictures_of_their_own(drawn):
     step = {"kind": "step", "step": 1, "samples": 8, "margin": 0.1, "accuracy": 0.5, "loss": 0.7}
     axes = drawn([evaluation(0, entropy=1.0), step])["training"]
