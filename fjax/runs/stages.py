@@ -88,7 +88,6 @@ class _Given(NamedTuple):
     policy_of: Callable[[Params], Params]
     rng_key: PRNGKeyArray
     num_contexts: int | None
-    minibatch_size: int
     updates_per_step: int
     look_every: int
     held_out: float
@@ -151,7 +150,7 @@ def staged(
     init = make_tuner(stages[0].divergence).init
     given = _Given(
         tuple(stages), updates, collector, target, policy_of, rng_key, num_contexts,
-        minibatch_size, updates_per_step, look_every, held_out,
+        updates_per_step, look_every, held_out,
     )  # fmt: skip
 
     draws = sum(_draws(given, stage) for stage in stages)
@@ -287,7 +286,6 @@ def _learn(given: _Given, progress: Progress, rng_key: PRNGKeyArray) -> tuple[Pr
     # trained on, reads too low.
     left_out = ("log_z", "divergence")
     record = {k: v for k, v in as_record(info).items() if not k.startswith(left_out)}
-    record["minibatch"] = given.minibatch_size
     last = done * given.updates_per_step >= stage.updates
     if looks and (last or done % given.look_every == 0):
         progress, seen = _look(given, progress)

@@ -105,7 +105,7 @@ def test_a_training_without_the_figures_of_a_tuner(drawn):
 def test_a_run_in_stages_is_drawn_by_its_steps(drawn):
     """Those that learn draw nothing: against samples their curves would stand on end."""
     draws = {"log_z": -4.0, "log_z_std_error": 0.1, "log_z_ess": 50.0}
-    learns = {"grad_norm": 0.5, "reward_std": 1.0, "importance_ess": 20.0, "minibatch": 64}
+    learns = {"grad_norm": 0.5, "reward_std": 1.0, "importance_ess": 20.0}
     figures = (1, draws), (1, learns), (1, learns), (2, draws), (2, learns)
     steps = [
         {"kind": "step", "step": n, "samples": 100, "stage": stage, **found}
