@@ -113,12 +113,7 @@ def merge_lora(
 
     Source: Hu et al. 2021, equation 3.
     """
-    named = _checked(params, adapters, alpha)
-    merged = (
-        _merge(leaf, adapters[path], alpha) if path in adapters else leaf
-        for path, leaf in named.items()
-    )
-    return jax.tree.structure(params).unflatten(merged)
+    return _with_adapters(_merge, params, adapters, alpha)
 
 
 def attach_lora(
@@ -154,12 +149,7 @@ def attach_lora(
 
     Source: Hu et al. 2021, equation 3.
     """
-    named = _checked(params, adapters, alpha)
-    attached = (
-        _attach(leaf, adapters[path], alpha) if path in adapters else leaf
-        for path, leaf in named.items()
-    )
-    return jax.tree.structure(params).unflatten(attached)
+    return _with_adapters(_attach, params, adapters, alpha)
 
 
 def adapt(fn: Callable[..., Any], policy_of: Callable[[Any], Params]) -> Callable[..., Any]:
@@ -234,13 +224,19 @@ def _begin(matrix: Any, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
     return {"down": down, "up": jnp.zeros((rank, *others), dtype)}
 
 
-def _checked(params: Params, adapters: Mapping, alpha: float | Array | None) -> dict[str, Any]:
-    """The parameters by name."""
+def _with_adapters(
+    change: Callable[..., Any], params: Params, adapters: Mapping, alpha: float | Array | None
+) -> Params:
+    """Each matrix that has an adapter as ``change`` makes it of both; the others as they are."""
     if alpha is not None:
         positive(alpha=alpha)
     named = name_leaves(params)
     _check_belong(adapters, named)
-    return named
+    changed = (
+        change(leaf, adapters[path], alpha) if path in adapters else leaf
+        for path, leaf in named.items()
+    )
+    return jax.tree.structure(params).unflatten(changed)
 
 
 def _check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[str, Any]) -> None:

@@ -1,10 +1,9 @@
 """What a process frees it keeps, so that the kernel need not clear it anew."""
 
 import os
+import platform
 import subprocess
 import sys
-
-import pytest
 
 from fjax.runs.memory import device_memory
 
@@ -32,14 +31,17 @@ def take(*arguments):
     return kept == "True", int(faults)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_what_is_freed_is_kept():
+def test_what_is_freed_is_kept_where_there_is_glibc():
     kept, faults = take("keep")
-    assert kept
-    assert faults < 1000
+    assert kept == (platform.libc_ver()[0] == "glibc")
+    assert faults < 1000 or not kept
+
+
+def test_else_the_kernel_clears_it_anew():
+    """What is measured above can be seen at all, in pages of 4 KiB."""
     kept, faults = take()
     assert not kept
-    assert faults > 100_000
+    assert faults > 100_000 or platform.libc_ver()[0] != "glibc"
 
 
 def test_a_device_has_some_memory():
