@@ -33,10 +33,11 @@ class FolderLock:
     """
 
     def __init__(self, folder: str | Path):
-        self._path = Path(folder) / LOCK_NAME
-        self._file, free = _open_locked(self._path)
-        self._file.seek(0)
-        found, here = _parse(self._file.read()), socket.gethostname()
+        self._path, here = Path(folder) / LOCK_NAME, socket.gethostname()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        mine = json.dumps({"host": here, "pid": os.getpid(), "since": since})
+        self._file, made, free = _open_locked(self._path, mine)
+        found = None if made else _parse(self._file.read())
         if free is None:
             free = found is None or not _lives(found["pid"])
         if not free or (found is not None and found["host"] != here):
@@ -45,11 +46,11 @@ class FolderLock:
         self.taken_over = None if found is None else found["pid"]
         """The process of this host that had it, and died without giving it back; None if there was
         none."""
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps({"host": here, "pid": os.getpid(), "since": since}))
-        self._file.flush()
+        if not made:
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(mine)
+            self._file.flush()
 
     def release(self) -> None:
         """Gives it back; a second time does nothing."""
@@ -60,16 +61,51 @@ class FolderLock:
         self._file.close()
 
 
-def _open_locked(path: Path) -> tuple[IO[str], bool | None]:
-    """The lock's file, and whether the kernel has locked it for us; None where it cannot."""
+def _open_locked(path: Path, mine: str) -> tuple[IO[str], bool, bool | None]:
+    """The lock's file, whether it was made just now, and whether the kernel has locked it for us.
+
+    None where it cannot.
+    """
     while True:
-        file = path.open("a+", encoding="utf-8")
+        made = _make(path, mine)
+        try:
+            file = path.open("r+", encoding="utf-8")
+        except FileNotFoundError:  # given back between the two
+            continue
         free = _lock(file)
         # Whoever had it may have deleted it between the two: then it is locked, but no longer the
         # folder's.
         if not free or _is_at(file, path):
-            return file, free
+            return file, made, free
         file.close()
+
+
+def _make(path: Path, text: str) -> bool:
+    """Whether it was not there, and is now, with all of its text.
+
+    Of several hosts that begin at the same moment one makes the link, on any shared file system,
+    and nobody ever reads half of it.
+    """
+    whole = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        whole.write_text(text, encoding="utf-8")
+        os.link(whole, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        return _make_without_links(path, text)
+    finally:
+        whole.unlink(missing_ok=True)
+    return True
+
+
+def _make_without_links(path: Path, text: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _lock(file: IO[str]) -> bool | None:

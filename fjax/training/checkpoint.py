@@ -5,14 +5,13 @@ every byte of it is on disk, so a process that is killed in the middle of a save
 before. Keys and data positions follow from ``state.step``, hence a tree of arrays is all there is
 to save, and k steps, a restore and k steps more equal 2k steps bit for bit.
 
-Beside the arrays lies their record: dtype, shape and SHA-256 of each. It says at a restore whether
-another tree is asked for, or whether what is on disk is no longer what was saved. Whoever looks
-changes nothing; whoever saves has the folder for itself.
+Beside the arrays lies their record: dtype, shape and SHA-256 of each, and who saved them. It says
+at a restore whether another tree or run is asked for, or whether what is on disk is no longer what
+was saved. Whoever looks changes nothing; whoever saves has the folder for itself.
 """
 
 import errno
 import gc
-import json
 import math
 import os
 import sys
@@ -20,19 +19,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from fjax._trees import name_leaves
-from fjax.training._digests import describe_arrays, digest_text
+from fjax.training import _record
+from fjax.training._digests import describe_arrays
 from fjax.training._lock import FolderLock
+from fjax.training._record import is_key, make_record, sealed
 from fjax.types import PyTree
 
 RECORD = "record"
-"""What is saved beside the tree: its arrays' dtypes, shapes and digests, and the metrics."""
+"""What is saved beside the tree: its arrays' dtypes, shapes and digests, the metrics, and whose it
+is."""
 
 
 class Checkpoints:
@@ -47,6 +49,8 @@ class Checkpoints:
         keep: how many of the newest to keep.
         score: metrics -> number, the lower the better; the best checkpoint is kept beside the
             newest. None: no best.
+        about: what the run is, as plain values, such as its configuration. It is saved beside every
+            checkpoint, and one that says otherwise is refused. None: nothing is compared.
 
     >>> import tempfile, jax.numpy as jnp
     >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
@@ -56,9 +60,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: int = 2, score: Callable[[dict], float] | None = None
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        score: Callable[[dict], float] | None = None,
+        about: Mapping[str, Any] | None = None,
     ):
         self._folder, self._keep, self._score = Path(folder).absolute(), keep, score
+        self._about = about
         self._pending, self._lock, self._hushed = None, None, ExitStack()
         self._metrics: dict[int, Any] = {}  # of the steps that were asked for; they never change
         self._orbax = self._open()
@@ -79,6 +89,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the last save, and lets others save here."""
         try:
             self._orbax.close()
         finally:
@@ -93,12 +107,7 @@ class Checkpoints:
             if pending is not None:
                 pending.result()
         except Exception as error:
-            with suppress(Exception):  # orbax's close says the same again
-                self._orbax.close()
-            self._orbax = self._open()  # which knows nothing of the step that is not there
-            raise OSError(
-                f"A checkpoint could not be written to {self._folder}: {_reason(error)}."
-            ) from error
+            self._give_up(error)
 
     @property
     def steps(self) -> list[int]:
@@ -150,14 +159,13 @@ class Checkpoints:
         self._metrics[step] = (
             None if metrics is None else {name: float(value) for name, value in metrics.items()}
         )
-        self._pending = self._orbax.save_checkpointables_async(
-            step,
-            {
-                "tree": tree,
-                RECORD: _sealed({"arrays": describe_arrays(tree), "metrics": self._metrics[step]}),
-            },
-            force=True,
-        )
+        record = make_record(tree, self._metrics[step], self._about)
+        try:
+            self._pending = self._orbax.save_checkpointables_async(
+                step, {"tree": tree, RECORD: record}, force=True
+            )
+        except OSError as error:
+            self._give_up(error)
         if wait:
             self.wait()
 
@@ -171,7 +179,8 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
-            ValueError: if it holds another tree than ``like``, with what differs.
+            ValueError: if it holds another tree than ``like``, is of another run, or of a newer
+                fjax that saves otherwise; with what differs.
             OSError: if it is damaged: what is on disk is not what was saved.
         """
         there = self.steps
@@ -181,13 +190,9 @@ class Checkpoints:
                 f"No checkpoint of step {step} in {self._folder}; there are {there}."
             )
         record = self._read_record(step)
+        if record is not None:
+            self._check_same(step, record, like)
         arrays = None if record is None else record["arrays"]
-        differing = [] if arrays is None else _differences(arrays, name_leaves(like))
-        if differing:
-            raise ValueError(
-                f"{self._other_tree(step)}: "
-                f"{'; '.join(differing[:8])}{'; …' if differing[8:] else ''}."
-            )
         loaded = self._load(step, like, arrays)
         if arrays is not None:
             found = describe_arrays(loaded)
@@ -204,13 +209,35 @@ class Checkpoints:
         """Renames a checkpoint so that nothing takes it for one; returns its new path."""
         self.wait()
         self._own()
-        place = self._folder / f"damaged-{step}"
+        place = self._folder / f"aside-{step}"
         while place.exists():
             place = place.with_name(place.name + "-again")
         (self._folder / str(step)).rename(place)
         self._metrics.pop(step, None)
         self._reopen()
         return place
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        """Forgets a save that failed, and drops its half, which a full disk has no room for."""
+        with suppress(Exception):  # orbax's close says the same again
+            self._orbax.close()
+        self._orbax = self._open(clean=self._lock is not None)
+        raise OSError(
+            f"A checkpoint could not be written to {self._folder}: {_reason(error)}."
+        ) from error
+
+    def _check_same(self, step: int, record: Mapping[str, Any], like: PyTree) -> None:
+        """Whether it is what is asked for, by whom it may be asked for.
+
+        Raises:
+            ValueError: if not.
+        """
+        why = _record.too_new(record) or _record.other_run(record, self._about)
+        if why is not None:
+            raise ValueError(f"The checkpoint of step {step} in {self._folder} {why}.")
+        differing = _record.other_tree(record, name_leaves(like))
+        if differing is not None:
+            raise ValueError(f"{self._other_tree(step)}: {differing}.")
 
     def _own(self) -> None:
         """From here on nobody else saves here, and what a kill left half-written may go."""
@@ -266,7 +293,7 @@ class Checkpoints:
             return None
         try:
             found = self._orbax.load_checkpointables(step, {RECORD: None})[RECORD]
-            if found["sha256"] == _sealed(found)["sha256"]:
+            if found["sha256"] == sealed(found)["sha256"]:
                 return found
         except PermissionError:
             raise
@@ -324,25 +351,6 @@ class _Kept:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """With a digest of itself, so that a damaged record is not taken for another tree."""
-    plain = {key: value for key, value in record.items() if key != "sha256"}
-    return plain | {"sha256": digest_text(json.dumps(plain, sort_keys=True))}
-
-
-def _differences(saved: Mapping[str, dict], asked: Mapping[str, Any]) -> list[str]:
-    """What a tree has that the other has not, dtypes apart, in words."""
-    lines = [f"{name} is there, but not asked for" for name in saved if name not in asked]
-    lines += [f"{name} is asked for, but not there" for name in asked if name not in saved]
-    for name in [name for name in saved if name in asked]:
-        old, new = ((str(dtype), tuple(shape)) for dtype, shape in (
-            (saved[name]["dtype"], saved[name]["shape"]), (asked[name].dtype, asked[name].shape)
-        ))  # fmt: skip
-        if old[1] != new[1] or _is_key(old[0]) != _is_key(new[0]):
-            lines.append(f"{name} is {old[0]}{[*old[1]]} there, {new[0]}{[*new[1]]} asked for")
-    return lines
-
-
 def _abstract(like: PyTree, arrays: Mapping[str, dict] | None) -> PyTree:
     """What orbax is to load: in the dtypes that were saved, since digests are of those."""
     leaves, structure = jax.tree.flatten(like)
@@ -356,7 +364,7 @@ def _abstract(like: PyTree, arrays: Mapping[str, dict] | None) -> PyTree:
 
 
 def _abstract_leaf(leaf: Any, dtype: str) -> Any:
-    keep = _is_key(dtype) or (
+    keep = is_key(dtype) or (
         str(leaf.dtype) == dtype and jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
     )
     # another dtype is cast after the check; devices may cut 64 bits off
@@ -374,10 +382,6 @@ def _cast(loaded: Any, like: Any) -> Any:
 
 def _is_on_host(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray | np.generic)
-
-
-def _is_key(dtype: str) -> bool:
-    return dtype.startswith("key<")
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:

@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fjax import enumeration, jensen_shannon
-from fjax.training import Checkpoints, Rollout, fdpg
+from fjax.training import Checkpoints, Rollout, _lock, fdpg
 
 LOG_PROB_FN, PREFIXES = enumeration.tabular_log_prob_fn(3, 2)
 SPACE = enumeration.sequences(3, 2, eos_id=0)
@@ -257,6 +257,26 @@ def test_without_kernel_locks_a_living_process_keeps_its_lock(tmp_path, monkeypa
         checkpoints.save(1, {"w": jnp.zeros(2)}, wait=True)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_begin_at_the_same_moment_one_has_the_lock(tmp_path, monkeypatch, links):
+    """Without kernel locks, as on some shared file systems: the second comes when the first has the
+    file open and has not looked into it."""
+
+    def second(file):
+        monkeypatch.setattr(_lock, "_lock", lambda file: None)
+        with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()}"):
+            _lock.FolderLock(tmp_path)
+
+    def refuse(*_):
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(_lock, "_lock", second)
+    _lock.FolderLock(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
 TREE = {
     "w": np.random.default_rng(0).normal(size=(37, 11)).astype(np.float32),
     "n": np.asarray(4, np.int32),
@@ -332,11 +352,11 @@ def test_a_damaged_checkpoint_that_is_set_aside_makes_room_for_another(two_saves
     folder = shutil.copytree(two_saves, tmp_path / "changed")
     (folder / "4" / "tree" / "_METADATA").unlink()
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.set_aside(4) == folder / "damaged-4"
+        assert checkpoints.set_aside(4) == folder / "aside-4"
         assert checkpoints.steps == [3]
         checkpoints.save(4, TREE, wait=True)
         np.testing.assert_array_equal(checkpoints.restore(TREE)["w"], TREE["w"])
-        assert checkpoints.set_aside(4) == folder / "damaged-4-again"
+        assert checkpoints.set_aside(4) == folder / "aside-4-again"
 
 
 @pytest.mark.parametrize("damage", [False, True])
