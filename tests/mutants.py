@@ -374,12 +374,40 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
-        "fjax/runs/loop.py",
+        "fjax/runs/evaluating.py",
         "tests/runs/test_loop.py::test_adapters_begin_as_the_base_model_and_so_its_rate_is_known",
         (
             "adapters never begin as the base model",
             "return same_numbers(run.policy_of(run.initial), run.model.params)",
             "return run.initial is run.model.params",
+        ),
+    ),
+    *_of(
+        "fjax/runs/saving.py",
+        "tests/runs/test_interrupted.py",
+        (
+            "a signal is obeyed when the update has the state already",
+            "return any(array.is_deleted() for array in arrays)",
+            "return False",
+        ),
+        (
+            "a full disk ends every run",
+            "if last or in_use or run.stop_if_unsaved:",
+            "if True:",
+        ),
+    ),
+    *_of(
+        "fjax/training/_record.py",
+        "tests/runs/test_interrupted.py",
+        (
+            "a checkpoint of another run is taken for its own",
+            "if there is None or here is None:",
+            "if True:",
+        ),
+        (
+            "a checkpoint of a newer format is read as if it were known",
+            "if found <= FORMAT:",
+            "if True:",
         ),
     ),
     *_of(

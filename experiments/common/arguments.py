@@ -65,6 +65,7 @@ RANGES = {
     "prompts_per_batch": Range(1, ROWS),
     "prompts_per_step": Range(2, ROWS),  # for a single prompt there is lexical_constraint
     "proposal_every": Range(1, MANY),
+    "resume_from": Range(0, MANY),
     "reward_beta": Range(1e-6, 1e6),
     "reward_max": Range(-1e6, 1e6),
     "rounds": Range(1, 10_000),

@@ -24,8 +24,8 @@ from fjax.evaluation import TextTarget
 from fjax.models import LanguageModel
 from fjax.rollouts import Collector, Contexts
 from fjax.runs import Display, RunError, Stepper, align, open_run
-from fjax.runs.folder import new_folder, newest_folder
-from fjax.runs.loop import ADAPTERS_KEY, TARGET_KEY
+from fjax.runs.numbered import new_folder, newest_folder
+from fjax.runs.running import ADAPTERS_KEY, TARGET_KEY
 from fjax.runs.stages import staged
 from fjax.surrogates import self_normalized
 from fjax.training import Tuner, ppo_tuner, rloo_tuner
@@ -70,7 +70,7 @@ def run_task(task: Task, config: Any) -> int:
     opened = open_run(
         folder,
         values,
-        resume=settings.resume,
+        resume=settings.resumes,
         digests=digests,
         command=shlex.join(command.called(task.name)),
         ours=ours,
@@ -97,6 +97,8 @@ def run_task(task: Task, config: Any) -> int:
             checkpoint_every=settings.checkpoint_every,
             stop_below=settings.stop_below,
             patience=settings.patience,
+            resume_from=settings.resume_from,
+            stop_if_unsaved=settings.stop_if_unsaved,
             exact=exact_of(config, built, target, digests),
             loggers=loggers(settings),
             title=title,
@@ -160,7 +162,7 @@ def choose_folder(settings: Settings, name: str, title: str) -> tuple[Path, bool
     if settings.run_folder is not None:
         return settings.run_folder, False
     base = Path("runs") / name
-    if settings.resume:
+    if settings.resumes:
         return newest_folder(base, title), False
     return new_folder(base, title), True
 

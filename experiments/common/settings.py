@@ -119,6 +119,9 @@ class Settings:
     """Where they are kept for all runs of the same target."""
     checkpoint_every: int = 50
     """Steps between checkpoints. Ctrl-C and SIGTERM save one, too."""
+    stop_if_unsaved: bool = False
+    """End the run when a checkpoint cannot be written, for the disk is full, say. Without it that
+    is reported, and the run goes on: the next checkpoint may find room again."""
     stop_below: float | None = None
     """Stop once the divergence, as evaluated on fresh samples, is below this."""
     patience: int | None = None
@@ -134,6 +137,10 @@ class Settings:
     """offline keeps them in the run folder, for `wandb sync`."""
     resume: bool = False
     """Go on with an interrupted run of the same configuration (--steps may be larger)."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step in place of the newest, when that is damaged, say.
+    Later ones are set aside, and what was written of later steps comes again. Needs no --resume
+    beside it."""
 
     def __post_init__(self):
         check_numbers(self)
@@ -198,6 +205,11 @@ class Settings:
                 f"--stages say what is drawn from and when: leave out "
                 f"{'--proposal adaptive' if adaptive else '--overlap'}."
             )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on with what is there."""
+        return self.resume or self.resume_from is not None
 
     @property
     def schedule(self) -> tuple[Stage, ...]:

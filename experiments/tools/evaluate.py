@@ -15,8 +15,8 @@ from fjax.runs import Display
 from fjax.runs.aim import aim_of
 from fjax.runs.distance import check_bound
 from fjax.runs.folder import write_text
-from fjax.runs.loop import EVALUATION_KEY, NO_STEP
 from fjax.runs.records import as_record, as_target_record
+from fjax.runs.running import EVALUATION_KEY, NO_STEP
 
 from ..common.arguments import FolderOrName, check_output
 from ..common.build import load_aligned, load_model, make_built, reported_divergences

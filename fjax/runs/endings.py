@@ -4,19 +4,29 @@ While it imports, it leaves at once: an exception there would pass through code 
 dies of it. Later the first signal raises `Interrupted`, so that what was opened is closed; within
 `graceful_stop` it only asks to stop, so that a run saves. One more is always heard sooner than the
 one before.
+
+Python hears a signal once the main thread is back from whatever it has called, and a compiler keeps
+it for minutes, where a machine that is taken away leaves seconds. So within `graceful_stop` another
+thread listens as well, and saves where the main one cannot.
 """
 
 import io
+import math
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10.0
 """Seconds that a command has to end when it is interrupted at once."""
+
+HEARD_WITHIN = 1.0
+"""Seconds that the main thread has to hear a signal, before another one saves in its place."""
 
 _timers: list[threading.Timer] = []
 
@@ -87,22 +97,60 @@ class Stop:
 
     signal: int = 0
 
+    def __init__(self):
+        self._aside, self._over, self._one_saves = None, False, threading.RLock()
+
     @contextmanager
-    def obeyed_at_once(self) -> Iterator[None]:
+    def obeyed_at_once(
+        self,
+        *,
+        unless: Callable[[], bool] = lambda: False,
+        save: Callable[[], None] | None = None,
+    ) -> Iterator[None]:
         """For what takes long and leaves nothing half done.
 
         A signal within it, or before it, raises `AskedToStop`.
+
+        Args:
+            unless: whether there is no way back by now; then a signal only asks to stop.
+            save: saves what there was before, from another thread and while the main one is still
+                at work, which then ends the process. None: the main thread is waited for.
         """
 
         def end(number: int, _: object) -> None:
-            self.signal = number
+            with self._one_saves:  # never to be had again, once the other thread has saved
+                self.signal = number
+            if unless():
+                handle(interrupt)
+                return
             handle(leave_at_once)
             raise AskedToStop(number)
 
         with handled_by(end):
             if self.signal:
                 end(self.signal, None)
-            yield
+            self._aside = None if save is None else (unless, save)
+            try:
+                yield
+            finally:
+                self._aside = None
+
+    def _save_aside(self, number: int) -> None:
+        """Until the main thread hears of it: saves where there is something to save, and leaves."""
+        until = time.monotonic() + HEARD_WITHIN
+        while not (self.signal or self._over):
+            time.sleep(0.05)
+            aside = self._aside
+            if aside is None or time.monotonic() < until or aside[0]():
+                continue
+            with self._one_saves:
+                if self.signal or self._aside is not aside:
+                    continue
+                with suppress(Exception):  # the main thread has another try, and says what it is
+                    aside[1]()
+                    sys.stdout.flush()
+                    os._exit(128 + number)
+            until = math.inf
 
 
 @contextmanager
@@ -114,8 +162,34 @@ def graceful_stop() -> Iterator[Stop]:
         stop.signal = number
         handle(interrupt)
 
-    with handled_by(ask):
-        yield stop
+    with handled_by(ask), _listening(stop._save_aside):
+        try:
+            yield stop
+        finally:
+            stop._over = True
+
+
+@contextmanager
+def _listening(hear: Callable[[int], None]) -> Iterator[None]:
+    """Within it another thread is told of every signal, whatever the main thread is doing."""
+    ear, mouth = socket.socketpair()
+
+    def listen() -> None:
+        while heard := ear.recv(1):
+            if heard[0] in SIGNALS:
+                hear(heard[0])
+
+    with closing(ear), closing(mouth):
+        mouth.setblocking(False)
+        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            mouth.shutdown(socket.SHUT_WR)  # ends its last recv
+            listener.join()
 
 
 class Nowhere(io.TextIOBase):

@@ -28,7 +28,7 @@ from fjax.types import Params
 MAY_CHANGE = {
     "corpora",  # what a reward was trained on; the reward itself is looked at
     "steps",
-    "resume",
+    *("resume", "resume_from", "stop_if_unsaved"),
     "run_folder",
     "eval_every",
     *("exact_samples", "exact_draws", "exact_folder"),  # what it is measured by
@@ -130,6 +130,12 @@ def describe_run(run: OpenRun, aim: Aim = Aim()) -> None:
     about = {"versions": versions, "devices": devices, "command": run.command, "aim": aim._asdict()}
     written = {**run.config, **about, "digests": dict(run.digests)}
     write_text(run.path / "config.json", json.dumps(written, indent=2))
+
+
+def identity(run: OpenRun) -> dict[str, object]:
+    """What a checkpoint must agree with to be one of this run: what may not change."""
+    fixed = {name: value for name, value in run.config.items() if name not in MAY_CHANGE}
+    return fixed | {f"contents of {name}": digest for name, digest in run.digests.items()}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -309,53 +315,6 @@ def check_space(folder: Path, trained: Params, exported: Params) -> None:
             f"need about {needed / 2**20:.0f} MiB. Free some, or give a folder on another "
             f"disk (--run-folder)."
         )
-
-
-def _numbers(base: Path, title: str) -> dict[int, Path]:
-    """The folders TITLE-NUMBER, by number."""
-    there = base.iterdir() if base.is_dir() else ()
-    numbered = {
-        path.name.removeprefix(f"{title}-"): path
-        for path in there
-        if path.name.startswith(f"{title}-")
-    }
-    return {int(number): path for number, path in numbered.items() if number.isdecimal()}
-
-
-def new_folder(base: Path, title: str) -> Path:
-    """TITLE-NUMBER, made here and now: two runs that begin at the same moment get one each."""
-    number = max(_numbers(base, title), default=-1) + 1
-    while True:
-        folder = base / f"{title}-{number}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not base.is_dir():
-                raise RunError(
-                    f"Cannot write to the run folder {folder}: {base} is no folder."
-                ) from None
-            number += 1
-        except OSError as error:
-            raise RunError(
-                f"Cannot write to the run folder {folder}: {error.strerror}. Give another folder "
-                f"(--run-folder)."
-            ) from error
-
-
-def newest_folder(base: Path, title: str) -> Path:
-    """The one with the highest number in which a run has begun."""
-    begun = {
-        number: path
-        for number, path in _numbers(base, title).items()
-        if (path / "config.json").is_file()
-    }
-    if not begun:
-        raise RunError(
-            f"There is no run {base / title}-* to resume. Leave resume=True (--resume) out, or "
-            f"name its folder (--run-folder)."
-        )
-    return begun[max(begun)]
 
 
 @contextmanager

@@ -9,65 +9,34 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fjax._trees import same_numbers
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate
-from fjax.evaluation import (
-    Base,
-    Evaluation,
-    Exact,
-    Metric,
-    Scored,
-    TextTarget,
-    draw_base,
-    draw_scored,
-    make_base,
-    measure,
-)
+from fjax.evaluation import Exact, Metric, TextTarget
 from fjax.rollouts import Collector
 from fjax.runs import folder as folders
 from fjax.runs import plots, report
-from fjax.runs.aim import Aim, aim_of
+from fjax.runs.aim import aim_of
 from fjax.runs.display import Display
 from fjax.runs.distance import check_bound, distances
-from fjax.runs.endings import AskedToStop, Stop, graceful_stop
+from fjax.runs.endings import AskedToStop, graceful_stop
+from fjax.runs.evaluating import evaluate_now, measure_policy
 from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metrics
 from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
-from fjax.runs.records import as_record, as_target_record, keep_samples
+from fjax.runs.records import as_target_record
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
 from fjax.runs.rows import collapse
+from fjax.runs.running import Kept, Model, Run
+from fjax.runs.saving import at_once, save
 from fjax.runs.steps import Progress, Stepper, drawn_by, online, steps_of
 from fjax.training import Checkpoints, Logger, Tuner
 from fjax.training._digests import digest_params
-from fjax.types import Params, PRNGKeyArray
-
-EVALUATION_KEY, TARGET_KEY, ADAPTERS_KEY = 2**31 - 1, 2**31 - 2, 2**31 - 3
-"""Folded into the run's key, as no step's number is: for evaluations, a target's fit, adapters."""
-
-NO_STEP = 2**31 - 1
-"""In place of its number, for samples of the base model that no step's evaluation shares."""
-
-
-@runtime_checkable
-class Model(Protocol):
-    """What a run needs of the base model; a `fjax.models.LanguageModel` is one."""
-
-    @property
-    def params(self) -> Params:
-        """Of the base model."""
-
-    @property
-    def save(self) -> Callable[..., None] | None:
-        """(folder, params) -> writes a model to a folder that can be loaded again.
-
-        None if nothing is to be exported.
-        """
+from fjax.types import Params
 
 
 class Result(NamedTuple):
@@ -88,43 +57,6 @@ class Result(NamedTuple):
     figures: dict[str, Estimate]
     folder: Path
     params: Params
-
-
-class _Kept:
-    """What evaluations leave for later ones: samples of the base model, records by step."""
-
-    base: Base | None = None
-
-    def __init__(self):
-        self.records: dict[int, dict] = {}
-
-
-class _Run(NamedTuple):
-    """What stays the same throughout a run."""
-
-    opened: OpenRun
-    title: str
-    model: Model
-    initial: Params
-    policy_of: Callable[[Params], Params]
-    target: TextTarget
-    collector: Collector
-    stepper: Stepper
-    schedule: Schedule
-    divergences: Mapping[str, FDivergence]
-    aim: Aim
-    metrics: Mapping[str, Metric] | None
-    exact: Exact | None
-    rng_key: PRNGKeyArray
-    checkpoints: Checkpoints
-    logger: Logger
-    display: Display
-    kept: _Kept
-    stop: Stop
-
-    @property
-    def folder(self) -> Path:
-        return self.opened.path
 
 
 def align(
@@ -152,6 +84,8 @@ def align(
     loggers: Sequence[Logger | str] = (),
     title: str = "align",
     resume: bool = False,
+    resume_from: int | None = None,
+    stop_if_unsaved: bool = False,
     display: Display | None = None,
 ) -> Result:
     """Moves a policy to a target, from the first sample to the exported model.
@@ -187,7 +121,11 @@ def align(
         loggers: objects with ``log(record)`` and ``close()``, or names, as in
             `fjax.runs.loggers.open_loggers`.
         title: of the run.
-        resume: go on with the run in the folder.
+        resume: go on with the run in the folder, from its newest checkpoint.
+        resume_from: the step of another one to go on from, as when the newest is damaged; those
+            after it are set aside. It implies ``resume``.
+        stop_if_unsaved: end when a checkpoint cannot be written, for the disk is full, say. Else
+            that is reported, and the run goes on: the next one may find room.
         display: where the run is shown; None makes one.
 
     Returns:
@@ -195,6 +133,7 @@ def align(
 
     Raises:
         RunError: for what can be put right, with what to do.
+        OSError: if the last checkpoint cannot be written, or with ``stop_if_unsaved`` any.
         ValueError: for an objective that is none of the divergences, or a ``target.highlight`` that
             is no regular expression.
     """
@@ -216,23 +155,27 @@ def align(
             policy_of=policy_of,
         )
     values = schedule._asdict() | {"seed": seed, "objective": objective, "title": title}
-    with _opened(folder, values | {"samples": tuner.samples}, model, resume) as opened:
+    values |= {"samples": tuner.samples}
+    with _opened(folder, values, model, resume or resume_from is not None) as opened:
         initial = model.params if initial is None else initial
         folders.check_space(opened.path, initial, model.params)
         if not opened.resume:
             describe_run(opened, aim)
-        kept = _Kept()
+        kept = Kept()
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.path / folders.CHECKPOINTS
-        with graceful_stop() as stop, Checkpoints(place, score=nearest_first) as checkpoints:
-            progress, seconds = begin_at(opened, display, tuner, initial, checkpoints, schedule)
+        opening = Checkpoints(place, score=nearest_first, about=folders.identity(opened))
+        with graceful_stop() as stop, opening as checkpoints:
+            with stop.obeyed_at_once():  # nothing is lost yet
+                given = opened, display, tuner, initial, checkpoints, schedule
+                progress, seconds = begin_at(*given, resume_from=resume_from)
             step = int(progress.state.step)
             forget_later(opened.path, step, schedule)
             with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
-                run = _Run(
+                run = Run(
                     opened, title, model, initial, policy_of, target, collector, tuner, schedule,
                     divergences, aim, metrics, exact, rng_key, checkpoints, logger, display, kept,
-                    stop,
+                    stop, stop_if_unsaved,
                 )  # fmt: skip
                 records = read_metrics(opened.path)
                 kept.records |= by_step(records, "evaluation")
@@ -247,18 +190,20 @@ def _opened(
 ) -> AbstractContextManager[OpenRun]:
     """As it is if it is open already; else with these values, to compare on resuming."""
     if isinstance(folder, OpenRun):
+        if resume and not folder.resume:
+            raise ValueError(f"{folder.path} was opened for a new run: open_run(resume=True).")
         return nullcontext(folder)
     digests = {"model": digest_params(model.params)}
     return folders.open_run(folder, values, resume=resume, digests=digests)
 
 
-def _distance_of(objective: str, kept: _Kept, metrics: dict) -> float:
+def _distance_of(objective: str, kept: Kept, metrics: dict) -> float:
     """Of a checkpoint: what metrics.jsonl says of its step, in the one unit of the run."""
     _, known = distances(kept.records, objective)
     return known.get(int(metrics.get("step", -1)), np.inf)
 
 
-def _train(run: _Run, progress: Progress, seconds: float) -> Result:
+def _train(run: Run, progress: Progress, seconds: float) -> Result:
     schedule, begun = run.schedule, time.monotonic() - seconds
     step = int(progress.state.step)
     enough = False
@@ -266,133 +211,64 @@ def _train(run: _Run, progress: Progress, seconds: float) -> Result:
     if step < schedule.steps and step % schedule.eval_every == 0:
         with suppress(AskedToStop):
             if step not in run.kept.records:
-                _evaluate_now(run, progress, step, begun)
+                evaluate_now(run, progress, step, begun)
             enough = step > 0 and _is_enough(run)
     shown = {"headline": run.target.headline, "divergence": run.stepper.divergence}
     with run.display.progress("align", total=schedule.steps, completed=step, **shown) as bar:
         while step < schedule.steps and not run.stop.signal and not enough:
             if run.stepper.finished(progress):
                 break
-            progress, figures = run.stepper.step(progress, step)
+            try:
+                with at_once(run, progress, begun):
+                    progress, figures = run.stepper.step(progress, step)
+            except AskedToStop:
+                break
             step += 1
-            drawn = drawn_by(run.stepper, progress, step)
-            record = {"kind": "step", "step": step, "samples": drawn, **figures}
-            record["seconds"] = time.monotonic() - begun
-            run.logger.log(record)
-            bar(step, record)
-            if (warning := collapse(record)) is not None:
-                run.display.warn(f"Step {step}. {warning}")
-            if not record["finite"]:
-                _save(run, progress, begun)
-                raise RunError(_not_finite(run, step))
+            _show_step(run, progress, step, figures, begun, bar)
             if step % schedule.eval_every == 0 and step < schedule.steps:
                 with suppress(AskedToStop):
-                    _evaluate_now(run, progress, step, begun)
-                _save(run, progress, begun)
+                    evaluate_now(run, progress, step, begun)
+                save(run, progress, begun)
                 if not run.stop.signal and _is_enough(run):
                     break
             elif step % schedule.checkpoint_every == 0:
-                _save(run, progress, begun)
+                save(run, progress, begun)
     if not run.stop.signal:
         with suppress(AskedToStop):
             figures, params = _finish(run, progress, step, begun)
             return Result(0, step, figures, run.folder, params)
-    _save(run, progress, begun)
-    run.checkpoints.wait()
+    save(run, progress, begun, last=True)
     run.display.stopped(step, run.folder)
     params = run.policy_of(progress.state.params)
     return Result(128 + run.stop.signal, step, {}, run.folder, params)
 
 
-def _evaluation_key(run: _Run, step: int) -> PRNGKeyArray:
-    return jax.random.fold_in(jax.random.fold_in(run.rng_key, EVALUATION_KEY), step)
+def _show_step(
+    run: Run,
+    progress: Progress,
+    step: int,
+    figures: Mapping[str, Any],
+    begun: float,
+    bar: Callable[[int, dict], None],
+) -> None:
+    """What a step was like, wherever that is kept and shown.
 
-
-def _draw(run: _Run, params: Params, step: int) -> tuple[Scored, Scored]:
-    with run.display.counting("evaluate") as progress:
-        given = run.collector, params, run.target, _evaluation_key(run, step)
-        return draw_scored(*given, run.schedule.eval_samples, progress=progress)
-
-
-def _base(run: _Run, step: int) -> Base | None:
-    """What evaluations share.
-
-    None where that of step 0, still to be made, is of the base model and will be shared.
+    Raises:
+        RunError: if it was not finite; the run is saved before.
     """
-    apart = not _begins_as_base(run) or run.collector.z_rounds
-    if not apart and step == 0:
-        return None
-    what = "estimate Z" if run.collector.z_rounds else "evaluate"
-    with run.display.counting(what) as progress:
-        key = _evaluation_key(run, NO_STEP if apart else 0)
-        given = run.collector, run.model.params, run.target, key
-        return draw_base(*given, run.schedule.eval_samples, progress=progress)
-
-
-def _begins_as_base(run: _Run) -> bool:
-    """Whether the first policy is the base model to the last bit, as of new adapters."""
-    return same_numbers(run.policy_of(run.initial), run.model.params)
-
-
-def _measure(run: _Run, progress: Progress, step: int) -> Evaluation:
-    params, kept = run.policy_of(progress.state.params), run.kept
-    with run.stop.obeyed_at_once():  # it may take minutes, and changes nothing
-        kept.base = kept.base or _base(run, step)
-        drawn = _draw(run, params, step)
-        options = {"exact": run.exact, "divergences": run.divergences, "metrics": run.metrics}
-        found = measure(run.collector, params, run.target, drawn, kept.base, **options)
-        kept.base = kept.base or make_base(*drawn)
-        return found
-
-
-def _evaluate_now(run: _Run, progress: Progress, step: int, begun: float) -> Evaluation:
-    """Evaluates, and puts the figures and samples wherever they are kept and shown."""
-    evaluation = _measure(run, progress, step)
     drawn = drawn_by(run.stepper, progress, step)
-    record = as_record(evaluation.figures, step, time.monotonic() - begun, drawn)
+    record = {"kind": "step", "step": step, "samples": drawn, **figures}
+    record["seconds"] = time.monotonic() - begun
     run.logger.log(record)
-    run.kept.records[step] = record
-    keep_samples(run.folder, evaluation, step)
-    if step < run.schedule.steps:  # the last is shown by the summary, beside the first
-        run.display.evaluation(evaluation, step, run.aim)
-    bound = run.target.bound
-    if step == 0 and bound and evaluation.figures[bound].value == 0 and _begins_as_base(run):
-        _absent(run, evaluation)
-    return evaluation
+    bar(step, record)
+    if (warning := collapse(record)) is not None:
+        run.display.warn(f"Step {step}. {warning}")
+    if not record["finite"]:
+        save(run, progress, begun, last=True)
+        raise RunError(_not_finite(run, step))
 
 
-def _absent(run: _Run, evaluation: Evaluation) -> None:
-    """The constraint held for no sample of the base model.
-
-    Says what is known of its rate, and goes on or gives up.
-    """
-    if evaluation.log_z is not None and np.isfinite(evaluation.log_z).any():
-        return  # it did for one of those that Z is from
-    samples = len(evaluation.samples.texts)
-    known = (
-        f"None of {samples} samples of the base model satisfies the constraint: with 95 % "
-        f"confidence its rate is below {3 / samples:.2g}, and log Z below "
-        f"{np.log(3 / samples):.1f}."
-    )
-    if run.target.stop_if_absent:
-        raise RunError(
-            f"{known} Look for the spelling that the model uses, or raise eval_samples "
-            f"(--eval-samples) and the samples of a step (--samples)."
-        )
-    run.display.warn(
-        f"{known} Until a sample does, Z is unknown and steps change nothing; more samples a step "
-        f"(--samples) find one sooner."
-    )
-
-
-def _save(run: _Run, progress: Progress, begun: float) -> None:
-    """A checkpoint, found in the records by its step, so that the nearest is kept, too."""
-    step = int(progress.state.step)
-    tree = as_tree(progress, time.monotonic() - begun)
-    run.checkpoints.save(step, tree, metrics={"step": float(step)})
-
-
-def _is_enough(run: _Run) -> bool:
+def _is_enough(run: Run) -> bool:
     """Whether the distance or patience ends the run here, and says so."""
     schedule = run.schedule
     unit, known = distances(run.kept.records, run.aim.objective)
@@ -413,7 +289,7 @@ def _is_enough(run: _Run) -> bool:
     return False
 
 
-def nearest(run: _Run) -> int | None:
+def nearest(run: Run) -> int | None:
     """The saved step nearest to the target; None where that is known of none."""
     _, known = distances(run.kept.records, run.aim.objective)
     saved = (step for step in run.checkpoints.steps if step in known)
@@ -421,21 +297,22 @@ def nearest(run: _Run) -> int | None:
 
 
 def _finish(
-    run: _Run, progress: Progress, step: int, begun: float
+    run: Run, progress: Progress, step: int, begun: float
 ) -> tuple[dict[str, Estimate], Params]:
     """The last evaluation, and the policy that is exported; pictures and the report on the way."""
     if step not in run.kept.records:
-        after = _evaluate_now(run, progress, step, begun)
-        _save(run, progress, begun)
+        after = evaluate_now(run, progress, step, begun)
+        save(run, progress, begun, last=True)
     else:  # the distance or patience ended it at an evaluation
-        after = _measure(run, progress, step)
+        after = measure_policy(run, progress, step, begun)
     best, trained = _nearest_params(run, progress, step)
     params = run.policy_of(trained)
     run.checkpoints.wait()
-    _export(run, params)
+    with at_once(run, progress, begun):  # everything is saved, and a resumed run does it again
+        _export(run, params)
+        plots.write(run.folder, run.aim)
+        report.write(run.folder)
     records = read_metrics(run.folder)
-    plots.write(run.folder, run.aim)
-    report.write(run.folder)
     evaluations, of_p = by_step(records, "evaluation"), folders.of_target(records)
     check = check_bound(after, run.target.bound)
     seconds = time.monotonic() - begun
@@ -449,7 +326,7 @@ def _finish(
     return after.figures, params
 
 
-def _export(run: _Run, params: Params) -> None:
+def _export(run: Run, params: Params) -> None:
     """The aligned model; what a killed export left beside it is deleted."""
     for left in run.folder.glob(f".{folders.MODEL}-*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -457,7 +334,7 @@ def _export(run: _Run, params: Params) -> None:
         run.model.save(run.folder / folders.MODEL, params)
 
 
-def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Params]:
+def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Params]:
     """The saved step that is nearest to the target, and what was trained by then.
 
     The last one where that checkpoint is damaged.
@@ -476,7 +353,7 @@ def _nearest_params(run: _Run, progress: Progress, step: int) -> tuple[int, Para
         return step, progress.state.params
 
 
-def _not_finite(run: _Run, step: int) -> str:
+def _not_finite(run: Run, step: int) -> str:
     return (
         f"The gradient of step {step} was not finite. The parameters were left as they were and "
         f"saved in {run.folder / folders.CHECKPOINTS}. To go on: lower the learning rate "

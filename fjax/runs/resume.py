@@ -1,8 +1,10 @@
 """What a resumed run goes on with.
 
-Its newest checkpoint that is whole, and files without what comes again.
+Its newest checkpoint or the one that is asked for, and files without what comes again.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +45,24 @@ def begin_at(
     params: Params,
     checkpoints: Checkpoints,
     schedule: Schedule,
+    *,
+    resume_from: int | None = None,
 ) -> tuple[Progress, float]:
-    """Step 0, or the newest checkpoint that is whole."""
+    """Step 0, the newest checkpoint, or that of the step ``resume_from``.
+
+    Raises:
+        RunError: if it cannot be gone on with, with one that can.
+    """
     progress = stepper.begin(params)
     if not opened.resume:
         return progress, 0.0
-    restored = _restore(opened, display, as_tree(progress, 0.0), checkpoints, schedule)
-    if restored is None:
+    place, like = opened.path / folders.CHECKPOINTS, as_tree(progress, 0.0)
+    step = _chosen(checkpoints.steps, resume_from, place)
+    if step is None:
+        folders.check_none_saved(opened.path, schedule.eval_every, schedule.checkpoint_every)
         return progress, 0.0
+    restored = _restore(place, like, checkpoints, step)
+    _set_later_aside(display, checkpoints, step)
     progress = _from_tree(restored, progress)
     step, known = int(progress.state.step), folders.last_step(opened.path)
     if known < step:
@@ -62,40 +74,54 @@ def begin_at(
     return progress, float(restored["seconds"])
 
 
-def _restore(
-    opened: OpenRun, display: Display, like: dict, checkpoints: Checkpoints, schedule: Schedule
-) -> dict | None:
-    """The newest checkpoint that is not damaged; None where none was saved yet.
+def _chosen(there: Sequence[int], resume_from: int | None, place: Path) -> int | None:
+    """The step to go on from; None where none was saved yet, and none is asked for."""
+    if resume_from is None:
+        return max(there, default=None)
+    if resume_from not in there:
+        raise RunError(
+            f"{place} has no checkpoint of step {resume_from}; there are {[*there]}. Give one of "
+            f"them as resume_from (--resume-from), or resume=True (--resume) for the newest."
+        )
+    return resume_from
 
-    Damaged ones are set aside.
+
+def _restore(place: Path, like: dict, checkpoints: Checkpoints, step: int) -> dict:
+    """That of the step and no other.
 
     Raises:
-        RunError: if there is none, although there must have been one.
+        RunError: if it is damaged or not of this run, with what to do.
     """
-    damaged = []
-    for step in reversed(checkpoints.steps):
-        try:
-            restored = checkpoints.restore(like, step=step)
-        except ValueError as error:
-            raise RunError(
-                f"{error} Resume with the fjax and the settings that saved it, or start another "
-                f"run."
-            ) from error
-        except OSError as error:
-            display.warn(str(error))
-            damaged.append(step)
-            continue
-        for bad in damaged:
-            aside = checkpoints.set_aside(bad)
-            display.warn(f"Going on from step {step}; the damaged one is now {aside}.")
-        return restored
-    if damaged:
-        raise RunError(
-            f"All checkpoints of {opened.path} are damaged. Delete it, and begin anew without "
-            f"resume=True (--resume)."
-        )
-    folders.check_none_saved(opened.path, schedule.eval_every, schedule.checkpoint_every)
+    try:
+        return checkpoints.restore(like, step=step)
+    except (OSError, ValueError) as error:
+        before = _newest_whole(like, checkpoints, step)
+        if before is not None:
+            advice = f"To go on from step {before}: resume_from={before} (--resume-from {before})."
+        elif isinstance(error, ValueError):
+            advice = "Resume with the fjax and the settings that saved it, or start another run."
+        else:
+            advice = (
+                f"All checkpoints of {place.parent} are damaged. Delete it, and begin anew without "
+                f"resume=True (--resume)."
+            )
+        raise RunError(f"{error} {advice}") from error
+
+
+def _newest_whole(like: dict, checkpoints: Checkpoints, before: int) -> int | None:
+    """The newest step before that one which can be restored; None if there is none."""
+    for step in reversed([step for step in checkpoints.steps if step < before]):
+        with suppress(OSError, ValueError):
+            checkpoints.restore(like, step=step)
+            return step
     return None
+
+
+def _set_later_aside(display: Display, checkpoints: Checkpoints, step: int) -> None:
+    """What is not gone on from would be taken for the newest the next time."""
+    for later in [later for later in checkpoints.steps if later > step]:
+        aside = checkpoints.set_aside(later)
+        display.warn(f"Going on from step {step}; the checkpoint of step {later} is now {aside}.")
 
 
 def forget_later(folder: Path, step: int, schedule: Schedule) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fjax.runs import RunError, open_run
-from fjax.runs import folder as folders
-from fjax.runs.folder import check_none_saved, new_folder, newest_folder, write_text
+from fjax.runs import RunError, numbered, open_run
+from fjax.runs.folder import check_none_saved, write_text
+from fjax.runs.numbered import new_folder, newest_folder
 
 CONFIG = {"word": "w9", "steps": 4, "eval_every": 50, "checkpoint_every": 20}
 
@@ -37,7 +37,7 @@ def begin(folder: Path, *, steps: int = 0, **changes) -> Path:
 
 def test_runs_that_begin_at_one_moment_have_folders_of_their_own(tmp_path, monkeypatch):
     """All look before any makes its folder."""
-    monkeypatch.setattr(folders, "_numbers", lambda *_: {})
+    monkeypatch.setattr(numbered, "_numbers", lambda *_: {})
     made = [new_folder(tmp_path / "task", "same") for _ in range(3)]
     assert made == [tmp_path / "task" / f"same-{i}" for i in range(3)]
 

@@ -16,7 +16,16 @@ import fjax
 from fjax.adapters import adapt, init_lora, merge_lora
 from fjax.estimators import Estimate
 from fjax.rollouts import model_collector
-from fjax.runs import Progress, RunError, Stepper, align, loop, open_run, read_metrics
+from fjax.runs import (
+    Progress,
+    RunError,
+    Stepper,
+    align,
+    evaluating,
+    loop,
+    open_run,
+    read_metrics,
+)
 from fjax.runs.aim import Aim
 from fjax.runs.folder import is_finished, read_config, read_samples
 from fjax.training import Checkpoints, TrainState, ppo_tuner
@@ -318,11 +327,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(finished, tmp_pa
     shutil.rmtree(folder / "model")
     options = {"title": "nines", "resume": True}
     options["metrics"] = {"nines": lambda mine: Estimate(0.0, 0.0, 1.0)}
-    run(folder, **options)
-    printed = said(capsys)
-    assert f"The checkpoint of step 4 in {folder / 'checkpoints'} is damaged" in printed
-    aside = folder / "checkpoints" / "damaged-4"
-    assert f"Going on from step 2; the damaged one is now {aside}" in printed
+    with pytest.raises(
+        RunError, match=r"checkpoint of step 4 .* is damaged: .*\(--resume-from 2\)"
+    ):
+        run(folder, **options)
+    assert records(folder) == whole  # nothing was changed
+    run(folder, resume_from=2, **options)
+    aside = folder / "checkpoints" / "aside-4"
+    assert f"Going on from step 2; the checkpoint of step 4 is now {aside}" in said(capsys)
     assert [re.sub(r"'nines[^,}]*", "", r) for r in records(folder)] == [
         re.sub(r"'nines[^,}]*", "", r) for r in whole
     ]
@@ -402,7 +414,7 @@ def test_the_last_step_can_be_the_best(tmp_path, capsys):
 def test_a_signal_while_evaluating_saves_what_there_is(monkeypatch, tmp_path, capsys):
     """At the first evaluation, in the middle, and at the last: a save each time, and the run goes
     on to its end."""
-    folder, measure = tmp_path / "run", loop.measure
+    folder, measure = tmp_path / "run", evaluating.measure
 
     def and_signal(*given, **options):
         signal.raise_signal(signal.SIGTERM)
@@ -410,14 +422,16 @@ def test_a_signal_while_evaluating_saves_what_there_is(monkeypatch, tmp_path, ca
 
     for saved, before in ((0, 0), (2, 1), (4, 1)):
         calls = iter([measure] * before + [and_signal])
-        monkeypatch.setattr(loop, "measure", lambda *a, calls=calls, **k: next(calls)(*a, **k))
+        monkeypatch.setattr(
+            evaluating, "measure", lambda *a, calls=calls, **k: next(calls)(*a, **k)
+        )
         result = run(folder, resume=saved > 0)
         assert (result.status, result.step, result.figures) == (143, saved, {})
         moved = abs(np.asarray(result.params) - bigram.BASE).max() > 0
         assert moved == (saved > 0)
         assert f"Stopped and saved at step {saved}." in said(capsys)
         assert (folder / "checkpoints" / str(saved)).is_dir()
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(evaluating, "measure", measure)
     (folder / ".model-killed").mkdir()
     (folder / ".model-killed" / "model.safetensors").write_bytes(b"half")
     assert run(folder, resume=True).status == 0
