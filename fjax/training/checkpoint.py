@@ -12,6 +12,7 @@ was saved. Whoever looks changes nothing; whoever saves has the folder for itsel
 
 import errno
 import gc
+import logging
 import math
 import os
 import sys
@@ -408,14 +409,19 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A failed load leaves coroutines of orbax's behind, whose collection would print pages."""
+    """A failed load leaves coroutines of orbax's behind, whose collection would print pages.
+
+    And tasks, of which asyncio says at their end that nobody asked what became of them.
+    """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    news = logging.getLogger("asyncio")
+    spoken, news.disabled = news.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, news.disabled = hook, spoken
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Exact resume, whole-or-nothing saves, other meshes, one writer and many lookers, and errors that
 say what differs."""
 
+import gc
 import json
 import os
 import random
@@ -334,6 +335,20 @@ def test_a_damaged_checkpoint_is_called_damaged_or_restored_right(two_saves, tmp
         assert f"step 4 in {folder} is damaged" in message, (name, what)
         assert f"Delete {folder / '4'} to go on from the one before." in message
         assert len(message) < 300 + 2 * len(str(folder))
+
+
+def test_a_damaged_checkpoint_is_one_sentence_and_no_pages(tmp_path, caplog):
+    """asyncio would have its say of every array that could not be read, once orbax reads others."""
+    tree = [jnp.full((30, 30), float(i)) for i in range(20)]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, tree)
+        checkpoints.save(4, tree, wait=True)
+        (tmp_path / "4" / "tree" / "manifest.ocdbt").write_bytes(b"")
+        with pytest.raises(OSError, match="cannot be read"):
+            checkpoints.restore(tree)
+        checkpoints.restore(tree, step=3)
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_metrics_that_are_damaged_win_nothing(two_saves, tmp_path):
