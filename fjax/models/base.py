@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from fjax.sharding import Rules
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, ScoreFn
 
 __all__ = [
@@ -152,6 +153,11 @@ class ModelConfig(Protocol):
         """Blocks, each with tensors of its own."""
         ...
 
+    @property
+    def heads(self) -> int:
+        """Heads of keys and values, the second axis of a cache; a mesh's tensor axis divides it."""
+        ...
+
 
 def check_sizes(config: Any, *names: str) -> None:
     """ValueError if one of these fields, as read from a file, is not a valid size."""
@@ -201,6 +207,7 @@ class Family(NamedTuple):
         buffers: pattern of names, without prefix, of tensors in a checkpoint that are no
             parameters, such as a causal mask.
         embedding: whole name of the tensor with one row a token, for whoever adds a token.
+        rules: how its parameters lie along a mesh, see `fjax.sharding.Rules`.
         score_fn: (config, dtype=) -> reward model; None if the family has none.
         score_architecture: transformers' name of the class with a scalar head.
     """
@@ -219,5 +226,6 @@ class Family(NamedTuple):
     tied: Callable[[Any], Mapping[str, str]] = lambda config: {}
     buffers: str = r"(?!)"
     embedding: str | None = None
+    rules: Rules = ()
     score_fn: Callable[..., ScoreFn] | None = None
     score_architecture: str | None = None

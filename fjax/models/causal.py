@@ -21,6 +21,7 @@ from fjax._checks import as_mask, is_concrete
 from fjax._sharding import spread_as
 from fjax.adapters import AdaptedMatrix
 from fjax.models.base import KVCache, ModelConfig
+from fjax.sharding import GATHERED_AGAIN, Divided
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 __all__ = [
@@ -31,10 +32,12 @@ __all__ = [
     "decode_fn",
     "empty_cache",
     "logits_fn",
+    "kept",
     "look_up",
     "project",
     "score_fn",
     "times",
+    "whole",
     "wide",
 ]
 
@@ -231,7 +234,11 @@ def attention_mask(
     return positions_BxT, causal_1xTxS & where_BxS[:, None, :], where_BxS, length
 
 
-def times(x_BxTxD: Array, kernel: Array | AdaptedMatrix) -> Array:
+Matrix = Array | AdaptedMatrix | Divided
+"""A parameter as it comes: an array, with an adapter, in parts along a mesh, or both."""
+
+
+def times(x_BxTxD: Array, kernel: Matrix) -> Array:
     """``x · kernel``, in the dtype of x; with an adapter ``x · W + (x · down) · up``.
 
     >>> times(jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((4, 3))).dtype
@@ -242,11 +249,29 @@ def times(x_BxTxD: Array, kernel: Array | AdaptedMatrix) -> Array:
     # Rows in one axis. From [B, T, D] XLA on a CPU takes the kernel's gradient of a transposed
     # copy, and the backward pass of a block takes twice as long.
     *axes, width = x_BxTxD.shape
-    found = x_BxTxD.reshape(-1, width) @ kernel.astype(x_BxTxD.dtype)
+    found = x_BxTxD.reshape(-1, width) @ whole(kernel, x_BxTxD.dtype)
     return found.reshape(*axes, -1)
 
 
-def look_up(table: Array | AdaptedMatrix, ids_BxT: Array, *, dtype: DTypeLike) -> Array:
+def whole(matrix: Array | Divided, dtype: DTypeLike) -> Array:
+    """A parameter in the dtype of the computation, gathered if it is in parts along a mesh.
+
+    >>> whole(jnp.ones(2), jnp.bfloat16).dtype
+    dtype(bfloat16)
+    """
+    return matrix.gather(dtype) if isinstance(matrix, Divided) else matrix.astype(dtype)
+
+
+def kept(params: Params) -> Callable[..., bool] | None:
+    """What blocks keep for the backward pass: all of it, but what was gathered of `Divided` ones.
+
+    As a policy of `jax.checkpoint`; None keeps all.
+    """
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Divided))
+    return GATHERED_AGAIN if any(isinstance(leaf, Divided) for leaf in leaves) else None
+
+
+def look_up(table: Matrix, ids_BxT: Array, *, dtype: DTypeLike) -> Array:
     """Rows of a table; NaN for an id beyond it.
 
     >>> look_up(jnp.eye(3), jnp.array([[2, 3]]), dtype=jnp.float32).tolist()
@@ -255,10 +280,10 @@ def look_up(table: Array | AdaptedMatrix, ids_BxT: Array, *, dtype: DTypeLike) -
     if isinstance(table, AdaptedMatrix):
         found = look_up(table.matrix, ids_BxT, dtype=dtype)
         return found + times(look_up(table.down, ids_BxT, dtype=dtype), table.up)
-    return jnp.take(table.astype(dtype), ids_BxT, axis=0)
+    return jnp.take(whole(table, dtype), ids_BxT, axis=0)
 
 
-def project(hidden_BxTxD: Array, embedding: Array | AdaptedMatrix) -> Array:
+def project(hidden_BxTxD: Array, embedding: Matrix) -> Array:
     """Logits in float32 at least, whatever the dtype of the computation: ``hidden · embeddingᵀ``.
 
     >>> project(jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((3, 4))).dtype
@@ -269,7 +294,7 @@ def project(hidden_BxTxD: Array, embedding: Array | AdaptedMatrix) -> Array:
         return project(hidden_BxTxD, embedding.matrix) + change
     dtype = hidden_BxTxD.dtype
     return jnp.einsum(
-        "btd,vd->btv", hidden_BxTxD, embedding.astype(dtype), preferred_element_type=wide(dtype)
+        "btd,vd->btv", hidden_BxTxD, whole(embedding, dtype), preferred_element_type=wide(dtype)
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from fjax.models import causal
@@ -82,6 +83,11 @@ class GPT2Config:
     def depth(self) -> int:
         """Blocks: ``n_layer``."""
         return self.n_layer
+
+    @property
+    def heads(self) -> int:
+        """Heads of keys and values: ``n_head``."""
+        return self.n_head
 
     def computes_as(self, other: object) -> bool:
         """Whether both compute the same function of the same parameters.
@@ -176,13 +182,16 @@ class _GPT2(nn.Module):
 
     config: GPT2Config
     dtype: DTypeLike
+    keep: Callable[..., bool] | None = None
 
     def setup(self):
+        # What of a block is not kept for the backward pass is computed there again.
+        block = _Block if self.keep is None else nn.remat(_Block, static_argnums=(5,), policy=self.keep)
         shape = self.config.n_embd, self.dtype, self.config.initializer_range
         self.wte = _Embed(self.config.vocab_size, *shape)
         self.wpe = _Embed(self.config.n_positions, *shape)
         self.h = [
-            _Block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)
+            block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)
         ]
         self.ln_f = _layer_norm(self, "ln_f")
         self.embd_dropout = nn.Dropout(self.config.embd_pdrop)
@@ -252,9 +261,8 @@ def _head(params, hidden_BxTxD):
 
 
 def _hidden_fn(config, dtype):
-    model = _GPT2(config, dtype)
-
     def hidden(params, tokens, where, cache, dropout_key):
+        model = _GPT2(config, dtype, causal.kept(params))
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         found = model.apply(
             {"params": params}, tokens, where, cache, dropout_key is None, rngs=rngs
@@ -437,6 +445,17 @@ def _tensor_name(path: tuple[str, ...]) -> str:
     return ".".join(["transformer", *parts[:-1], "bias" if parts[-1] == "bias" else "weight"])
 
 
+RULES = (
+    # What goes into a block's hidden units has these divided, what comes out of them sums over them.
+    (r"(c_attn|c_fc)/kernel(/matrix)?$", (PartitionSpec("fsdp", "tensor"),)),
+    (r"(c_attn|c_fc)/bias$", (PartitionSpec("tensor"),)),
+    (r"c_proj/kernel(/matrix)?$", (PartitionSpec("tensor", "fsdp"),)),
+    # By tokens where their number can be divided, which that of GPT-2, 50257, cannot.
+    (r"wte/embedding(/matrix)?$", (PartitionSpec("tensor", "fsdp"), PartitionSpec(None, ("tensor", "fsdp")))),
+    (r"wpe/embedding(/matrix)?$", (PartitionSpec(None, ("tensor", "fsdp")),)),
+)
+"""How parameters lie along a mesh; scales and other biases are too small to be divided."""
+
 FAMILY = Family(
     name="GPT-2",
     model_types=("gpt2",),
@@ -453,6 +472,7 @@ FAMILY = Family(
     # the causal mask, which the first checkpoints have among their weights
     buffers=r"h\.\d+\.attn\.(masked_)?bias",
     embedding="transformer.wte.weight",
+    rules=RULES,
     score_fn=score_fn,
     score_architecture="GPT2ForSequenceClassification",
 )

@@ -193,37 +193,41 @@ def score(
     n = tokens.shape[0]
     if microbatch_size is None or microbatch_size >= n:
         return log_prob_fn(params, tokens, where)
-    log_pi = jax.lax.map(
-        lambda rows: log_prob_fn(params, tokens[rows], where[rows]), _parts(n, microbatch_size)
-    )
-    return log_pi.reshape(-1, *log_pi.shape[2:])[:n]
+    parts = _in_parts(tokens, microbatch_size), _in_parts(where, microbatch_size)
+    log_pi = jax.lax.map(lambda part: log_prob_fn(params, *part), parts)
+    return jnp.moveaxis(log_pi, 0, 1).reshape(-1, *log_pi.shape[2:])[:n]
 
 
-def _parts(n: int, size: int) -> Int[Array, "P B"]:
-    """Rows of each part; a last one that is not full repeats the first samples."""
-    parts = -(-n // size)
-    return (jnp.arange(parts * size) % n).reshape(parts, size)
+def _in_parts(x: Array, size: int) -> Array:
+    """``[P, size, ...]``, the rows dealt out in turn; where they do not suffice, the first again.
+
+    Dealt out, for then each device of a mesh has its own rows in every part: parts of rows that
+    follow one another would be those of a few devices each, to be sent to all others.
+    """
+    parts = -(-len(x) // size)
+    missing = parts * size - len(x)
+    x = jnp.concatenate([x, x[:missing]]) if missing else x
+    return jnp.moveaxis(x.reshape(size, parts, *x.shape[1:]), 1, 0)
 
 
 def _sum_of_parts(log_prob_fn, params, tokens, where, weights, size) -> Params:
     """Σ weights · ∇log π, ``size`` samples at a time."""
-    rows = _parts(len(tokens), size)
-    padded = (
-        weights[rows.ravel()].at[len(tokens) :].set(0.0).reshape(*rows.shape, *weights.shape[1:])
-    )
+    missing = -len(tokens) % size
+    # What fills up the last parts counts for nothing.
+    tokens, where = (jnp.concatenate([x, x[:missing]]) for x in (tokens, where))
+    weights = jnp.concatenate([weights, jnp.zeros_like(weights[:missing])])
+    parts = tuple(_in_parts(x, size) for x in (tokens, where, weights))
 
     def add(grads, part):
-        rows, weights = part
-        log_pi, back = jax.vjp(
-            lambda params: log_prob_fn(params, tokens[rows], where[rows]), params
-        )
+        tokens, where, weights = part
+        log_pi, back = jax.vjp(lambda params: log_prob_fn(params, tokens, where), params)
         more = back(_as(weights, log_pi))[0]
         return jax.tree.map(lambda total, x: total + x.astype(total.dtype), grads, more), None
 
     # In float32 at least, for in bfloat16 small parts are lost in a large sum; then as the whole
     # batch would give it.
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, float_dtype(x)), params)
-    grads, _ = jax.lax.scan(add, zeros, (rows, padded))
+    grads, _ = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda total, x: total.astype(x.dtype), grads, params)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from fjax.models.base import TEXT_FORMATS, Family, LanguageModel, RewardModel
@@ -13,6 +14,7 @@ from fjax.models.huggingface.folders import open_folder, read_json
 from fjax.models.huggingface.save import save_pretrained
 from fjax.models.huggingface.tensors import load_params
 from fjax.models.huggingface.tokenizers import end_ids, load_tokenizer
+from fjax.models.sharded import check_heads, on_mesh
 
 __all__ = ["from_pretrained", "load_reward_model"]
 
@@ -23,6 +25,7 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = FAMILIES,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """Loads a language model from a local folder or by its name on the Hugging Face hub.
 
@@ -40,21 +43,26 @@ def from_pretrained(
         param_dtype: of the parameters. Keep float32 for training.
         families: the kinds of models to choose from, the first that knows the folder's
             ``model_type``. One of your own: ``families=(mine, *fjax.models.FAMILIES)``.
+        mesh: of devices, as `fjax.sharding.make_mesh` makes it. Each parameter is read from the
+            file in parts, and each part onto its device, so that nothing ever holds the whole; and
+            what is computed lies along the mesh as well. None: one device.
 
     Raises:
         FileNotFoundError: if the folder, or a file in it, is not there, or the hub does not have or
             give it.
         ValueError: if it is of no family, is a variant that computes something else, lacks tensors
             or has others (named), or tensors that are no finite floats, or if its tokenizer has ids
-            that it has not.
+            that it has not; or if the mesh does not divide its heads or a parameter.
 
     `save_pretrained` has an example that writes a folder and reads it.
     """
     folder, family, config = open_folder(name_or_path, families)
+    if mesh is not None:
+        check_heads(config.heads, mesh)
     tokenizer = load_tokenizer(folder, config)
     eos_ids = end_ids(folder, tokenizer, config.vocab_size)
-    params, _ = load_params(folder, family, config, param_dtype)
-    return LanguageModel(
+    params, _ = load_params(folder, family, config, param_dtype, mesh=mesh)
+    model = LanguageModel(
         config,
         params,
         tokenizer,
@@ -72,6 +80,7 @@ def from_pretrained(
             families=(family,),
         ),
     )
+    return model if mesh is None else on_mesh(model, mesh, family.rules)
 
 
 def load_reward_model(

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from fjax.models.base import Family, ModelConfig
 from fjax.models.huggingface.folders import read_json
 from fjax.models.huggingface.tokenizers import some
+from fjax.sharding import make_shardings
 from fjax.types import Array, Params
 
 __all__ = ["load_params", "named_tensors", "write_tensors"]
@@ -51,9 +54,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def load_params(
-    folder: Path, family: Family, config: ModelConfig, dtype: DTypeLike, *, head: bool = False
+    folder: Path,
+    family: Family,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    *,
+    head: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, Array | None]:
-    """The parameters and, if asked for, the kernel of a scalar head."""
+    """The parameters and, if asked for, the kernel of a scalar head.
+
+    On a mesh each device is given its part of a tensor, and nothing else of it is read for it.
+    """
     stored = _list_tensors(folder, family.prefix)
     if config.depth > len(stored):  # before so many blocks are traced
         raise ValueError(
@@ -68,7 +80,9 @@ def load_params(
         expected[_SCORE] = (1, config.width)
         _check_head(folder, stored, expected[_SCORE])
     _check_tensors(folder, family, config, expected, stored)
-    found = {name: _read(stored[name], dtype) for name in expected}
+    places = {} if mesh is None else named_tensors(family, make_shardings(like, family.rules, mesh))
+    places = {name.removeprefix(family.prefix): place for name, place in places.items()}
+    found = {name: _read(stored[name], dtype, places.get(name)) for name in expected}
     bad = [name for name, leaf in found.items() if not bool(jnp.isfinite(leaf).all())]
     if bad:
         raise ValueError(
@@ -212,8 +226,13 @@ def _headers(path: Path) -> list[_Stored]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
 
 
-def _read(tensor: _Stored, dtype: DTypeLike) -> Array:
+def _read(tensor: _Stored, dtype: DTypeLike, sharding: Sharding | None = None) -> Array:
     import safetensors
 
-    with safetensors.safe_open(tensor.file, framework="flax") as file:
-        return file.get_tensor(tensor.name).astype(dtype)
+    with safetensors.safe_open(tensor.file, framework="np") as file:
+        if sharding is None:
+            return jnp.asarray(file.get_tensor(tensor.name), dtype)
+        part = file.get_slice(tensor.name)
+        return jax.make_array_from_callback(
+            tensor.shape, sharding, lambda index: np.asarray(part[index]).astype(dtype)
+        )
