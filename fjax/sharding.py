@@ -37,9 +37,11 @@ __all__ = [
     "Rules",
     "check_rows",
     "divide",
+    "jit_update",
     "make_mesh",
     "make_shardings",
     "place",
+    "replicate",
     "row_devices",
     "spread_rows",
 ]
@@ -270,3 +272,40 @@ def spread_rows(tree: PyTree, mesh: Mesh) -> PyTree:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(spread, tree)
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """Arrays that lie on no mesh, on all devices of the one that the others lie on.
+
+    A tree of one device stays as it is. Scalars that an optimiser counts with are made without
+    their place, and a program that finds them elsewhere in its second call is compiled once more.
+    """
+    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_on_mesh(leaf)}
+    if not meshes:
+        return tree
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    return jax.tree.map(lambda x: x if _is_on_mesh(x) else jax.device_put(x, everywhere), tree)
+
+
+def _is_on_mesh(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+
+
+def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """``jax.jit`` of (state, ...) -> (state, info), which is given the state to keep.
+
+    On a mesh the new state lies where the old one lay; left to itself, XLA would put small arrays
+    wherever it had made them, and compile the next step anew.
+    """
+    compiled = partial(jax.jit, update, donate_argnums=0)
+    programs: dict[Any, Callable] = {None: compiled()}
+
+    def apply(state, *args):
+        leaves, tree = jax.tree.flatten(state)
+        key = tuple(leaf.sharding for leaf in leaves) if any(map(_is_on_mesh, leaves)) else None
+        if key not in programs:
+            programs[key] = compiled(out_shardings=(tree.unflatten(key), None))
+        return programs[key](state, *args)
+
+    return apply

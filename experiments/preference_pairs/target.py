@@ -70,7 +70,7 @@ def make_stepper(config: Config, built: Built) -> Stepper:
         loss=make_loss(config),
         microbatch_size=settings.microbatch_size,
     )
-    update = jax.jit(tuner.update, donate_argnums=0)
+    update = jit_update(tuner.update)
 
     def step(progress: Progress, number: int) -> tuple[Progress, dict]:
         state, info = update(

@@ -34,6 +34,7 @@ from fjax.runs.folder import RunError
 from fjax.runs.memory import device_memory
 from fjax.runs.steps import Progress, Stepper, as_numbers, as_record, on_host, score_batch
 from fjax.runs.text import count
+from fjax.sharding import jit_update
 from fjax.training import Rollout, Tuner
 from fjax.types import Array, Float, Int, Params, PRNGKeyArray
 
@@ -234,7 +235,7 @@ def _make_update(
 ) -> Callable:
     """(state, replay, key) -> (state, info): an update on one minibatch."""
 
-    @partial(jax.jit, donate_argnums=0)
+    @jit_update
     def update(state, replay, rng_key):
         log_z, weights = _log_z(replay, num_batches, num_contexts, held_out=False)
         return tuner.update(state, draw(replay, rng_key, batch_weights=weights, log_z=log_z.value))

@@ -17,6 +17,7 @@ from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, estimate_proposal_gain
 from fjax.evaluation import Features, TextTarget, prompts_of
 from fjax.rollouts import Batch, Collector, to_rollout
+from fjax.sharding import jit_update
 from fjax.training import TrainState, Tuner
 from fjax.types import Params, PRNGKeyArray
 
@@ -116,7 +117,7 @@ def online(
         policy_of: (params that are trained) -> what is sampled from, where they are not the
             policy's own, as with adapters.
     """
-    update = jax.jit(tuner.update, donate_argnums=0)
+    update = jit_update(tuner.update)
     window: list[Drawn] = []  # since the proposal was last looked at
 
     def draw(params: Params, step: int) -> Batch:

@@ -16,6 +16,7 @@ from fjax._checks import float_dtype
 from fjax._sharding import together
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
+from fjax.sharding import replicate
 from fjax.surrogates import leave_one_out, pseudo_rewards, self_normalized
 from fjax.training.base import Rollout, StepInfo, TrainState
 from fjax.types import Array, Bool, Float, Int, Params
@@ -128,7 +129,8 @@ def first_state(
     # A copy: the state is donated, and whoever calls usually keeps ``params`` as the base model.
     # Its dtypes are not weak ones, which the first update would change.
     params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), log_z)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), log_z)
+    return replicate(state)
 
 
 def advance(
