@@ -36,6 +36,7 @@ __all__ = [
     "Divided",
     "Rules",
     "check_rows",
+    "devices_of",
     "divide",
     "jit_update",
     "make_mesh",
@@ -207,7 +208,8 @@ class Divided:
         """The whole, for as long as it is used; its gradient is in parts again."""
         # Cast first: what is moved and held is of the computation's dtype. And in parts until here,
         # as its gradient is from here on: XLA would gather it where it comes from otherwise.
-        parts = jax.lax.with_sharding_constraint(self.parts.astype(dtype), self.divided)
+        parts = jax.lax.optimization_barrier(self.parts.astype(dtype))
+        parts = jax.lax.with_sharding_constraint(parts, self.divided)
         return jax.lax.with_sharding_constraint(parts, self.whole)
 
 
@@ -290,6 +292,19 @@ def replicate(tree: PyTree) -> PyTree:
 def _is_on_mesh(leaf: Any) -> bool:
     sharding = getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+
+
+def devices_of(tree: PyTree) -> list[jax.Device]:
+    """What the arrays of a tree lie on; the default device where they are none of JAX's.
+
+    >>> devices_of({"w": np.zeros(2)}) == jax.devices()[:1]
+    True
+    """
+    found = {
+        device for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
+        for device in leaf.sharding.device_set
+    }  # fmt: skip
+    return sorted(found, key=lambda device: device.id) or jax.devices()[:1]
 
 
 def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

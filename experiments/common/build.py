@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import fjax
 from fjax import rollouts
@@ -27,6 +28,7 @@ from fjax.runs import Display, RunError, Stepper, align, open_run
 from fjax.runs.numbered import new_folder, newest_folder
 from fjax.runs.running import ADAPTERS_KEY, TARGET_KEY
 from fjax.runs.stages import staged
+from fjax.sharding import check_rows, make_mesh, place
 from fjax.surrogates import self_normalized
 from fjax.training import Tuner, ppo_tuner, rloo_tuner
 from fjax.types import Params
@@ -139,6 +141,9 @@ def make_trained(settings: Settings, params: Params) -> Trained:
     except ValueError as error:
         given = f"--lora-rank {settings.lora_rank}" + f", --trainable {pattern}" * bool(pattern)
         raise RunError(f"{given}: {error}") from error
+    mesh = mesh_of(settings)
+    if mesh is not None:
+        adapters = place(adapters, (), mesh)
     merge = partial(jax.jit(merge_lora), params, alpha=settings.lora_alpha)
     attach = partial(attach_lora, params, alpha=settings.lora_alpha)
     return Trained(adapters, merge, attach)
@@ -182,12 +187,35 @@ def load_model(settings: Settings, *, prompt_tokens: int = 1) -> LanguageModel:
     Raises:
         RunError: if it cannot be loaded, or has fewer positions than are asked for.
     """
+    mesh = mesh_of(settings)
     try:
-        model = fjax.from_pretrained(settings.model, dtype=jnp.dtype(settings.dtype))
+        model = fjax.from_pretrained(settings.model, dtype=jnp.dtype(settings.dtype), mesh=mesh)
     except (OSError, ValueError) as error:
         raise RunError(f"Cannot load --model {settings.model}: {error}") from error
     check_positions(settings, model, prompt_tokens)
     return model
+
+
+def mesh_of(settings: Settings) -> Mesh | None:
+    """The devices of ``--mesh``; None for the first one alone.
+
+    Raises:
+        RunError: if there are others than it says, or it does not divide the samples.
+    """
+    if not settings.mesh:
+        return None
+    try:
+        mesh = make_mesh(settings.mesh)
+        base = settings.base_samples
+        check_rows(mesh, settings.samples - base, "samples of the policy in a step")
+        check_rows(mesh, base, "samples of the base model in a step")
+    except ValueError as error:
+        raise RunError(
+            f"--mesh {settings.mesh}: {error} --samples and --base-fraction say how many there are."
+            if "samples" in str(error)
+            else f"--mesh {settings.mesh}: {error}"
+        ) from error
+    return mesh
 
 
 def load_aligned(settings: Settings, base: LanguageModel, name: str) -> LanguageModel:

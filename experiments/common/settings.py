@@ -33,6 +33,12 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation. Parameters and reductions are float32 either way; bfloat16 is for GPUs
     and TPUs."""
+    mesh: str = ""
+    """How several devices share the work, as in data=4,fsdp=2: rows of a batch are divided along
+    data and fsdp; the matrices of the model, and what the optimiser keeps of them, along fsdp, for
+    models that one device cannot hold; heads and hidden units along tensor. One size may be -1, for
+    the devices that are left. Without it the first device does everything. A run may be resumed on
+    another mesh."""
     divergence: str = "jensen_shannon"
     """What is minimised, from the policy to the target: forward_kl, reverse_kl, total_variation,
     jensen_shannon, alpha=0.5 (0 is forward, 1 reverse KL, ½ twice the squared Hellinger distance),

@@ -18,6 +18,7 @@ from fjax.models import LanguageModel
 from fjax.rollouts import Contexts
 from fjax.runs import Progress, RunError, Stepper
 from fjax.runs.steps import as_record
+from fjax.sharding import jit_update
 from fjax.targets import reward_tilted
 from fjax.training import preference_tuner
 

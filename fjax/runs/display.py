@@ -37,18 +37,23 @@ from fjax.runs.rows import Record, short
 from fjax.runs.steps import Stepper, as_numbers
 from fjax.runs.text import count, on_one_line, pieces
 from fjax.runs.verdict import verdict
+from fjax.sharding import devices_of
 from fjax.types import Params
 
 SHOWN = 4
 """Samples under each table of figures."""
 
 
-def hardware() -> str:
-    """What this runs on, in words: one device, however many there are."""
-    device, there = jax.devices()[0], jax.device_count()
-    if device.platform == "cpu":
+def hardware(params: Params = ()) -> str:
+    """What a run with these parameters is on, in words."""
+    used, there = devices_of(params), jax.device_count()
+    device, several = used[0], len(used) > 1
+    if device.platform == "cpu" and not several:
         return f"{os.cpu_count()} CPU cores"
-    return device.device_kind + (f", one of {there}" if there > 1 else "")
+    if several:
+        return f"{len(used)} × {device.device_kind}"
+    # whoever has several wants to know
+    return device.device_kind + (f", one of {there} (--mesh takes more)" if there > 1 else "")
 
 
 class _Rate(ProgressColumn):
@@ -91,7 +96,7 @@ class Display:
         model = _safe(str(run.config.get("model", "a model")))
         self.say(
             f"[bold]{escape(title)}[/]: {model} ({size:.1f}M parameters), {count(steps, 'step')} "
-            f"{stepper.plan or each}, {at}, on {escape(hardware())}.\n"
+            f"{stepper.plan or each}, {at}, on {escape(hardware(params))}.\n"
             f"Everything is written to {escape(str(run.path))}."
         )
 

@@ -21,11 +21,13 @@ import jax
 import fjax
 from fjax._trees import count_numbers
 from fjax.runs.aim import Aim
+from fjax.sharding import devices_of
 from fjax.training import read_jsonl
 from fjax.training._lock import LOCK_NAME, FolderLock
 from fjax.types import Params
 
 MAY_CHANGE = {
+    "mesh",
     "corpora",  # what a reward was trained on; the reward itself is looked at
     "steps",
     *("resume", "resume_from", "stop_if_unsaved"),
@@ -119,14 +121,14 @@ def open_run(
                 path.rmdir()  # if nothing was begun
 
 
-def describe_run(run: OpenRun, aim: Aim = Aim()) -> None:
+def describe_run(run: OpenRun, aim: Aim = Aim(), *, params: Params = ()) -> None:
     """Writes config.json of a new run.
 
     What was chosen, by which command, what it is after, what it ran on, and digests of what it
     reads.
     """
     versions = {"fjax": fjax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]}
-    devices = [jax.devices()[0].device_kind]  # the one that is used, however many there are
+    devices = [device.device_kind for device in devices_of(params)]
     about = {"versions": versions, "devices": devices, "command": run.command, "aim": aim._asdict()}
     written = {**run.config, **about, "digests": dict(run.digests)}
     write_text(run.path / "config.json", json.dumps(written, indent=2))

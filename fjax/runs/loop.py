@@ -160,7 +160,7 @@ def align(
         initial = model.params if initial is None else initial
         folders.check_space(opened.path, initial, model.params)
         if not opened.resume:
-            describe_run(opened, aim)
+            describe_run(opened, aim, params=model.params)
         kept = Kept()
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.path / folders.CHECKPOINTS

@@ -491,7 +491,7 @@ def test_a_nested_line_of_pairs_is_a_bad_line(depth, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "there", "said"),
-    [("H100", 8, "H100, one of 8"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")],
+    [("H100", 8, "H100, one of 8 (--mesh takes more)"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")],
 )
 def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monkeypatch):
     device = types.SimpleNamespace(platform="cpu" if kind == "cpu" else "gpu", device_kind=kind)
