@@ -38,6 +38,7 @@ __all__ = [
     "check_rows",
     "devices_of",
     "divide",
+    "jit_for",
     "jit_update",
     "make_mesh",
     "make_shardings",
@@ -145,8 +146,9 @@ def make_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 
     >>> mesh = make_mesh("fsdp=-1", devices=jax.devices()[:1])
     >>> kernel = {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}
-    >>> make_shardings(kernel, [("kernel", (PartitionSpec("fsdp", "tensor"),))], mesh)["kernel"].spec
-    PartitionSpec('fsdp', 'tensor')
+    >>> rules = [("kernel", (PartitionSpec("fsdp", "tensor"),))]
+    >>> tuple(make_shardings(kernel, rules, mesh)["kernel"].spec)
+    ('fsdp', 'tensor')
     """
     found = (_place_of(path, np.shape(leaf), rules, mesh) for path, leaf in name_leaves(tree).items())
     return jax.tree.structure(tree).unflatten(NamedSharding(mesh, spec) for spec in found)
@@ -295,15 +297,13 @@ def _is_on_mesh(leaf: Any) -> bool:
 
 
 def devices_of(tree: PyTree) -> list[jax.Device]:
-    """What the arrays of a tree lie on; the default device where they are none of JAX's.
+    """What the arrays of a tree lie on, or would by their shapes; else the default device.
 
     >>> devices_of({"w": np.zeros(2)}) == jax.devices()[:1]
     True
     """
-    found = {
-        device for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
-        for device in leaf.sharding.device_set
-    }  # fmt: skip
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    found = {device for place in places if place is not None for device in place.device_set}
     return sorted(found, key=lambda device: device.id) or jax.devices()[:1]
 
 
@@ -313,14 +313,21 @@ def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[An
     On a mesh the new state lies where the old one lay; left to itself, XLA would put small arrays
     wherever it had made them, and compile the next step anew.
     """
-    compiled = partial(jax.jit, update, donate_argnums=0)
-    programs: dict[Any, Callable] = {None: compiled()}
+    programs: dict[Any, Callable] = {}
 
     def apply(state, *args):
-        leaves, tree = jax.tree.flatten(state)
+        leaves = jax.tree.leaves(state)
         key = tuple(leaf.sharding for leaf in leaves) if any(map(_is_on_mesh, leaves)) else None
         if key not in programs:
-            programs[key] = compiled(out_shardings=(tree.unflatten(key), None))
+            programs[key] = jit_for(update, state)
         return programs[key](state, *args)
 
     return apply
+
+
+def jit_for(update: Callable[..., tuple[Any, Any]], state: PyTree) -> Any:
+    """The same for a state that lies as this one does, of arrays or shapes; it can be lowered."""
+    compiled = partial(jax.jit, update, donate_argnums=0)
+    if not any(map(_is_on_mesh, jax.tree.leaves(state))):
+        return compiled()
+    return compiled(out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))

@@ -61,6 +61,10 @@ def run_task(task: Task, config: Any) -> int:
     settings: Settings = config.settings
     make_target = task.make_target(config)  # what is wrong with it is said before minutes are spent
     display = Display()
+    if settings.dry_run:
+        from .dry_run import dry_run  # which is made of what is here
+
+        return dry_run(task, config, display)
     display.say("Loading the model.")
     model = load_model(settings)
     begun = None if settings.start is None else load_aligned(settings, model, settings.start)
@@ -189,7 +193,14 @@ def load_model(settings: Settings, *, prompt_tokens: int = 1) -> LanguageModel:
     """
     mesh = mesh_of(settings)
     try:
-        model = fjax.from_pretrained(settings.model, dtype=jnp.dtype(settings.dtype), mesh=mesh)
+        model = fjax.from_pretrained(
+            settings.model,
+            dtype=jnp.dtype(settings.dtype),
+            param_dtype=jnp.dtype(settings.param_dtype),
+            mesh=mesh,
+            remat=settings.remat,
+            shapes_only=settings.dry_run,
+        )
     except (OSError, ValueError) as error:
         raise RunError(f"Cannot load --model {settings.model}: {error}") from error
     check_positions(settings, model, prompt_tokens)
@@ -287,24 +298,8 @@ def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> T
     if not settings.schedule:
         return make_tuner(settings, built.model, contexts, trained)
     filters = settings.algorithm == "filter_sft"
-    start = 1 if contexts is None else contexts.start
-    logits_fn = adapt(built.model.logits_fn, trained.in_training)
-    log_prob_fn = fjax.make_log_prob_fn(logits_fn, start=start)
-    optimizer = make_optimizer(settings, trained.initial)
-
-    def make_stage_tuner(divergence: FDivergence) -> Tuner:
-        return fjax.fdpg(
-            log_prob_fn,
-            optimizer,
-            divergence=divergence,
-            baseline=0.0 if filters else self_normalized,  # likelihood has none
-            log_z=known_log_z(),
-            clip=settings.clip,
-            microbatch_size=settings.microbatch_size,
-        )
-
     return staged(
-        make_stage_tuner,
+        stage_tuner(settings, built.model, contexts, trained),
         settings.schedule,
         built.collector,
         target,
@@ -314,6 +309,33 @@ def make_mover(built: Built, target: TextTarget, contexts: Contexts | None) -> T
         policy_of=trained.policy_of,
         share_of_p=1.0 if filters else 0.5,
         look_every=FILTER_LOOK_EVERY if filters else LOOK_EVERY,
+    )
+
+
+def stage_tuner(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None, trained: Trained
+) -> Callable[[FDivergence], Tuner]:
+    """f -> what updates in a stage that descends it."""
+    start = 1 if contexts is None else contexts.start
+    logits_fn = adapt(model.logits_fn, trained.in_training)
+    return partial(
+        _stage_tuner,
+        settings,
+        fjax.make_log_prob_fn(logits_fn, start=start),
+        make_optimizer(settings, trained.initial),
+    )
+
+
+def _stage_tuner(settings, log_prob_fn, optimizer, divergence: FDivergence) -> Tuner:
+    filters = settings.algorithm == "filter_sft"
+    return fjax.fdpg(
+        log_prob_fn,
+        optimizer,
+        divergence=divergence,
+        baseline=0.0 if filters else self_normalized,  # likelihood has none
+        log_z=known_log_z(),
+        clip=settings.clip,
+        microbatch_size=settings.microbatch_size,
     )
 
 

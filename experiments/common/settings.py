@@ -39,6 +39,15 @@ class Settings:
     models that one device cannot hold; heads and hidden units along tensor. One size may be -1, for
     the devices that are left. Without it the first device does everything. A run may be resumed on
     another mesh."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters. In bfloat16 they, their gradient and what Adam keeps take half the memory,
+    and changes below half a unit of a weight are lost."""
+    remat: bool = False
+    """Compute each block of the model again for its gradient rather than keep what is in it: a
+    third more work in the update, for the memory of one block in place of all."""
+    dry_run: bool = False
+    """Load no weights and compute nothing: print parameters, the bytes that each device needs, and
+    what the compiler says of the update and the sampler."""
     divergence: str = "jensen_shannon"
     """What is minimised, from the policy to the target: forward_kl, reverse_kl, total_variation,
     jensen_shannon, alpha=0.5 (0 is forward, 1 reverse KL, ½ twice the squared Hellinger distance),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from fjax.sharding import Rules
-from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, ScoreFn
+from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PyTree, ScoreFn
 
 __all__ = [
     "TEXT_FORMATS",
@@ -84,6 +84,8 @@ class LanguageModel(NamedTuple):
         save: (folder, params, dtype=None), writes these parameters as a folder that transformers
             opens, with this configuration, tokenizer and ends; None for a model that has no such
             folder.
+        shardings: (tree) -> where the parameters, or what an optimiser keeps of them, lie along a
+            mesh; None on one device.
     """
 
     config: Any
@@ -96,6 +98,7 @@ class LanguageModel(NamedTuple):
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     save: Callable[..., None] | None = None
+    shardings: Callable[[PyTree], PyTree] | None = None
 
     @property
     def eos_id(self) -> int:
@@ -131,7 +134,11 @@ class RewardModel(NamedTuple):
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """What a family's configuration, a frozen dataclass, must have: its sizes by common names."""
+    """What a family's configuration, a frozen dataclass, must have: its sizes by common names.
+
+    ``heads``, of keys and values, which a mesh's tensor axis must divide, is looked at if it is
+    there.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -151,11 +158,6 @@ class ModelConfig(Protocol):
     @property
     def depth(self) -> int:
         """Blocks, each with tensors of its own."""
-        ...
-
-    @property
-    def heads(self) -> int:
-        """Heads of keys and values, the second axis of a cache; a mesh's tensor axis divides it."""
         ...
 
 
@@ -198,7 +200,8 @@ class Family(NamedTuple):
             ``architectures`` among it. transformers fills in the rest where it knows the type.
         init_params: (config, rng_key, param_dtype=) -> parameters.
         tensor_name: path of a leaf in the tree -> its whole name in a checkpoint.
-        logits_fn: (config, dtype=) -> teacher-forced function.
+        logits_fn: (config, dtype=) -> teacher-forced function; with ``remat=True``, where it is
+            asked for, one that computes its blocks again for the gradient.
         decode_fn: (config, dtype=) -> cached function.
         init_cache: (config, rows, columns, dtype=) -> empty cache for it.
         prefix: of names, which checkpoints of the body without a head leave out.

@@ -262,11 +262,13 @@ def whole(matrix: Array | Divided, dtype: DTypeLike) -> Array:
     return matrix.gather(dtype) if isinstance(matrix, Divided) else matrix.astype(dtype)
 
 
-def kept(params: Params) -> Callable[..., bool] | None:
-    """What blocks keep for the backward pass: all of it, but what was gathered of `Divided` ones.
+def kept(params: Params, *, remat: bool = False) -> Callable[..., bool] | None:
+    """What blocks keep for the backward pass, as a policy of `jax.checkpoint`; None for all of it.
 
-    As a policy of `jax.checkpoint`; None keeps all.
+    With ``remat`` nothing; else all but what was gathered of `Divided` parameters.
     """
+    if remat:
+        return jax.checkpoint_policies.nothing_saveable
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Divided))
     return GATHERED_AGAIN if any(isinstance(leaf, Divided) for leaf in leaves) else None
 

@@ -260,9 +260,9 @@ def _head(params, hidden_BxTxD):
     return causal.project(hidden_BxTxD, params["wte"]["embedding"])
 
 
-def _hidden_fn(config, dtype):
+def _hidden_fn(config, dtype, *, remat=False):
     def hidden(params, tokens, where, cache, dropout_key):
-        model = _GPT2(config, dtype, causal.kept(params))
+        model = _GPT2(config, dtype, causal.kept(params, remat=remat))
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         found = model.apply(
             {"params": params}, tokens, where, cache, dropout_key is None, rngs=rngs
@@ -323,7 +323,9 @@ def init_cache(
     )
 
 
-def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn:
+def logits_fn(
+    config: GPT2Config, *, dtype: DTypeLike = jnp.float32, remat: bool = False
+) -> LogitsFn:
     """The teacher-forced model: ``(params, tokens, where, *, start) -> logits``.
 
     Of the next token, in float32. ``logits[:, i]`` predicts the token of column ``start + i + 1``.
@@ -336,6 +338,8 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
         config: the shape of the model.
         dtype: of the computation (bfloat16 on accelerators); softmax and logits are float32 all the
             same.
+        remat: compute each block again for its gradient, rather than keep what is in it: a third
+            more work, for the memory of one block in place of all.
 
     Raises:
         ValueError: at trace time, if there are more columns than positions.
@@ -345,7 +349,7 @@ def logits_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> LogitsFn
     >>> logits_fn(tiny)(params, jnp.zeros((3, 5), jnp.int32), start=2).shape
     (3, 3, 11)
     """
-    return causal.logits_fn(config, _hidden_fn(config, dtype), _head)
+    return causal.logits_fn(config, _hidden_fn(config, dtype, remat=remat), _head)
 
 
 def score_fn(config: GPT2Config, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:

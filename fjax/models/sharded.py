@@ -1,6 +1,7 @@
 """A language model on a mesh of devices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fjax.models.base import LanguageModel
-from fjax.sharding import Rules, divide, place, row_devices, spread_rows
+from fjax.sharding import Rules, divide, make_shardings, place, row_devices, spread_rows
 from fjax.types import DecodeFn, LogitsFn
 
 __all__ = ["shard_model"]
@@ -29,7 +30,7 @@ def shard_model(model: LanguageModel, mesh: Mesh, *, rules: Rules) -> LanguageMo
     Raises:
         ValueError: if the mesh does not divide a parameter or the heads.
     """
-    check_heads(getattr(model.config, "heads", None), mesh)
+    check_heads(model.config, mesh)
     return on_mesh(model._replace(params=place(model.params, rules, mesh)), mesh, rules)
 
 
@@ -39,12 +40,13 @@ def on_mesh(model: LanguageModel, mesh: Mesh, rules: Rules) -> LanguageModel:
         logits_fn=_logits_fn(model.logits_fn, mesh, rules),
         decode_fn=_decode_fn(model.decode_fn, mesh, rules),
         init_cache=_init_cache(model.init_cache, mesh),
+        shardings=partial(make_shardings, rules=rules, mesh=mesh),
     )
 
 
-def check_heads(heads: int | None, mesh: Mesh) -> None:
+def check_heads(config: Any, mesh: Mesh) -> None:
     """ValueError unless each device has as many heads."""
-    tensor = mesh.shape["tensor"]
+    tensor, heads = mesh.shape["tensor"], getattr(config, "heads", None)
     if heads is not None and heads % tensor:
         raise ValueError(
             f"The tensor axis of a mesh must divide the model's heads, and {tensor} does not "

@@ -1,9 +1,13 @@
 """Memory of the device, and of the process."""
 
 import ctypes
+import math
 import os
+from typing import Any, NamedTuple
 
 import jax
+
+from fjax.types import PyTree
 
 # <malloc.h> of glibc
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -40,3 +44,47 @@ def device_memory() -> int:
     if "bytes_limit" in of_device:
         return of_device["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Of arrays, or of their shapes, on each device of what they lie on.
+
+    >>> import jax.numpy as jnp
+    >>> bytes_per_device({"w": jnp.zeros((3, 4)), "b": jnp.zeros(4, jnp.bfloat16)})
+    56
+    """
+    return sum(_part(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+class ProgramMemory(NamedTuple):
+    """What a compiled program needs of each device, in bytes, as XLA says.
+
+    Attributes:
+        arguments: what it is given.
+        temporary: what it holds while it runs, beside arguments and results.
+        peak: all of it together; results that take the place of arguments count once.
+    """
+
+    arguments: int
+    temporary: int
+    peak: int
+
+
+def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
+    """Of a compiled program: ``jax.jit(f).lower(...).compile()``.
+
+    >>> import jax.numpy as jnp
+    >>> shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    >>> program_memory(jax.jit(jnp.sin).lower(shape).compile())
+    ProgramMemory(arguments=4000, temporary=0, peak=8000)
+    """
+    found = compiled.memory_analysis()
+    given, made = found.argument_size_in_bytes, found.output_size_in_bytes
+    temporary = found.temp_size_in_bytes
+    peak = given + made - found.alias_size_in_bytes + temporary
+    return ProgramMemory(given, temporary, peak)

@@ -12,7 +12,7 @@ from fjax.models.base import TEXT_FORMATS, Family, LanguageModel, RewardModel
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface.folders import open_folder, read_json
 from fjax.models.huggingface.save import save_pretrained
-from fjax.models.huggingface.tensors import load_params
+from fjax.models.huggingface.tensors import load_params, param_shapes
 from fjax.models.huggingface.tokenizers import end_ids, load_tokenizer
 from fjax.models.sharded import check_heads, on_mesh
 
@@ -26,6 +26,8 @@ def from_pretrained(
     param_dtype: DTypeLike = jnp.float32,
     families: Sequence[Family] = FAMILIES,
     mesh: Mesh | None = None,
+    remat: bool = False,
+    shapes_only: bool = False,
 ) -> LanguageModel:
     """Loads a language model from a local folder or by its name on the Hugging Face hub.
 
@@ -46,6 +48,9 @@ def from_pretrained(
         mesh: of devices, as `fjax.sharding.make_mesh` makes it. Each parameter is read from the
             file in parts, and each part onto its device, so that nothing ever holds the whole; and
             what is computed lies along the mesh as well. None: one device.
+        remat: compute each block again for its gradient, for less memory.
+        shapes_only: read no weights; ``params`` are `jax.ShapeDtypeStruct`s, for what can be
+            compiled and counted without them.
 
     Raises:
         FileNotFoundError: if the folder, or a file in it, is not there, or the hub does not have or
@@ -58,15 +63,19 @@ def from_pretrained(
     """
     folder, family, config = open_folder(name_or_path, families)
     if mesh is not None:
-        check_heads(config.heads, mesh)
+        check_heads(config, mesh)
     tokenizer = load_tokenizer(folder, config)
     eos_ids = end_ids(folder, tokenizer, config.vocab_size)
-    params, _ = load_params(folder, family, config, param_dtype, mesh=mesh)
+    if shapes_only:
+        params = param_shapes(family, config, param_dtype, mesh)
+    else:
+        params, _ = load_params(folder, family, config, param_dtype, mesh=mesh)
+    options = {"remat": True} if remat else {}
     model = LanguageModel(
         config,
         params,
         tokenizer,
-        family.logits_fn(config, dtype=dtype),
+        family.logits_fn(config, dtype=dtype, **options),
         family.decode_fn(config, dtype=dtype),
         partial(family.init_cache, config, dtype=dtype),
         max_length=config.max_length,

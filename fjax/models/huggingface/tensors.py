@@ -23,7 +23,7 @@ from fjax.models.huggingface.tokenizers import some
 from fjax.sharding import make_shardings
 from fjax.types import Array, Params
 
-__all__ = ["load_params", "named_tensors", "write_tensors"]
+__all__ = ["load_params", "named_tensors", "param_shapes", "write_tensors"]
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _SCORE = "score.weight"
@@ -53,6 +53,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     safetensors.flax.save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
+def param_shapes(
+    family: Family, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Params:
+    """Shapes of the parameters, and where they lie along a mesh."""
+    like = jax.eval_shape(lambda: family.init_params(config, jax.random.key(0), param_dtype=dtype))
+    if mesh is None:
+        return like
+    places = make_shardings(like, family.rules, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, places
+    )
+
+
 def load_params(
     folder: Path,
     family: Family,
@@ -71,7 +84,7 @@ def load_params(
         raise ValueError(
             f"The weights in {folder} are {len(stored)} tensors, too few for {config.depth} blocks."
         )
-    like = jax.eval_shape(lambda: family.init_params(config, jax.random.key(0)))
+    like = param_shapes(family, config, dtype, mesh)
     expected: dict[str, tuple[int, ...]] = {
         name.removeprefix(family.prefix): leaf.shape
         for name, leaf in named_tensors(family, like).items()
@@ -80,8 +93,10 @@ def load_params(
         expected[_SCORE] = (1, config.width)
         _check_head(folder, stored, expected[_SCORE])
     _check_tensors(folder, family, config, expected, stored)
-    places = {} if mesh is None else named_tensors(family, make_shardings(like, family.rules, mesh))
-    places = {name.removeprefix(family.prefix): place for name, place in places.items()}
+    places = {
+        name.removeprefix(family.prefix): leaf.sharding
+        for name, leaf in named_tensors(family, like).items()
+    }
     found = {name: _read(stored[name], dtype, places.get(name)) for name in expected}
     bad = [name for name, leaf in found.items() if not bool(jnp.isfinite(leaf).all())]
     if bad:
