@@ -150,7 +150,9 @@ def make_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     >>> tuple(make_shardings(kernel, rules, mesh)["kernel"].spec)
     ('fsdp', 'tensor')
     """
-    found = (_place_of(path, np.shape(leaf), rules, mesh) for path, leaf in name_leaves(tree).items())
+    found = (
+        _place_of(path, np.shape(leaf), rules, mesh) for path, leaf in name_leaves(tree).items()
+    )
     return jax.tree.structure(tree).unflatten(NamedSharding(mesh, spec) for spec in found)
 
 
@@ -184,9 +186,7 @@ def place(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, make_shardings(tree, rules, mesh))
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["divided", "whole"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["divided", "whole"])
 @dataclasses.dataclass(frozen=True)
 class Divided:
     """A parameter in parts along fsdp, to be gathered where it is used and not before.
@@ -215,7 +215,7 @@ class Divided:
         return jax.lax.with_sharding_constraint(parts, self.whole)
 
 
-def GATHERED_AGAIN(primitive: Any, *_: Any, **__: Any) -> bool:  # noqa: N802
+def GATHERED_AGAIN(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: keeps everything of a block but what was gathered for it.
 
     The backward pass then gathers it once more, and no device ever holds all parameters.

@@ -1,20 +1,20 @@
 """A mesh of devices changes where things lie and nothing else: eight virtual devices against one."""
 
-import re
 from functools import partial
 
-import fjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import fjax
 from fjax import rollouts, sharding
 from fjax._trees import name_leaves
 from fjax.log_probs import make_log_prob_fn
 from fjax.models import LanguageModel, gpt2
-from fjax.models.sharded import shard_model
-from jax.sharding import PartitionSpec
+from fjax.models.sharded import on_mesh, shard_model
+from fjax.runs.memory import bytes_per_device, program_memory
 
 CONFIG = gpt2.GPT2Config(vocab_size=24, n_positions=12, n_embd=16, n_layer=2, n_head=4)
 LAYOUTS = ("data=8", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
@@ -99,3 +99,33 @@ def test_a_layout_takes_the_steps_of_one_device(layout, case, on_one_device):
     for path, leaf in name_leaves(state.params).items():
         there = name_leaves(shardings)[path]
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), path
+
+
+def test_no_device_holds_all_parameters():
+    """Of a model of many blocks: XLA's own count of what an update needs beside its arguments."""
+    config = gpt2.GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=8, n_head=2)
+    params = jax.eval_shape(lambda: gpt2.init_params(config, jax.random.key(0)))
+    model = make_model(jnp.float32)._replace(logits_fn=gpt2.logits_fn(config))
+    mesh = sharding.make_mesh("fsdp=8")
+    model = on_mesh(model, mesh, gpt2.RULES)
+    whole = bytes_per_device(params)
+    assert memory_of_an_update(model, params).temporary < whole / 2
+    # All of it gathered beforehand, as it would be without the places that it is gathered at:
+    gathered = model._replace(logits_fn=on_mesh(model, mesh, ()).logits_fn)
+    assert memory_of_an_update(gathered, params).temporary > whole
+
+
+def memory_of_an_update(model, params):
+    tuner = fjax.fdpg(
+        make_log_prob_fn(model.logits_fn), optax.sgd(0.1), divergence=fjax.jensen_shannon()
+    )
+    state = jax.eval_shape(tuner.init, params)
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        model.shardings(state),
+    )
+    tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((8,), jnp.float32)
+    rollout = fjax.Rollout(tokens, jax.ShapeDtypeStruct((8, 4), bool), numbers, numbers)
+    return program_memory(sharding.jit_for(tuner.update, state).lower(state, rollout))

@@ -122,7 +122,7 @@ def _update(
         return _tuner(settings, model, contexts, trained).update(state, rollout)
 
     base = (model.params,) if settings.lora_rank else ()
-    return program_memory(jit_for(update, state).lower(state, rollout, *base).compile())
+    return program_memory(jit_for(update, state).lower(state, rollout, *base))
 
 
 def _rows(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
@@ -131,9 +131,7 @@ def _rows(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
     return (samples, 1) if contexts is None else (contexts.per_step, samples // contexts.per_step)
 
 
-def _sampler(
-    settings: Settings, model: LanguageModel, contexts: Contexts | None
-) -> ProgramMemory:
+def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> ProgramMemory:
     sample_fn: Any = rollouts.make_sample_fn(
         model.decode_fn,
         model.init_cache,
@@ -145,7 +143,7 @@ def _sampler(
     tokens = Shape((prompts, columns), jnp.int32), Shape((prompts, columns), jnp.bool_)
     key = jax.eval_shape(partial(jax.random.key, 0))
     lowered = sample_fn.lower(model.params, key, *tokens, Shape((prompts,), jnp.int32), each=each)
-    return program_memory(lowered.compile())
+    return program_memory(lowered)
 
 
 def _cache(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> int:

@@ -186,13 +186,13 @@ class _GPT2(nn.Module):
 
     def setup(self):
         # What of a block is not kept for the backward pass is computed there again.
-        block = _Block if self.keep is None else nn.remat(_Block, static_argnums=(5,), policy=self.keep)
+        block = (
+            _Block if self.keep is None else nn.remat(_Block, static_argnums=(5,), policy=self.keep)
+        )
         shape = self.config.n_embd, self.dtype, self.config.initializer_range
         self.wte = _Embed(self.config.vocab_size, *shape)
         self.wpe = _Embed(self.config.n_positions, *shape)
-        self.h = [
-            block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)
-        ]
+        self.h = [block(self.config, self.dtype, name=f"h_{i}") for i in range(self.config.n_layer)]
         self.ln_f = _layer_norm(self, "ln_f")
         self.embd_dropout = nn.Dropout(self.config.embd_pdrop)
 
@@ -450,12 +450,15 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 RULES = (
-    # What goes into a block's hidden units has these divided, what comes out of them sums over them.
+    # The hidden units of a block are divided: made so, and summed over in parts.
     (r"(c_attn|c_fc)/kernel(/matrix)?$", (PartitionSpec("fsdp", "tensor"),)),
     (r"(c_attn|c_fc)/bias$", (PartitionSpec("tensor"),)),
     (r"c_proj/kernel(/matrix)?$", (PartitionSpec("tensor", "fsdp"),)),
     # By tokens where their number can be divided, which that of GPT-2, 50257, cannot.
-    (r"wte/embedding(/matrix)?$", (PartitionSpec("tensor", "fsdp"), PartitionSpec(None, ("tensor", "fsdp")))),
+    (
+        r"wte/embedding(/matrix)?$",
+        (PartitionSpec("tensor", "fsdp"), PartitionSpec(None, ("tensor", "fsdp"))),
+    ),
     (r"wpe/embedding(/matrix)?$", (PartitionSpec(None, ("tensor", "fsdp")),)),
 )
 """How parameters lie along a mesh; scales and other biases are too small to be divided."""
