@@ -14,7 +14,8 @@ from fjax._trees import name_leaves
 from fjax.log_probs import make_log_prob_fn
 from fjax.models import LanguageModel, gpt2
 from fjax.models.sharded import on_mesh, shard_model
-from fjax.runs.memory import bytes_per_device, program_memory
+from fjax.runs.memory import bytes_per_device
+from fjax.runs.programs import collective_bytes, compile_to_inspect, program_memory
 
 CONFIG = gpt2.GPT2Config(vocab_size=24, n_positions=12, n_embd=16, n_layer=2, n_head=4)
 LAYOUTS = ("data=8", "fsdp=8", "data=4,tensor=2", "data=2,fsdp=2,tensor=2")
@@ -101,24 +102,17 @@ def test_a_layout_takes_the_steps_of_one_device(layout, case, on_one_device):
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), path
 
 
-def test_no_device_holds_all_parameters():
-    """Of a model of many blocks: XLA's own count of what an update needs beside its arguments."""
-    config = gpt2.GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=8, n_head=2)
-    params = jax.eval_shape(lambda: gpt2.init_params(config, jax.random.key(0)))
-    model = make_model(jnp.float32)._replace(logits_fn=gpt2.logits_fn(config))
-    mesh = sharding.make_mesh("fsdp=8")
-    model = on_mesh(model, mesh, gpt2.RULES)
-    whole = bytes_per_device(params)
-    assert memory_of_an_update(model, params).temporary < whole / 2
-    # All of it gathered beforehand, as it would be without the places that it is gathered at:
-    gathered = model._replace(logits_fn=on_mesh(model, mesh, ()).logits_fn)
-    assert memory_of_an_update(gathered, params).temporary > whole
+BLOCKS = gpt2.GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=16, n_head=2)
+"""Nearly all of its parameters are in blocks."""
 
 
-def memory_of_an_update(model, params):
-    tuner = fjax.fdpg(
-        make_log_prob_fn(model.logits_fn), optax.sgd(0.1), divergence=fjax.jensen_shannon()
-    )
+def compiled_update(layout):
+    """Of that model, by shapes alone."""
+    params = jax.eval_shape(lambda: gpt2.init_params(BLOCKS, jax.random.key(0)))
+    model = make_model(jnp.float32)._replace(logits_fn=gpt2.logits_fn(BLOCKS))
+    model = on_mesh(model, sharding.make_mesh(layout), gpt2.RULES)
+    log_prob_fn = make_log_prob_fn(model.logits_fn)
+    tuner = fjax.fdpg(log_prob_fn, optax.sgd(0.1), divergence=fjax.jensen_shannon())
     state = jax.eval_shape(tuner.init, params)
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -128,4 +122,23 @@ def memory_of_an_update(model, params):
     tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
     numbers = jax.ShapeDtypeStruct((8,), jnp.float32)
     rollout = fjax.Rollout(tokens, jax.ShapeDtypeStruct((8, 4), bool), numbers, numbers)
-    return program_memory(sharding.jit_for(tuner.update, state).lower(state, rollout))
+    return compile_to_inspect(sharding.jit_for(tuner.update, state).lower(state, rollout)), params
+
+
+def test_an_update_moves_what_its_layout_must():
+    """Beside rounding errors of kilobytes: statistics of eight samples."""
+    compiled, params = compiled_update("data=8")
+    whole = bytes_per_device(params)
+    moved = collective_bytes(compiled)
+    assert set(moved) <= {"all-reduce", "all-gather"}
+    np.testing.assert_allclose(moved["all-reduce"], whole, rtol=0.1)  # the gradient
+    assert moved.get("all-gather", 0) < 0.01 * whole
+
+    compiled, _ = compiled_update("fsdp=8")
+    moved = collective_bytes(compiled)
+    # Parameters for the forward pass, those of blocks for the backward pass again; the gradient.
+    np.testing.assert_allclose(moved["all-gather"], 2 * whole, rtol=0.1)
+    reduced = moved["all-reduce"] + moved.get("reduce-scatter", 0)
+    np.testing.assert_allclose(reduced, whole, rtol=0.1)
+    # Two of sixteen blocks whole, and some eighths: the gradient, and what becomes of it.
+    assert program_memory(compiled).temporary < 0.75 * whole

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.stages import Compiled
 
 from fjax import rollouts
 from fjax._trees import count_numbers
@@ -12,7 +13,8 @@ from fjax.models import LanguageModel
 from fjax.rollouts import Contexts
 from fjax.runs import Display, RunError
 from fjax.runs.display import hardware
-from fjax.runs.memory import ProgramMemory, bytes_per_device, program_memory
+from fjax.runs.memory import bytes_per_device
+from fjax.runs.programs import collective_bytes, compile_to_inspect, program_memory
 from fjax.sharding import devices_of, jit_for
 from fjax.training import Rollout, Tuner
 from fjax.types import Params, PyTree
@@ -43,8 +45,11 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
         f"{count_numbers(model.params):,} parameters, of which {count_numbers(initial):,} numbers "
         f"are trained, on {hardware(model.params)}. Compiling the update and the sampler."
     )
-    update = _update(settings, model, contexts, state, rollout)
-    sampler = _sampler(settings, model, contexts)
+    programs = {
+        "update": _update(settings, model, contexts, state, rollout),
+        "sampler": _sampler(settings, model, contexts),
+    }
+    update, sampler = map(program_memory, programs.values())
     parts = {
         "base model": bytes_per_device(model.params),
         "adapters" if settings.lora_rank else "policy": bytes_per_device(state.params),
@@ -56,6 +61,13 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
     }
     rows = [(name, f"{size / 2**20:,.1f}") for name, size in parts.items()]
     display.table("What each device needs", ["", "MiB"], rows)
+    moved = [
+        (f"{name}: {kind}", f"{size / 2**20:,.1f}")
+        for name, program in programs.items()
+        for kind, size in collective_bytes(program).items()
+    ]
+    if moved:
+        display.table("What is moved between devices, of a loop in one turn", ["", "MiB"], moved)
     counted = bytes_per_device((state, rollout, model.params if settings.lora_rank else ()))
     display.say(
         f"Arguments of the update: {counted:,} bytes by these shapes, {update.arguments:,} by XLA."
@@ -114,7 +126,7 @@ def _update(
     contexts: Contexts | None,
     state: Any,
     rollout: Rollout,
-) -> ProgramMemory:
+) -> Compiled:
     """Of one update; adapters have the base model beside them."""
 
     def update(state, rollout, *base):
@@ -122,7 +134,7 @@ def _update(
         return _tuner(settings, model, contexts, trained).update(state, rollout)
 
     base = (model.params,) if settings.lora_rank else ()
-    return program_memory(jit_for(update, state).lower(state, rollout, *base))
+    return compile_to_inspect(jit_for(update, state).lower(state, rollout, *base))
 
 
 def _rows(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
@@ -131,7 +143,7 @@ def _rows(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
     return (samples, 1) if contexts is None else (contexts.per_step, samples // contexts.per_step)
 
 
-def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> ProgramMemory:
+def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> Compiled:
     sample_fn: Any = rollouts.make_sample_fn(
         model.decode_fn,
         model.init_cache,
@@ -143,7 +155,7 @@ def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None
     tokens = Shape((prompts, columns), jnp.int32), Shape((prompts, columns), jnp.bool_)
     key = jax.eval_shape(partial(jax.random.key, 0))
     lowered = sample_fn.lower(model.params, key, *tokens, Shape((prompts,), jnp.int32), each=each)
-    return program_memory(lowered)
+    return compile_to_inspect(lowered)
 
 
 def _cache(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> int:

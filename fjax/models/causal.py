@@ -9,7 +9,7 @@ Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, K 
 vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,13 +28,16 @@ __all__ = [
     "HeadFn",
     "HiddenFn",
     "attention_mask",
+    "can_scan",
     "check_length",
     "decode_fn",
     "empty_cache",
     "logits_fn",
+    "is_divided",
     "kept",
     "look_up",
     "project",
+    "scan_blocks",
     "score_fn",
     "times",
     "whole",
@@ -262,6 +265,12 @@ def whole(matrix: Array | Divided, dtype: DTypeLike) -> Array:
     return matrix.gather(dtype) if isinstance(matrix, Divided) else matrix.astype(dtype)
 
 
+def is_divided(params: Params) -> bool:
+    """Whether some of it is in parts along a mesh, to be gathered where it is used."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Divided))
+    return any(isinstance(leaf, Divided) for leaf in leaves)
+
+
 def kept(params: Params, *, remat: bool = False) -> Callable[..., bool] | None:
     """What blocks keep for the backward pass, as a policy of `jax.checkpoint`; None for all of it.
 
@@ -269,8 +278,33 @@ def kept(params: Params, *, remat: bool = False) -> Callable[..., bool] | None:
     """
     if remat:
         return jax.checkpoint_policies.nothing_saveable
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Divided))
-    return GATHERED_AGAIN if any(isinstance(leaf, Divided) for leaf in leaves) else None
+    return GATHERED_AGAIN if is_divided(params) else None
+
+
+def can_scan(blocks: Sequence[Params]) -> bool:
+    """Whether they are divided, and alike: adapters may be of some of them only."""
+    return is_divided(blocks[0]) and len({jax.tree.structure(block) for block in blocks}) == 1
+
+
+def scan_blocks(
+    block: Callable[[Params, Array], Array],
+    blocks: Sequence[Params],
+    x_BxTxD: Array,
+    *,
+    keep: Callable[..., bool] | None = None,
+) -> Array:
+    """Through blocks of the same shapes in turn, as a loop over one that is compiled once.
+
+    What one of them gathers, and the whole gradient of it, is gone before the next one's is there.
+    That is worth a copy of the parameters where they are divided, and each device has a part.
+
+    >>> double = lambda params, x: params["scale"] * x
+    >>> scan_blocks(double, [{"scale": jnp.array(2.0)}] * 3, jnp.ones((1, 1, 1))).item()
+    8.0
+    """
+    step = jax.checkpoint(lambda x, params: (block(params, x), None), policy=keep)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return jax.lax.scan(step, x_BxTxD, stacked)[0]
 
 
 def look_up(table: Matrix, ids_BxT: Array, *, dtype: DTypeLike) -> Array:

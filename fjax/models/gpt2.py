@@ -202,6 +202,8 @@ class _GPT2(nn.Module):
         )
         x_BxTxD = self.wte(tokens_BxT) + self.wpe(positions_BxT)
         x_BxTxD = self.embd_dropout(x_BxTxD, deterministic=deterministic)
+        if cache is None and deterministic and self._in_a_loop():
+            return self.ln_f(self._loop(x_BxTxD, mask_BxTxS)), None
         kept = []
         for i, block in enumerate(self.h):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
@@ -211,6 +213,20 @@ class _GPT2(nn.Module):
             keys, values = zip(*kept, strict=True)
             cache = KVCache(keys, values, where_BxS, length + tokens_BxT.shape[1])
         return self.ln_f(x_BxTxD), cache
+
+    def _in_a_loop(self):
+        return not self.is_initializing() and causal.can_scan(self._blocks())
+
+    def _blocks(self):
+        return [self.variables["params"][f"h_{i}"] for i in range(self.config.n_layer)]
+
+    def _loop(self, x_BxTxD, mask_BxTxS):
+        block = _Block(self.config, self.dtype, parent=None)
+
+        def through(params, x_BxTxD):
+            return block.apply({"params": params}, x_BxTxD, mask_BxTxS, None, 0, True)[0]
+
+        return causal.scan_blocks(through, self._blocks(), x_BxTxD, keep=self.keep)
 
 
 class _Dense(nn.Module):
@@ -454,7 +470,7 @@ RULES = (
     (r"(c_attn|c_fc)/kernel(/matrix)?$", (PartitionSpec("fsdp", "tensor"),)),
     (r"(c_attn|c_fc)/bias$", (PartitionSpec("tensor"),)),
     (r"c_proj/kernel(/matrix)?$", (PartitionSpec("tensor", "fsdp"),)),
-    # By tokens where their number can be divided, which that of GPT-2, 50257, cannot.
+    # By tokens where their number can be divided; GPT-2's, 50257, cannot.
     (
         r"wte/embedding(/matrix)?$",
         (PartitionSpec("tensor", "fsdp"), PartitionSpec(None, ("tensor", "fsdp"))),

@@ -3,7 +3,7 @@
 import ctypes
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -59,44 +59,3 @@ def bytes_per_device(tree: PyTree) -> int:
 def _part(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-
-
-class ProgramMemory(NamedTuple):
-    """What a compiled program needs of each device, in bytes, as XLA says.
-
-    Attributes:
-        arguments: what it is given.
-        temporary: what it holds while it runs, beside arguments and results.
-        peak: all of it together; results that take the place of arguments count once.
-    """
-
-    arguments: int
-    temporary: int
-    peak: int
-
-
-AS_ACCELERATORS_DO = {
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
-"""Options of XLA's compiler for a CPU. By default it works on as much at a time as it can, holds
-what all of that needs, and forgets what was to be computed again; compilers for accelerators order
-a program by its memory."""
-
-
-def program_memory(lowered: jax.stages.Lowered) -> ProgramMemory:
-    """Of a program: ``jax.jit(f).lower(...)``, of arrays or shapes, which is compiled for it.
-
-    On a CPU in the order in which an accelerator would run it, see `AS_ACCELERATORS_DO`.
-
-    >>> import jax.numpy as jnp
-    >>> shape = jax.ShapeDtypeStruct((1000,), jnp.float32)
-    >>> program_memory(jax.jit(jnp.sin).lower(shape))
-    ProgramMemory(arguments=4000, temporary=0, peak=8000)
-    """
-    options = AS_ACCELERATORS_DO if jax.default_backend() == "cpu" else None
-    found = lowered.compile(compiler_options=options).memory_analysis()
-    given, made = found.argument_size_in_bytes, found.output_size_in_bytes
-    temporary = found.temp_size_in_bytes
-    peak = given + made - found.alias_size_in_bytes + temporary
-    return ProgramMemory(given, temporary, peak)
