@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         rollouts,
         runs,
         sampling,
+        sharding,
         training,
     )
     from .log_probs import make_log_prob_fn, sequence_log_probs, token_log_probs
@@ -65,6 +66,7 @@ _LAZY = {
     "rollouts": (),
     "runs": (),
     "sampling": ("Samples", "sample"),
+    "sharding": (),
     "training": ("Rollout", "TrainState", "Tuner", "fdpg"),
 }
 
@@ -111,6 +113,7 @@ __all__ = [
     "save_pretrained",
     "score_weights",
     "sequence_log_probs",
+    "sharding",
     "surrogate_loss",
     "surrogates",
     "targets",

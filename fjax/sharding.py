@@ -1,14 +1,14 @@
-"""Meshes: how parameters, caches and batches lie along several devices.
+"""Meshes: how parameters, caches and batches are sharded over several devices.
 
-A mesh has three axes, any of which may be 1:
+A mesh has three axes, any of which may be of size 1:
 
-    data    rows of a batch; every device has all parameters
-    fsdp    rows of a batch, too, and a part of each matrix, which is gathered when it is used
-    tensor  heads and hidden units: every device has all rows, and does a part of the work of each
+    data    shards the rows of a batch; every device has all parameters
+    fsdp    shards the rows too, and each matrix, which is gathered when it is used
+    tensor  shards heads and hidden units: every device has all rows, and a part of their work
 
-Programs are written as for one device, over whole arrays, and XLA divides them by where their
-arguments lie (JAX's global view). So this file says where things lie, by the paths of a tree, and
-nothing else has to know of a mesh: one device is the mesh of one.
+Programs are written as for one device, over whole arrays, and XLA partitions them by the shardings
+of their arguments (JAX's global view). So shardings are said here, by the paths of a tree, and
+nothing else needs to know of a mesh; one device is the mesh of one.
 
 Source: Xu et al. 2021 (GSPMD, arXiv 2105.04663); Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054)
 for fsdp; Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053), section 3, for tensor.
@@ -31,7 +31,6 @@ from fjax.types import PyTree
 
 __all__ = [
     "AXES",
-    "GATHERED_AGAIN",
     "ROWS",
     "Divided",
     "Rules",
@@ -45,6 +44,7 @@ __all__ = [
     "place",
     "replicate",
     "row_devices",
+    "save_all_but_gathered",
     "spread_rows",
 ]
 
@@ -52,12 +52,12 @@ AXES = ("data", "fsdp", "tensor")
 """Of every mesh, in the order of the devices: the tensor axis needs the fastest links."""
 
 ROWS = PartitionSpec(("data", "fsdp"))
-"""Of a batch: its rows lie along both axes."""
+"""Of a batch: its rows are sharded over both axes."""
 
 Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]
-"""(regular expression, places) pairs. A leaf lies as the first pair says whose expression is in its
-path: at the first of the places that divides its shape. A leaf that no pair knows is on all
-devices alike."""
+"""(regular expression, partition specs) pairs. The first pair whose expression is found in a leaf's
+path gives its sharding: the first of the specs that divides its shape. A leaf that matches none is
+replicated."""
 
 
 def make_mesh(
@@ -128,10 +128,10 @@ def _spell(sizes: Mapping[str, int]) -> str:
 
 
 def make_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-    """Where each leaf of a tree of arrays, or of their shapes, is to lie.
+    """The sharding of each leaf of a tree, by its path.
 
-    Optimiser state and gradients have the paths of the parameters at their ends, and so lie as
-    these do.
+    Optimiser state and gradients have the parameters' paths at the end of their own, and so are
+    sharded as these are.
 
     Args:
         tree: arrays or `jax.ShapeDtypeStruct`s.
@@ -142,7 +142,7 @@ def make_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
         A `jax.sharding.NamedSharding` for each leaf.
 
     Raises:
-        ValueError: if no place of a leaf's rule divides its shape, with the leaf.
+        ValueError: if no spec of a leaf's rule divides its shape, with the leaf.
 
     >>> mesh = make_mesh("fsdp=-1", devices=jax.devices()[:1])
     >>> kernel = {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}
@@ -166,8 +166,8 @@ def _place_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Pa
         ):
             return spec
     raise ValueError(
-        f"{path} of shape {list(shape)} cannot be divided along a mesh of "
-        f"{_spell(dict(mesh.shape))}: its places are {', '.join(str(tuple(s)) for s in places)}. "
+        f"{path} of shape {list(shape)} cannot be sharded over a mesh of "
+        f"{_spell(dict(mesh.shape))}: its specs are {', '.join(str(tuple(s)) for s in places)}. "
         f"Take sizes that divide its sides."
     )
 
@@ -178,9 +178,9 @@ def _devices_along(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def place(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-    """The arrays of a tree, each where its rule says.
+    """The arrays of a tree, each sharded as its rule says; see `make_shardings`.
 
-    See `make_shardings`. For parameters that no single device can hold, have them made there:
+    Parameters that no single device can hold are best made in their shards:
     ``jax.jit(make, out_shardings=make_shardings(...))``, or `fjax.from_pretrained` with ``mesh``.
     """
     return jax.device_put(tree, make_shardings(tree, rules, mesh))
@@ -189,12 +189,12 @@ def place(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 @partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["divided", "whole"])
 @dataclasses.dataclass(frozen=True)
 class Divided:
-    """A parameter in parts along fsdp, to be gathered where it is used and not before.
+    """A parameter that is sharded over fsdp, to be gathered where it is used and not before.
 
     Attributes:
         parts: the array, of its whole shape.
-        divided: where its parts are.
-        whole: where it is when it is used: as ``divided``, but for fsdp.
+        divided: its sharding.
+        whole: its sharding while it is used: the same without fsdp.
     """
 
     parts: Any
@@ -207,16 +207,17 @@ class Divided:
         return self.parts.shape
 
     def gather(self, dtype: DTypeLike) -> Any:
-        """The whole, for as long as it is used; its gradient is in parts again."""
-        # Cast first: what is moved and held is of the computation's dtype. And in parts until here,
-        # as its gradient is from here on: XLA would gather it where it comes from otherwise.
+        """The gathered array; the gradient is sharded again."""
+        # Cast first: what is moved and held has the dtype of the computation. The barrier and the
+        # first constraint keep it sharded up to here, and its gradient from here on: XLA would
+        # gather it earlier, and slice the gradient only where the optimiser takes it.
         parts = jax.lax.optimization_barrier(self.parts.astype(dtype))
         parts = jax.lax.with_sharding_constraint(parts, self.divided)
         return jax.lax.with_sharding_constraint(parts, self.whole)
 
 
-def GATHERED_AGAIN(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: keeps everything of a block but what was gathered for it.
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: saves everything of a block but what was gathered for it.
 
     The backward pass then gathers it once more, and no device ever holds all parameters.
     """
@@ -224,7 +225,7 @@ def GATHERED_AGAIN(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def divide(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
-    """Parameters with a `Divided` in place of each leaf that has parts along fsdp.
+    """Parameters with a `Divided` in place of each leaf that is sharded over fsdp.
 
     For models that gather what they use, as fjax's own do.
     """
@@ -245,7 +246,7 @@ def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] |
 
 
 def row_devices(mesh: Mesh) -> int:
-    """Parts into which the rows of a batch are divided."""
+    """Shards that the rows of a batch make."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -257,15 +258,15 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
     parts = row_devices(mesh)
     if rows % parts:
         raise ValueError(
-            f"{what} ({rows}) must be a multiple of {parts}, for the rows of a batch lie along "
-            f"data × fsdp = {mesh.shape['data']} × {mesh.shape['fsdp']} devices."
+            f"{what} ({rows}) must be a multiple of {parts}, since the rows of a batch are "
+            f"sharded over data × fsdp = {mesh.shape['data']} × {mesh.shape['fsdp']} devices."
         )
 
 
 def spread_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The arrays of a tree with their first axis along data and fsdp; scalars on all devices.
+    """The arrays of a tree with their first axis sharded over data and fsdp; scalars replicated.
 
-    In a compiled program a constraint, from which XLA finds how all that depends on it lies.
+    In a compiled program that is a constraint, from which XLA infers what depends on it.
 
     >>> spread_rows(np.zeros((2, 3)), make_mesh("data=-1", devices=jax.devices()[:1])).shape
     (2, 3)
@@ -279,10 +280,10 @@ def spread_rows(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Arrays that lie on no mesh, on all devices of the one that the others lie on.
+    """A tree with its arrays that are on no mesh replicated over the mesh of the others.
 
-    A tree of one device stays as it is. Scalars that an optimiser counts with are made without
-    their place, and a program that finds them elsewhere in its second call is compiled once more.
+    A tree on one device stays as it is. An optimiser's counters are made on one device, and come
+    out of the first update on all of them: the second would be compiled anew.
     """
     meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_on_mesh(leaf)}
     if not meshes:
@@ -297,7 +298,7 @@ def _is_on_mesh(leaf: Any) -> bool:
 
 
 def devices_of(tree: PyTree) -> list[jax.Device]:
-    """What the arrays of a tree lie on, or would by their shapes; else the default device.
+    """The devices of a tree's arrays, or of its shapes; else the default one.
 
     >>> devices_of({"w": np.zeros(2)}) == jax.devices()[:1]
     True
@@ -308,10 +309,10 @@ def devices_of(tree: PyTree) -> list[jax.Device]:
 
 
 def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """``jax.jit`` of (state, ...) -> (state, info), which is given the state to keep.
+    """``jax.jit`` of (state, ...) -> (state, info), with the state donated.
 
-    On a mesh the new state lies where the old one lay; left to itself, XLA would put small arrays
-    wherever it had made them, and compile the next step anew.
+    On a mesh the new state keeps the shardings of the old one. Left to itself, XLA would choose
+    others for small arrays, and compile the next step anew.
     """
     programs: dict[Any, Callable] = {}
 
@@ -326,7 +327,7 @@ def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[An
 
 
 def jit_for(update: Callable[..., tuple[Any, Any]], state: PyTree) -> Any:
-    """The same for a state that lies as this one does, of arrays or shapes; it can be lowered."""
+    """`jit_update` for a state of these shardings, arrays or shapes; the result can be lowered."""
     compiled = partial(jax.jit, update, donate_argnums=0)
     if not any(map(_is_on_mesh, jax.tree.leaves(state))):
         return compiled()

@@ -15,7 +15,7 @@ from tests.test_architecture import FORBIDDEN, ONE_HOME
 MODULES = (
     "divergences", "targets", "moments", "estimators", "surrogates", "policy_gradients", "preferences", "rejection",
     "enumeration", "testing",
-    "log_probs", "metrics", "sampling", "models", "adapters", "training", "replay", "rollouts", "evaluation", "runs",
+    "log_probs", "metrics", "sampling", "models", "adapters", "sharding", "training", "replay", "rollouts", "evaluation", "runs",
 )  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 LAYERS = PAGE.with_name("layers.md")

@@ -12,6 +12,7 @@ from fjax.models.huggingface import (
     save_pretrained,
     save_reward_model,
 )
+from fjax.models.sharded import shard_model
 
 __all__ = [
     "FAMILIES",
@@ -25,4 +26,5 @@ __all__ = [
     "load_reward_model",
     "save_pretrained",
     "save_reward_model",
+    "shard_model",
 ]

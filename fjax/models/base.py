@@ -84,8 +84,8 @@ class LanguageModel(NamedTuple):
         save: (folder, params, dtype=None), writes these parameters as a folder that transformers
             opens, with this configuration, tokenizer and ends; None for a model that has no such
             folder.
-        shardings: (tree) -> where the parameters, or what an optimiser keeps of them, lie along a
-            mesh; None on one device.
+        shardings: (tree) -> shardings of the parameters, or of what an optimiser keeps of them;
+            None on one device.
     """
 
     config: Any
@@ -210,7 +210,7 @@ class Family(NamedTuple):
         buffers: pattern of names, without prefix, of tensors in a checkpoint that are no
             parameters, such as a causal mask.
         embedding: whole name of the tensor with one row a token, for whoever adds a token.
-        rules: how its parameters lie along a mesh, see `fjax.sharding.Rules`.
+        rules: how its parameters are sharded over a mesh, see `fjax.sharding.Rules`.
         score_fn: (config, dtype=) -> reward model; None if the family has none.
         score_architecture: transformers' name of the class with a scalar head.
     """

@@ -21,7 +21,7 @@ from fjax._checks import as_mask, is_concrete
 from fjax._sharding import spread_as
 from fjax.adapters import AdaptedMatrix
 from fjax.models.base import KVCache, ModelConfig
-from fjax.sharding import GATHERED_AGAIN, Divided
+from fjax.sharding import Divided, save_all_but_gathered
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 __all__ = [
@@ -238,7 +238,7 @@ def attention_mask(
 
 
 Matrix = Array | AdaptedMatrix | Divided
-"""A parameter as it comes: an array, with an adapter, in parts along a mesh, or both."""
+"""A parameter as it comes: an array, with an adapter, sharded over fsdp, or both."""
 
 
 def times(x_BxTxD: Array, kernel: Matrix) -> Array:
@@ -257,7 +257,7 @@ def times(x_BxTxD: Array, kernel: Matrix) -> Array:
 
 
 def whole(matrix: Array | Divided, dtype: DTypeLike) -> Array:
-    """A parameter in the dtype of the computation, gathered if it is in parts along a mesh.
+    """A parameter in the dtype of the computation, gathered if it is sharded over fsdp.
 
     >>> whole(jnp.ones(2), jnp.bfloat16).dtype
     dtype(bfloat16)
@@ -266,7 +266,7 @@ def whole(matrix: Array | Divided, dtype: DTypeLike) -> Array:
 
 
 def is_divided(params: Params) -> bool:
-    """Whether some of it is in parts along a mesh, to be gathered where it is used."""
+    """Whether some of it is sharded over fsdp, to be gathered where it is used."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Divided))
     return any(isinstance(leaf, Divided) for leaf in leaves)
 
@@ -278,11 +278,11 @@ def kept(params: Params, *, remat: bool = False) -> Callable[..., bool] | None:
     """
     if remat:
         return jax.checkpoint_policies.nothing_saveable
-    return GATHERED_AGAIN if is_divided(params) else None
+    return save_all_but_gathered if is_divided(params) else None
 
 
 def can_scan(blocks: Sequence[Params]) -> bool:
-    """Whether they are divided, and alike: adapters may be of some of them only."""
+    """Whether they are sharded over fsdp, and alike: adapters may be of some of them only."""
     return is_divided(blocks[0]) and len({jax.tree.structure(block) for block in blocks}) == 1
 
 
@@ -293,10 +293,10 @@ def scan_blocks(
     *,
     keep: Callable[..., bool] | None = None,
 ) -> Array:
-    """Through blocks of the same shapes in turn, as a loop over one that is compiled once.
+    """Through blocks of the same shapes in turn: `jax.lax.scan` over one that is compiled once.
 
-    What one of them gathers, and the whole gradient of it, is gone before the next one's is there.
-    That is worth a copy of the parameters where they are divided, and each device has a part.
+    What one block gathers, and its whole gradient, is freed before the next one's is made. The
+    parameters are copied for it, which costs little where each device has a shard of them.
 
     >>> double = lambda params, x: params["scale"] * x
     >>> scan_blocks(double, [{"scale": jnp.array(2.0)}] * 3, jnp.ones((1, 1, 1))).item()

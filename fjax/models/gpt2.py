@@ -202,8 +202,9 @@ class _GPT2(nn.Module):
         )
         x_BxTxD = self.wte(tokens_BxT) + self.wpe(positions_BxT)
         x_BxTxD = self.embd_dropout(x_BxTxD, deterministic=deterministic)
-        if cache is None and deterministic and self._in_a_loop():
-            return self.ln_f(self._loop(x_BxTxD, mask_BxTxS)), None
+        scans = not self.is_initializing() and causal.can_scan(self._blocks())
+        if cache is None and deterministic and scans:
+            return self.ln_f(self._scan(x_BxTxD, mask_BxTxS)), None
         kept = []
         for i, block in enumerate(self.h):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
@@ -214,13 +215,10 @@ class _GPT2(nn.Module):
             cache = KVCache(keys, values, where_BxS, length + tokens_BxT.shape[1])
         return self.ln_f(x_BxTxD), cache
 
-    def _in_a_loop(self):
-        return not self.is_initializing() and causal.can_scan(self._blocks())
-
     def _blocks(self):
         return [self.variables["params"][f"h_{i}"] for i in range(self.config.n_layer)]
 
-    def _loop(self, x_BxTxD, mask_BxTxS):
+    def _scan(self, x_BxTxD, mask_BxTxS):
         block = _Block(self.config, self.dtype, parent=None)
 
         def through(params, x_BxTxD):
@@ -466,7 +464,7 @@ def _tensor_name(path: tuple[str, ...]) -> str:
 
 
 RULES = (
-    # The hidden units of a block are divided: made so, and summed over in parts.
+    # The hidden units of a block are sharded: on the way in, and summed over on the way out.
     (r"(c_attn|c_fc)/kernel(/matrix)?$", (PartitionSpec("fsdp", "tensor"),)),
     (r"(c_attn|c_fc)/bias$", (PartitionSpec("tensor"),)),
     (r"c_proj/kernel(/matrix)?$", (PartitionSpec("tensor", "fsdp"),)),
@@ -477,7 +475,7 @@ RULES = (
     ),
     (r"wpe/embedding(/matrix)?$", (PartitionSpec(None, ("tensor", "fsdp")),)),
 )
-"""How parameters lie along a mesh; scales and other biases are too small to be divided."""
+"""How parameters are sharded; scales and other biases are too small for it."""
 
 FAMILY = Family(
     name="GPT-2",

@@ -16,11 +16,11 @@ __all__ = ["shard_model"]
 
 
 def shard_model(model: LanguageModel, mesh: Mesh, *, rules: Rules) -> LanguageModel:
-    """The same model with its parameters, batches and caches along a mesh.
+    """The same model with its parameters, batches and caches sharded over a mesh.
 
-    Its functions are the same up to rounding, and whoever calls them need not know of the mesh:
-    they say where rows lie, and XLA finds the rest. Rows whose number the mesh does not divide are
-    computed on all devices alike.
+    Its functions are the same up to rounding, and their callers need not know of the mesh: they
+    constrain rows and caches, and XLA infers the rest. Rows whose number the mesh does not divide
+    are computed on every device.
 
     Args:
         model: with its parameters on one device, or on the host.
@@ -35,7 +35,7 @@ def shard_model(model: LanguageModel, mesh: Mesh, *, rules: Rules) -> LanguageMo
 
 
 def on_mesh(model: LanguageModel, mesh: Mesh, rules: Rules) -> LanguageModel:
-    """A model whose parameters lie along the mesh already."""
+    """A model whose parameters are sharded already."""
     return model._replace(
         logits_fn=_logits_fn(model.logits_fn, mesh, rules),
         decode_fn=_decode_fn(model.decode_fn, mesh, rules),
@@ -80,7 +80,7 @@ def _init_cache(init_cache: Callable[[int, int], Any], mesh: Mesh) -> Callable[[
 
 
 def _spread_cache(cache: Any, mesh: Mesh) -> Any:
-    """Rows along data and fsdp; of keys and values ``[B, H, S, K]`` heads along tensor."""
+    """Rows over data and fsdp; of keys and values ``[B, H, S, K]`` heads over tensor."""
 
     def spread(x):
         if np.ndim(x) == 0 or len(x) % row_devices(mesh):

@@ -45,9 +45,9 @@ def from_pretrained(
         param_dtype: of the parameters. Keep float32 for training.
         families: the kinds of models to choose from, the first that knows the folder's
             ``model_type``. One of your own: ``families=(mine, *fjax.models.FAMILIES)``.
-        mesh: of devices, as `fjax.sharding.make_mesh` makes it. Each parameter is read from the
-            file in parts, and each part onto its device, so that nothing ever holds the whole; and
-            what is computed lies along the mesh as well. None: one device.
+        mesh: of devices, as `fjax.sharding.make_mesh` makes it. Each shard of a parameter is read
+            straight onto its device, so that nothing ever holds the whole; what is computed is
+            sharded as well. None: one device.
         remat: compute each block again for its gradient, for less memory.
         shapes_only: read no weights; ``params`` are `jax.ShapeDtypeStruct`s, for what can be
             compiled and counted without them.

@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
 def param_shapes(
     family: Family, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> Params:
-    """Shapes of the parameters, and where they lie along a mesh."""
+    """Shapes of the parameters, with their shardings over a mesh."""
     like = jax.eval_shape(lambda: family.init_params(config, jax.random.key(0), param_dtype=dtype))
     if mesh is None:
         return like
