@@ -297,7 +297,7 @@ def _is_on_mesh(leaf: Any) -> bool:
     return isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
 
 
-def devices_of(tree: PyTree) -> list[jax.Device]:
+def devices_of(tree: PyTree) -> list[Any]:
     """The devices of a tree's arrays, or of its shapes; else the default one.
 
     >>> devices_of({"w": np.zeros(2)}) == jax.devices()[:1]

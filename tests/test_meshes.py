@@ -1,5 +1,6 @@
 """A mesh of devices changes where things lie and nothing else: eight virtual devices against one."""
 
+import re
 from functools import partial
 
 import jax
@@ -142,3 +143,73 @@ def test_an_update_moves_what_its_layout_must():
     np.testing.assert_allclose(reduced, whole, rtol=0.1)
     # Two of sixteen blocks whole, and some eighths: the gradient, and what becomes of it.
     assert program_memory(compiled).temporary < 0.75 * whole
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("data=3", "takes 3 devices, and there are 8"),
+        ("data=-1,tensor=3", "takes 6 devices, and there are 8"),
+        ("data=16", "takes 16 devices"),
+        ("model=8", "has the axes data, fsdp, tensor; got 'model'"),
+        ("data=two", "axis=size"),
+        ("data=2,data=4", "each axis once"),
+        ("data=-1,fsdp=-1", "for one of them -1"),
+        ("data=0", "1 or more"),
+        ({"data": 2, "fsdp": 2}, "takes 4 devices"),
+    ],
+)
+def test_a_mesh_that_there_cannot_be_is_refused(shape, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        sharding.make_mesh(shape)
+
+
+def test_sizes_that_are_left_open_are_found():
+    assert dict(sharding.make_mesh(" fsdp = 2 , data=-1").shape) == {
+        "data": 4,
+        "fsdp": 2,
+        "tensor": 1,
+    }
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_what_a_mesh_does_not_divide_is_named():
+    mesh = sharding.make_mesh("tensor=8")
+    with pytest.raises(ValueError, match="8 does not divide 4"):
+        shard_model(make_model(jnp.float32), mesh, rules=gpt2.RULES)
+    with pytest.raises(ValueError, match=r"samples \(12\) must be a multiple of 8"):
+        sharding.check_rows(sharding.make_mesh("data=4,fsdp=2"), 12, "samples")
+    odd = {"h_0": {"mlp": {"c_fc": {"kernel": np.zeros((12, 48))}}}}
+    with pytest.raises(ValueError, match=r"h_0/mlp/c_fc/kernel of shape \[12, 48\] cannot be"):
+        sharding.make_shardings(odd, gpt2.RULES, sharding.make_mesh("fsdp=8"))
+
+
+def test_a_vocabulary_that_cannot_be_divided_is_sharded_by_its_width():
+    mesh = sharding.make_mesh("tensor=2,fsdp=4")
+    for tokens, expected in ((96, ("tensor", "fsdp")), (97, (None, ("tensor", "fsdp")))):
+        tree = {"wte": {"embedding": np.zeros((tokens, 16))}}
+        found = sharding.make_shardings(tree, gpt2.RULES, mesh)["wte"]["embedding"].spec
+        assert tuple(found) == expected
+
+
+def test_a_folder_is_read_straight_into_shards(tmp_path, monkeypatch):
+    """No device, and no call for a part of a file, has a whole matrix."""
+    whole = fjax.from_pretrained("built-in")
+    parts = []
+    place = jax.make_array_from_callback
+
+    def seen(shape, sharding, part):
+        return place(
+            shape, sharding, lambda index: parts.append((shape, part(index))) or part(index)
+        )
+
+    monkeypatch.setattr(jax, "make_array_from_callback", seen)
+    mesh = sharding.make_mesh("fsdp=8")
+    model = fjax.from_pretrained("built-in", mesh=mesh)
+    for (path, ours), theirs in zip(
+        name_leaves(model.params).items(), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=path)
+        if theirs.ndim == 2:
+            assert {shard.data.size for shard in ours.addressable_shards} == {theirs.size // 8}
+    assert all(part.size == np.prod(shape) // 8 for shape, part in parts if len(shape) == 2)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from experiments.common import command, rewards
+from experiments.common.build import load_model
 from experiments.common.functions import load_function
+from experiments.common.settings import Settings
 from experiments.compare import __main__ as compare
 from experiments.conditional import plot
 from experiments.conditional import target as conditional
@@ -500,3 +502,17 @@ def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monke
     assert hardware().endswith(said)
     describe_run(OpenRun(tmp_path, {}, {}, resume=False, command="python x"))
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["devices"] == [kind]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("data=7", "--mesh data=7: A mesh of data=7 takes 7 devices, and there are 8"),
+        ("data=8", r"--mesh data=8: samples of the policy in a step \(18\) must be a multiple of 8"),
+        ("tensor=8", "8 does not divide 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
+    settings = Settings(mesh=mesh, samples=20)
+    with pytest.raises(RunError, match=said):
+        load_model(settings)
