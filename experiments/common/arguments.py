@@ -62,6 +62,8 @@ RANGES = {
     "pairs_per_prompt": Range(1, ROWS),
     "pairs_per_step": Range(1, ROWS),
     "patience": Range(1, MANY),
+    "process": Range(0, 2**16),
+    "processes": Range(1, 2**16),
     "prompts_per_batch": Range(1, ROWS),
     "prompts_per_step": Range(2, ROWS),  # for a single prompt there is lexical_constraint
     "proposal_every": Range(1, MANY),

@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
+from fjax.hosts import connect
 from fjax.runs import RunError
 from fjax.runs.endings import Interrupted, handled_by, interrupt, lasting_output
 from fjax.runs.memory import keep_freed_memory
@@ -77,6 +78,7 @@ def _run(config: type[ConfigT], main: Callable[[ConfigT], int], name: str, compu
     # of __post_init__: a value that its type allows and its meaning does not
     except ValueError as error:
         return _fail(str(error))
+    _join(chosen)
     if computes:
         keep_freed_memory()
     if computes and _backend() != "cpu":
@@ -85,6 +87,17 @@ def _run(config: type[ConfigT], main: Callable[[ConfigT], int], name: str, compu
             "jax_compilation_cache_dir", str(Path.home() / ".cache" / "fjax" / "compiled")
         )
     return main(chosen)
+
+
+def _join(chosen: object) -> None:
+    """The other processes of the run, if there are any; before JAX computes anything."""
+    settings = getattr(chosen, "settings", None)
+    if settings is None or not settings.is_distributed:
+        return
+    try:
+        connect(settings.coordinator, settings.processes, settings.process)
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
 
 
 def _backend() -> str:

@@ -39,6 +39,17 @@ class Settings:
     models that one device cannot hold; heads and hidden units along tensor. One size may be -1, for
     the devices that are left. Without it the first device does everything. A run may be resumed on
     another mesh."""
+    distributed: bool = False
+    """Join the processes that SLURM, Open MPI, Kubernetes or Cloud TPU has started, one or more a
+    host. Each runs this command; together they need --mesh, and a --run-folder that all can
+    reach."""
+    coordinator: str | None = None
+    """The same where none of these has started them: host:port of the first process, with
+    --processes and --process."""
+    processes: int | None = None
+    """How many processes there are, with --coordinator."""
+    process: int | None = None
+    """The number of this one, from 0, with --coordinator."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters. In bfloat16 they, their gradient and what Adam keeps take half the memory,
     and changes below half a unit of a weight are lost."""
@@ -183,6 +194,30 @@ class Settings:
             raise ValueError("--lora-alpha is for adapters: give --lora-rank, or leave it out.")
         self._check_algorithm()
         self._check_stages()
+        self._check_processes()
+
+    def _check_processes(self):
+        given = [self.coordinator, self.processes, self.process]
+        if any(x is not None for x in given) and None in given:
+            raise ValueError(
+                "--coordinator, --processes and --process are given together: host:port of the "
+                "first process, how many there are, and which this is, from 0."
+            )
+        if self.processes is not None and not 0 <= (self.process or 0) < self.processes:
+            raise ValueError(
+                f"--process counts from 0 to --processes - 1, got {self.process} of "
+                f"{self.processes}."
+            )
+        if self.is_distributed and not (self.mesh and self.run_folder):
+            raise ValueError(
+                "Several processes need --mesh, such as data=-1 for all their devices, and a "
+                "--run-folder that all of them can reach."
+            )
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.distributed or self.coordinator is not None
 
     def _check_algorithm(self):
         if self.algorithm != "fdpg":

@@ -22,6 +22,7 @@ from fjax.estimators import (
     estimate_target_entropy,
 )
 from fjax.evaluation.scored import Scored, TextTarget, score, take, together
+from fjax.hosts import fetch
 from fjax.rejection import accept
 from fjax.rollouts import Collector
 from fjax.types import Params, PRNGKeyArray
@@ -151,7 +152,7 @@ def _check(collector: Collector, target: TextTarget, samples: int, max_draws: in
 
 def _draw(collector: Collector, params: Params, target: TextTarget, key: PRNGKeyArray) -> Scored:
     """A batch of the base model, whose share as the policy and whose own are all the same here."""
-    batch = jax.device_get(collector.draw_unseen(0, params, key))
+    batch = fetch(collector.draw_unseen(0, params, key))
     drawn = together(*score(collector, target, [batch], batch.from_policy))
     return drawn._replace(log_pi=drawn.log_a)
 

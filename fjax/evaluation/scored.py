@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax.estimators import Estimate, estimate_log_z
+from fjax.hosts import fetch, join_rows, share_of_rows
 from fjax.rollouts import Batch, Collector, Prompts
 from fjax.types import Params, PRNGKeyArray
 
@@ -123,7 +124,7 @@ def draw_batches(
     drawn = []
     for i in range(batches):
         batch = collector.draw_unseen(i % turn, params, jax.random.fold_in(rng_key, i))
-        drawn.append(jax.device_get(batch))
+        drawn.append(fetch(batch))
         advance(i + 1)
     return drawn
 
@@ -216,10 +217,22 @@ def _ask(collector: Collector, target: TextTarget, batch: Batch) -> Scored:
     references = [""] * count
     if unseen is not None and batch.contexts is not None:
         references = [unseen.references[i] for i in batch.contexts]
-    features = dict(target.features(prompts, texts))
+    features = ask(target, prompts, texts, share_of_rows(count), count)
     log_score = target.log_score(np.asarray(batch.log_a), features)
     rows = batch.tokens, batch.where, batch.finished, batch.log_proposal, batch.log_a
     return Scored(*rows, log_score, batch.contexts, prompts, texts, references, features)
+
+
+def ask(
+    target: TextTarget,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    rows: np.ndarray,
+    count: int,
+) -> dict[str, np.ndarray]:
+    """Features of all texts; each process looks at some rows, and they tell one another."""
+    found = target.features([prompts[i] for i in rows], [texts[i] for i in rows])
+    return {name: join_rows(values, rows, count) for name, values in found.items()}
 
 
 def prompts_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[str]:
@@ -253,8 +266,7 @@ def seen_by(collector: Collector, params: Params, scored: Scored) -> Scored:
         rows = allowed[i : i + size]
         padded = np.resize(rows, size)
         columns = (jnp.asarray(x[padded]) for x in (scored.tokens, scored.where))
-        found = collector.score(params, *columns)
-        log_pi[rows] = jax.device_get(found)[: len(rows)]
+        log_pi[rows] = fetch(collector.score(params, *columns))[: len(rows)]
     return scored._replace(log_pi=log_pi)
 
 

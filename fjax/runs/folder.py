@@ -27,7 +27,7 @@ from fjax.training._lock import LOCK_NAME, FolderLock
 from fjax.types import Params
 
 MAY_CHANGE = {
-    "mesh",
+    *("mesh", "distributed", "coordinator", "processes", "process", "dry_run"),
     "corpora",  # what a reward was trained on; the reward itself is looked at
     "steps",
     *("resume", "resume_from", "stop_if_unsaved"),

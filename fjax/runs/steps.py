@@ -16,6 +16,7 @@ import numpy as np
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, estimate_proposal_gain
 from fjax.evaluation import Features, TextTarget, prompts_of
+from fjax.hosts import fetch, join_rows, own_part, own_rows
 from fjax.rollouts import Batch, Collector, to_rollout
 from fjax.sharding import jit_update
 from fjax.training import TrainState, Tuner
@@ -162,12 +163,14 @@ def online(
 
 def score_batch(collector: Collector, target: TextTarget, batch: Batch) -> tuple[Drawn, dict]:
     """What Python says of a batch, and the means over the samples that are not the base model's."""
-    contexts = collector.contexts
-    training = None if contexts is None else contexts.training
-    texts = collector.decode(batch.tokens, batch.where)
-    prompts = prompts_of(training, batch.contexts, len(texts))
-    features: Features = target.features(prompts, texts)
-    log_score = target.log_score(np.asarray(batch.log_a), features)
+    training = None if collector.contexts is None else collector.contexts.training
+    rows, count = own_rows(batch.tokens), len(batch.tokens)
+    texts = collector.decode(own_part(batch.tokens), own_part(batch.where))
+    contexts = None if batch.contexts is None else fetch(batch.contexts)[rows]
+    prompts = prompts_of(training, contexts, len(texts))
+    found: Features = target.features(prompts, texts)
+    features = {name: join_rows(values, rows, count) for name, values in found.items()}
+    log_score = target.log_score(fetch(batch.log_a), features)
     n = batch.from_policy
     means = {name: float(np.mean(values[:n], dtype=float)) for name, values in features.items()}
     return Drawn(batch, log_score), means
@@ -190,7 +193,7 @@ def proposal_gain(collector: Collector, params: Params, window: list[Drawn]) -> 
 def as_record(info: Any) -> dict:
     """The figures of an update, a named tuple, on the host; an estimate becomes three."""
     record = {}
-    for name, value in jax.device_get(info)._asdict().items():
+    for name, value in fetch(info)._asdict().items():
         if isinstance(value, Estimate):
             record |= as_numbers(name, value)
         else:
@@ -200,7 +203,7 @@ def as_record(info: Any) -> dict:
 
 def on_host(figure: Estimate) -> Estimate:
     """An estimate of Python's floats, from one of arrays."""
-    return Estimate(*(x.item() for x in jax.device_get(figure)))
+    return Estimate(*(x.item() for x in fetch(figure)))
 
 
 def as_numbers(name: str, figure: Estimate) -> dict:
