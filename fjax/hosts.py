@@ -21,6 +21,7 @@ __all__ = [
     "any_of",
     "connect",
     "fetch",
+    "are_several",
     "is_first",
     "join_rows",
     "own_part",
@@ -64,7 +65,17 @@ def is_first() -> bool:
     >>> is_first()
     True
     """
-    return jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
+
+
+def are_several() -> bool:
+    """Whether there is more than one process.
+
+    >>> are_several()
+    False
+    """
+    # Asked first: the number of processes is the backend's to say, which takes the devices.
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def fetch(tree: PyTree) -> PyTree:
@@ -74,7 +85,7 @@ def fetch(tree: PyTree) -> PyTree:
     >>> fetch({"x": jnp.arange(3)})
     {'x': array([0, 1, 2], dtype=int32)}
     """
-    if jax.process_count() == 1:
+    if not are_several():
         return jax.device_get(tree)
     return jax.tree.map(_fetch_one, tree)
 
@@ -124,9 +135,9 @@ def share_of_rows(count: int) -> np.ndarray:
     >>> share_of_rows(3).tolist()
     [0, 1, 2]
     """
-    processes = jax.process_count()
-    if processes == 1:
+    if not are_several():
         return np.arange(count)
+    processes = jax.process_count()
     return np.resize(np.arange(count), -(-count // processes) * processes)[
         jax.process_index() :: processes
     ]
@@ -144,7 +155,7 @@ def join_rows(values: Any, rows: np.ndarray, count: int) -> np.ndarray:
     [5.0, 6.0]
     """
     values = np.asarray(values)
-    if jax.process_count() == 1:
+    if not are_several():
         return values
     everywhere = multihost_utils.process_allgather((rows, values))
     numbers, found = (np.concatenate(list(x)) for x in everywhere)
@@ -159,7 +170,7 @@ def agree(value: int) -> int:
     >>> agree(3)
     3
     """
-    if jax.process_count() == 1:
+    if not are_several():
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
@@ -170,6 +181,6 @@ def any_of(flag: int) -> int:
     >>> any_of(0)
     0
     """
-    if jax.process_count() == 1:
+    if not are_several():
         return flag
     return int(multihost_utils.process_allgather(np.int64(flag)).max())

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from fjax.evaluation import Exact, TextTarget, draw_exact
+from fjax.hosts import agree, is_first
 from fjax.runs.exact import read_exact, write_exact
 from fjax.training._digests import digest_text
 
@@ -43,11 +44,12 @@ def exact_of(
         return None
     name = _target_digest(config, target, digests)
     path = settings.exact_folder / f"{name[:16]}.npz"
-    if path.is_file():
+    if agree(path.is_file()):
         exact = read_exact(path, built.collector, target, target=name)
     else:
         exact = _draw(built, target, settings.exact_samples)
-        write_exact(path, exact, target=name)
+        if is_first():
+            write_exact(path, exact, target=name)
     count = len(exact.scored.texts)
     if count < FEWEST:
         built.display.warn(

@@ -28,6 +28,7 @@ from rich.text import Text
 from fjax._trees import count_numbers
 from fjax.divergences import FDivergence
 from fjax.evaluation import Evaluation
+from fjax.hosts import is_first
 from fjax.runs import rows
 from fjax.runs.aim import Aim, most_of
 from fjax.runs.distance import Check
@@ -67,7 +68,8 @@ class Display:
     """Prints everything. Without a terminal, bars become a plain line now and then."""
 
     def __init__(self):
-        self._console = Console(width=None if sys.stdout.isatty() else 110)
+        width = None if sys.stdout.isatty() else 110
+        self._console = Console(width=width, quiet=not is_first())  # all would say the same
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line, in rich's markup."""

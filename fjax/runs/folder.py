@@ -20,6 +20,7 @@ import jax
 
 import fjax
 from fjax._trees import count_numbers
+from fjax.hosts import agree, is_first
 from fjax.runs.aim import Aim
 from fjax.sharding import devices_of
 from fjax.training import read_jsonl
@@ -60,6 +61,7 @@ class OpenRun(NamedTuple):
         digests: of what the run reads.
         resume: whether it goes on.
         command: what would start it again.
+        shared: the folder of the run where ``path`` is this process's own, see `open_run`.
     """
 
     path: Path
@@ -67,6 +69,12 @@ class OpenRun(NamedTuple):
     digests: Mapping[str, str]
     resume: bool
     command: str
+    shared: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where all processes save together."""
+        return (self.shared or self.path) / CHECKPOINTS
 
 
 @contextmanager
@@ -81,7 +89,9 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """Opens a run's folder for this process alone, ready to be written to.
 
-    `describe_run` begins it, once nothing more can be wrong.
+    `describe_run` begins it, once nothing more can be wrong. Of several processes the first has the
+    folder; each of the others writes what the first does into a folder of its own, which goes when
+    it ends, and all save their part of the checkpoints into the one.
 
     Args:
         folder: made if it is not there.
@@ -97,6 +107,10 @@ def open_run(
             written.
     """
     path, config = Path(folder), dict(config or {})
+    if not is_first():
+        with _open_aside(path, config, digests or {}, resume) as opened:
+            yield opened
+        return
     ours = ours or not path.exists()
     if resume:
         check_same(path, config)
@@ -114,11 +128,27 @@ def open_run(
             for left in path.glob("*.tmp"):  # by a kill in the middle of a write
                 left.unlink()
             said = shlex.join(["python", *sys.argv]) if command is None else command
+            agree(True)  # it is open, and the others have their copies
             yield OpenRun(path, config, digests or {}, resume, said)
     finally:
         if ours and not resume:
             with suppress(OSError):
                 path.rmdir()  # if nothing was begun
+
+
+@contextmanager
+def _open_aside(
+    path: Path, config: Mapping[str, object], digests: Mapping[str, str], resume: bool
+) -> Iterator[OpenRun]:
+    with tempfile.TemporaryDirectory(prefix="fjax-") as aside:
+        own = Path(aside)
+        if resume:
+            check_same(path, config, digests)
+            for name in (METRICS, SAMPLES, CONTEXTS, "config.json"):
+                if (path / name).exists():
+                    shutil.copy(path / name, own / name)
+        agree(True)
+        yield OpenRun(own, config, digests, resume, "", path)
 
 
 def describe_run(run: OpenRun, aim: Aim = Aim(), *, params: Params = ()) -> None:

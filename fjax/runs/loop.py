@@ -17,6 +17,7 @@ import numpy as np
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate
 from fjax.evaluation import Exact, Metric, TextTarget
+from fjax.hosts import are_several, fetch, is_first
 from fjax.rollouts import Collector
 from fjax.runs import folder as folders
 from fjax.runs import plots, report
@@ -32,7 +33,7 @@ from fjax.runs.records import as_target_record
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
 from fjax.runs.rows import collapse
 from fjax.runs.running import Kept, Model, Run
-from fjax.runs.saving import at_once, save
+from fjax.runs.saving import at_once, is_stopping, save
 from fjax.runs.steps import Progress, Stepper, drawn_by, online, steps_of
 from fjax.training import Checkpoints, Logger, Tuner
 from fjax.training._digests import digest_params
@@ -163,15 +164,17 @@ def align(
             describe_run(opened, aim, params=model.params)
         kept = Kept()
         nearest_first = partial(_distance_of, objective, kept)
-        place = opened.path / folders.CHECKPOINTS
+        place = opened.checkpoints
         opening = Checkpoints(place, score=nearest_first, about=folders.identity(opened))
         with graceful_stop() as stop, opening as checkpoints:
-            with stop.obeyed_at_once():  # nothing is lost yet
+            # nothing is lost yet
+            with nullcontext() if are_several() else stop.obeyed_at_once():
                 given = opened, display, tuner, initial, checkpoints, schedule
                 progress, seconds = begin_at(*given, resume_from=resume_from)
             step = int(progress.state.step)
             forget_later(opened.path, step, schedule)
-            with open_loggers(loggers, opened, title, after_step=step or -1) as logger:
+            asked = loggers if is_first() else ()
+            with open_loggers(asked, opened, title, after_step=step or -1) as logger:
                 run = Run(
                     opened, title, model, initial, policy_of, target, collector, tuner, schedule,
                     divergences, aim, metrics, exact, rng_key, checkpoints, logger, display, kept,
@@ -215,7 +218,7 @@ def _train(run: Run, progress: Progress, seconds: float) -> Result:
             enough = step > 0 and _is_enough(run)
     shown = {"headline": run.target.headline, "divergence": run.stepper.divergence}
     with run.display.progress("align", total=schedule.steps, completed=step, **shown) as bar:
-        while step < schedule.steps and not run.stop.signal and not enough:
+        while step < schedule.steps and not is_stopping(run) and not enough:
             if run.stepper.finished(progress):
                 break
             try:
@@ -229,11 +232,11 @@ def _train(run: Run, progress: Progress, seconds: float) -> Result:
                 with suppress(AskedToStop):
                     evaluate_now(run, progress, step, begun)
                 save(run, progress, begun)
-                if not run.stop.signal and _is_enough(run):
+                if not is_stopping(run) and _is_enough(run):
                     break
             elif step % schedule.checkpoint_every == 0:
                 save(run, progress, begun)
-    if not run.stop.signal:
+    if not is_stopping(run):
         with suppress(AskedToStop):
             figures, params = _finish(run, progress, step, begun)
             return Result(0, step, figures, run.folder, params)
@@ -331,7 +334,9 @@ def _export(run: Run, params: Params) -> None:
     for left in run.folder.glob(f".{folders.MODEL}-*"):
         shutil.rmtree(left, ignore_errors=True)
     if run.model.save is not None:
-        run.model.save(run.folder / folders.MODEL, params)
+        whole = fetch(params) if are_several() else params
+        if is_first():
+            run.model.save(run.folder / folders.MODEL, whole)
 
 
 def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Params]:

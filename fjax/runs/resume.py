@@ -56,7 +56,7 @@ def begin_at(
     progress = stepper.begin(params)
     if not opened.resume:
         return progress, 0.0
-    place, like = opened.path / folders.CHECKPOINTS, as_tree(progress, 0.0)
+    place, like = opened.checkpoints, as_tree(progress, 0.0)
     step = _chosen(checkpoints.steps, resume_from, place)
     if step is None:
         folders.check_none_saved(opened.path, schedule.eval_every, schedule.checkpoint_every)

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import jax
 
+from fjax.hosts import any_of, are_several
 from fjax.runs.resume import as_tree
 from fjax.runs.running import Run
 from fjax.runs.steps import Progress
@@ -46,11 +47,19 @@ def _attempt(run: Run, write: Callable[[], None], *, last: bool = False) -> None
 def at_once(run: Run, progress: Progress, begun: float) -> AbstractContextManager[None]:
     """Within it a signal ends the run with what there was before, as long as that is still there.
 
-    A step gives it away when its update begins.
+    A step gives it away when its update begins. Several processes stop together, between steps.
     """
+    if are_several():
+        return nullcontext()
     return run.stop.obeyed_at_once(
         unless=partial(_given_away, progress), save=partial(_save_and_close, run, progress, begun)
     )
+
+
+def is_stopping(run: Run) -> bool:
+    """Whether a signal has come, to this process or to another."""
+    run.stop.signal = any_of(run.stop.signal)
+    return run.stop.signal != 0
 
 
 def _given_away(progress: Progress) -> bool:

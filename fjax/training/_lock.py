@@ -61,6 +61,15 @@ class FolderLock:
         self._file.close()
 
 
+class NoLock:
+    """In place of a lock, for whoever another process has it for."""
+
+    taken_over = None
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 def _open_locked(path: Path, mine: str) -> tuple[IO[str], bool, bool | None]:
     """The lock's file, whether it was made just now, and whether the kernel has locked it for us.
 

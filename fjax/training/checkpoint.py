@@ -27,9 +27,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from fjax._trees import name_leaves
+from fjax.hosts import agree, is_first
 from fjax.training import _record
 from fjax.training._digests import describe_arrays
-from fjax.training._lock import FolderLock
+from fjax.training._lock import FolderLock, NoLock
 from fjax.training._record import is_key, make_record, sealed
 from fjax.types import PyTree
 
@@ -213,7 +214,9 @@ class Checkpoints:
         place = self._folder / f"aside-{step}"
         while place.exists():
             place = place.with_name(place.name + "-again")
-        (self._folder / str(step)).rename(place)
+        if is_first():
+            (self._folder / str(step)).rename(place)
+        agree(step)  # the others look only then
         self._metrics.pop(step, None)
         self._reopen()
         return place
@@ -243,7 +246,8 @@ class Checkpoints:
     def _own(self) -> None:
         """From here on nobody else saves here, and what a kill left half-written may go."""
         if self._lock is None:
-            self._lock = FolderLock(self._folder)
+            # Of several processes the first has the folder for all.
+            self._lock = FolderLock(self._folder) if is_first() else NoLock()
             self._hushed.enter_context(_without_late_news())
             self._reopen(clean=True)
 
