@@ -6,6 +6,7 @@ Bars have rate and time left.
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +41,9 @@ from fjax.runs.text import count, on_one_line, pieces
 from fjax.runs.verdict import verdict
 from fjax.sharding import devices_of
 from fjax.types import Params
+
+QUIET = 20
+"""Seconds without a word, where no terminal shows a bar."""
 
 SHOWN = 4
 """Samples under each table of figures."""
@@ -139,12 +143,19 @@ class Display:
             expand=True,
         ) as bar:
             task = bar.add_task(name, total=total, completed=completed, note="")
+            said = time.monotonic()
 
             def advance(done: int, record: dict) -> None:
+                nonlocal said
                 note = _note(record, headline, divergence)
                 bar.update(task, completed=done, note=note)
-                if not is_terminal and record and (done % 10 == 0 or done == total):
+                if is_terminal:
+                    return
+                if record and (done % 10 == 0 or done == total):
                     self.say(f"step {done}/{total}  {escape(note)}  {record['seconds']:.0f} s")
+                elif not record and time.monotonic() - said >= QUIET:
+                    said = time.monotonic()
+                    self.say(f"{name}  {done}/{total}")
 
             yield advance
 

@@ -150,3 +150,13 @@ def test_hits_are_highlighted_and_the_verdict_is_said():
     printed = lines(screen)
     assert any(line.strip() == "✓  a great [bold]film\\" for line in printed)
     assert any(line.startswith("satisfaction 0.010 → 0.80; ") for line in printed)
+
+
+def test_without_a_terminal_long_work_says_how_far_it_is(capsys, monkeypatch):
+    seconds = iter(range(0, 1000, 7))
+    monkeypatch.setattr("fjax.runs.display.time.monotonic", lambda: float(next(seconds)))
+    with Display().counting("exact") as progress:
+        advance = progress(9)
+        for done in range(1, 10):
+            advance(done)
+    assert capsys.readouterr().out.splitlines() == ["exact  3/9", "exact  6/9", "exact  9/9"]
