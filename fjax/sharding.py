@@ -60,9 +60,7 @@ path gives its sharding: the first of the specs that divides its shape. A leaf t
 replicated."""
 
 
-def make_mesh(
-    shape: str | Mapping[str, int] = "", *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(shape: str | Mapping[str, int] = "", *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices, from ``"data=4,fsdp=2"``.
 
     Args:

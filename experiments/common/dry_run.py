@@ -1,7 +1,7 @@
 """What a run needs of each device, before anything is loaded or computed."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,17 +107,18 @@ def _columns(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
 def _rollout(settings: Settings, contexts: Contexts | None) -> Rollout:
     _, columns = _columns(settings, contexts)
     if settings.schedule:  # a minibatch of the replay has no contexts
-        rows, strata = (settings.minibatch_size,), None
+        rows, strata = (settings.minibatch_size,), cast(Any, None)
     else:
         each = () if contexts is None else (contexts.per_step,)
         rows = (*each, settings.samples // (each or (1,))[0])
-        strata = Shape(rows, jnp.int32)
-    ids = None
+        strata = cast(Any, Shape(rows, jnp.int32))
+    ids: Any = None
     if contexts is not None and not contexts.global_z and not settings.schedule:
         ids = Shape(rows[:1], jnp.int32)
-    numbers = Shape(rows, jnp.float32)
-    tokens = Shape((*rows, columns), jnp.int32), Shape((*rows, columns), jnp.bool_)
-    return Rollout(*tokens, numbers, numbers, ids, strata)
+    numbers: Any = Shape(rows, jnp.float32)
+    tokens: Any = Shape((*rows, columns), jnp.int32)
+    where: Any = Shape((*rows, columns), jnp.bool_)
+    return Rollout(tokens, where, numbers, numbers, ids, strata)
 
 
 def _update(

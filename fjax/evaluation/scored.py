@@ -225,13 +225,14 @@ def _ask(collector: Collector, target: TextTarget, batch: Batch) -> Scored:
 
 def ask(
     target: TextTarget,
-    prompts: Sequence[str],
-    texts: Sequence[str],
+    prompts: list[str],
+    texts: list[str],
     rows: np.ndarray,
     count: int,
 ) -> dict[str, np.ndarray]:
     """Features of all texts; each process looks at some rows, and they tell one another."""
-    found = target.features([prompts[i] for i in rows], [texts[i] for i in rows])
+    own_prompts, own_texts = [prompts[i] for i in rows], [texts[i] for i in rows]
+    found = target.features(own_prompts, own_texts)
     return {name: join_rows(values, rows, count) for name, values in found.items()}
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
     >>> program_memory(compile_to_inspect(jax.jit(jnp.sin).lower(shape)))
     ProgramMemory(arguments=4000, temporary=0, peak=8000)
     """
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     given, made = found.argument_size_in_bytes, found.output_size_in_bytes
     temporary = found.temp_size_in_bytes
     peak = given + made - found.alias_size_in_bytes + temporary
@@ -66,7 +66,7 @@ def collective_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     >>> collective_bytes(jax.jit(jnp.sin).lower(jnp.zeros(3)).compile())
     {}
     """
-    computations = _computations(compiled.as_text())
+    computations = _computations(compiled.as_text() or "")
     entry = next(name for name in computations if name.startswith("ENTRY "))
     return dict(
         _in_computation(

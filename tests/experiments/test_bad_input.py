@@ -493,7 +493,11 @@ def test_a_nested_line_of_pairs_is_a_bad_line(depth, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "there", "said"),
-    [("H100", 8, "H100, one of 8 (--mesh takes more)"), ("H100", 1, "H100"), ("cpu", 8, "CPU cores")],
+    [
+        ("H100", 8, "H100, one of 8 (--mesh takes more)"),
+        ("H100", 1, "H100"),
+        ("cpu", 8, "CPU cores"),
+    ],
 )
 def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monkeypatch):
     device = types.SimpleNamespace(platform="cpu" if kind == "cpu" else "gpu", device_kind=kind)
@@ -508,7 +512,10 @@ def test_the_one_device_that_is_used_is_named(kind, there, said, tmp_path, monke
     ("mesh", "said"),
     [
         ("data=7", "--mesh data=7: A mesh of data=7 takes 7 devices, and there are 8"),
-        ("data=8", r"--mesh data=8: samples of the policy in a step \(18\) must be a multiple of 8"),
+        (
+            "data=8",
+            r"--mesh data=8: samples of the policy in a step \(18\) must be a multiple of 8",
+        ),
         ("tensor=8", "8 does not divide 4"),
     ],
 )
