@@ -246,7 +246,11 @@ MUTANTS: tuple[Mutant, ...] = (
             "jnp.sqrt(spread / (n - 1) / n)",
             "jnp.sqrt(spread / n / n)",
         ),
-        ("repeated rows of a last part count", ".at[len(tokens) :].set(0.0)", ""),
+        (
+            "repeated rows of a last part count",
+            "jnp.zeros_like(weights[:missing])",
+            "weights[:missing]",
+        ),
         (
             "a context without Z counts in the mean",
             "value = jnp.sum(estimate.value, where=known) / n",
