@@ -133,7 +133,8 @@ def staged(
     Raises:
         ValueError: for stages that draw nothing first, or make no update; or if what is never drawn
             would count, for f'(∞) is not 0.
-        RunError: as the run begins, for more samples than there is memory for.
+        RunError: as the run begins, for more samples than there is memory for, or draws of which
+            some cannot be held out.
 
     Source: Go et al. 2023 for the gradient; Owen 2013, sections 9.1 and 9.11 for the mixture.
     """
@@ -160,6 +161,7 @@ def staged(
     def begin(params: Params) -> Progress:
         like = _rollout_like(collector, policy_of(params), rng_key)
         _check_memory(like, rows)
+        _check_held_out(like, held_out)
         state, replay = init(params), init_replay(like, rows)
         copy = jax.tree.map(jnp.copy, state.params)
         zero = jnp.zeros((), jnp.int32)
@@ -228,6 +230,17 @@ def _check_memory(like: Rollout, rows: int) -> None:
             f"that {jax.devices()[0].device_kind} has. Draw fewer samples in the stages, or "
             f"shorter ones."
         )
+
+
+def _check_held_out(like: Rollout, held_out: float) -> None:
+    """Whether a part of each draw can be held out, before the first is drawn."""
+    try:
+        add_to_replay(init_replay(like, like.log_q.size), like, batch=0, held_out=held_out)
+    except ValueError as error:
+        raise RunError(
+            f"Stages hold out some of the policy's samples and some of the base model's, of every "
+            f"prompt where there are prompts, so there must be two of each in every draw: {error}"
+        ) from error
 
 
 def _make_update(

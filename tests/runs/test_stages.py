@@ -97,6 +97,13 @@ def test_more_samples_than_there_is_memory_for_are_refused_before_one_is_drawn(m
         stepper.begin(bigram.BASE)
 
 
+def test_draws_of_which_none_can_be_held_out_are_refused_before_the_first():
+    draws, stages = bigram.collector(base_samples=1), [Stage(FORWARD, 64, 4)]
+    stepper = staged(make_tuner, stages, draws, bigram.TARGET, jax.random.key(0))
+    with pytest.raises(RunError, match=r"two of each in every draw: .* a single row"):
+        stepper.begin(bigram.BASE)
+
+
 def test_updates_leave_the_replay_alone_and_draws_the_policy():
     seen = walk(make_stepper(Stage(FORWARD, 64, 4)))
     policies = [np.asarray(progress.state.params) for _, progress in seen]
