@@ -62,7 +62,7 @@ RANGES = {
     "pairs_per_prompt": Range(1, ROWS),
     "pairs_per_step": Range(1, ROWS),
     "patience": Range(1, MANY),
-    "process": Range(0, 2**16),
+    "process": Range(0, 2**16 - 1),
     "processes": Range(1, 2**16),
     "prompts_per_batch": Range(1, ROWS),
     "prompts_per_step": Range(2, ROWS),  # for a single prompt there is lexical_constraint

@@ -84,7 +84,8 @@ def test_there_is_a_row_for_every_number_and_no_other():
 def allowed():
     """A configuration of each command, with what must be given."""
     found = {name: parse(config_of(name), name, others) for name, (_, others) in COMMANDS.items()}
-    return found | {"settings": Settings()}
+    several = {"coordinator": "here:1", "processes": 2**16, "process": 0, "mesh": "data=-1"}
+    return found | {"settings": Settings(run_folder=Path("run"), **several)}
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,10 @@ def _headers(path: Path) -> list[_Stored]:
 def _read(tensor: _Stored, dtype: DTypeLike, sharding: Sharding | None = None) -> Array:
     import safetensors
 
-    with safetensors.safe_open(tensor.file, framework="np") as file:
+    # What the dtype does not reach becomes infinite, which is looked for afterwards.
+    with safetensors.safe_open(tensor.file, framework="np") as file, np.errstate(over="ignore"):
         if sharding is None:
-            return jnp.asarray(file.get_tensor(tensor.name), dtype)
+            return jnp.asarray(file.get_tensor(tensor.name).astype(dtype))
         part = file.get_slice(tensor.name)
         return jax.make_array_from_callback(
             tensor.shape, sharding, lambda index: np.asarray(part[index]).astype(dtype)
