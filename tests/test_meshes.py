@@ -107,22 +107,23 @@ BLOCKS = gpt2.GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=16, n_
 """Nearly all of its parameters are in blocks."""
 
 
-def compiled_update(layout):
+def compiled_update(layout, rows=8, microbatch_size=None):
     """Of that model, by shapes alone."""
     params = jax.eval_shape(lambda: gpt2.init_params(BLOCKS, jax.random.key(0)))
     model = make_model(jnp.float32)._replace(logits_fn=gpt2.logits_fn(BLOCKS))
     model = on_mesh(model, sharding.make_mesh(layout), gpt2.RULES)
     log_prob_fn = make_log_prob_fn(model.logits_fn)
-    tuner = fjax.fdpg(log_prob_fn, optax.sgd(0.1), divergence=fjax.jensen_shannon())
+    options = {"divergence": fjax.jensen_shannon(), "microbatch_size": microbatch_size}
+    tuner = fjax.fdpg(log_prob_fn, optax.sgd(0.1), **options)
     state = jax.eval_shape(tuner.init, params)
     state = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         state,
         model.shardings(state),
     )
-    tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
-    numbers = jax.ShapeDtypeStruct((8,), jnp.float32)
-    rollout = fjax.Rollout(tokens, jax.ShapeDtypeStruct((8, 4), bool), numbers, numbers)
+    tokens = jax.ShapeDtypeStruct((rows, 4), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    rollout = fjax.Rollout(tokens, jax.ShapeDtypeStruct((rows, 4), bool), numbers, numbers)
     return compile_to_inspect(sharding.jit_for(tuner.update, state).lower(state, rollout)), params
 
 
@@ -213,3 +214,24 @@ def test_a_folder_is_read_straight_into_shards(tmp_path, monkeypatch):
         if theirs.ndim == 2:
             assert {shard.data.size for shard in ours.addressable_shards} == {theirs.size // 8}
     assert all(part.size == np.prod(shape) // 8 for shape, part in parts if len(shape) == 2)
+
+
+def test_micro_batches_leave_rows_where_they_are():
+    """Each device has its own rows in every part; parts of rows that follow would be gathered."""
+    compiled, params = compiled_update("data=8", rows=32, microbatch_size=8)
+    assert collective_bytes(compiled).get("all-gather", 0) < 0.01 * bytes_per_device(params)
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory():
+    params = gpt2.init_params(BLOCKS, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (64, 8), 0, 32)
+    found = {}
+    for remat in (False, True):
+        score = make_log_prob_fn(gpt2.logits_fn(BLOCKS, remat=remat))
+        total = lambda params, score=score: score(params, tokens, tokens >= 0).sum()  # noqa: E731
+        gradient = jax.jit(jax.grad(total))
+        memory = program_memory(compile_to_inspect(gradient.lower(params))).temporary
+        found[remat] = gradient(params), memory
+    for ours, theirs in zip(*(jax.tree.leaves(found[remat][0]) for remat in found), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert found[True][1] < found[False][1] / 2

@@ -59,12 +59,12 @@ def run_task(task: Task, config: Any) -> int:
         RunError: for whatever the user can put right.
     """
     settings: Settings = config.settings
-    make_target = task.make_target(config)  # what is wrong with it is said before minutes are spent
-    display = Display()
     if settings.dry_run:
         from .dry_run import dry_run  # which is made of what is here
 
-        return dry_run(task, config, display)
+        return dry_run(task, config, Display())
+    make_target = task.make_target(config)  # what is wrong with it is said before minutes are spent
+    display = Display()
     display.say("Loading the model.")
     model = load_model(settings)
     begun = None if settings.start is None else load_aligned(settings, model, settings.start)

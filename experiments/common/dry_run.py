@@ -67,7 +67,7 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
         for kind, size in collective_bytes(program).items()
     ]
     if moved:
-        display.table("What is moved between devices, of a loop in one turn", ["", "MiB"], moved)
+        display.table("Moved between devices", ["", "MiB"], moved)
     counted = bytes_per_device((state, rollout, model.params if settings.lora_rank else ()))
     display.say(
         f"Arguments of the update: {counted:,} bytes by these shapes, {update.arguments:,} by XLA."
