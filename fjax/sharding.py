@@ -37,6 +37,7 @@ __all__ = [
     "check_rows",
     "devices_of",
     "divide",
+    "gather_all",
     "jit_for",
     "jit_update",
     "make_mesh",
@@ -236,6 +237,13 @@ def divide(params: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
         return x if whole == spec else Divided(x, sharding, NamedSharding(mesh, whole))
 
     return jax.tree.map(leaf, params, make_shardings(params, rules, mesh))
+
+
+def gather_all(params: PyTree) -> PyTree:
+    """What `divide` has divided, whole again, for models that do not gather themselves."""
+    is_divided = lambda x: isinstance(x, Divided)  # noqa: E731
+    whole = lambda x: x.gather(x.parts.dtype) if is_divided(x) else x  # noqa: E731
+    return jax.tree.map(whole, params, is_leaf=is_divided)
 
 
 def _without_fsdp(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:

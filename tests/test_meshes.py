@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 import fjax
 from fjax import rollouts, sharding
@@ -90,7 +91,7 @@ def test_a_layout_takes_the_steps_of_one_device(layout, case, on_one_device):
     expected, last = on_one_device[case]
     with jax.enable_x64(case == "float64"):
         mesh = sharding.make_mesh(layout)
-        model = shard_model(make_model(dtype), mesh, rules=gpt2.RULES)
+        model = shard_model(make_model(dtype), mesh, rules=gpt2.RULES, gathers=True)
         seen, state = align(model, optimizer, 16 if case == "float64" else None)
     for (tokens, *numbers), (tokens_there, *numbers_there) in zip(seen, expected, strict=True):
         np.testing.assert_array_equal(tokens, tokens_there)
@@ -235,3 +236,22 @@ def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory():
     for ours, theirs in zip(*(jax.tree.leaves(found[remat][0]) for remat in found), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert found[True][1] < found[False][1] / 2
+
+
+def test_a_model_of_ones_own_need_not_know_of_a_mesh():
+    """A bigram: its functions are given whole arrays, however they are sharded."""
+    table = jax.random.normal(jax.random.key(0), (24, 24))
+    bigram = make_model(jnp.float32)._replace(
+        params={"table": table},
+        logits_fn=lambda params, tokens, where=None, *, start=0: params["table"][tokens[:, start:]],
+        decode_fn=lambda params, tokens, cache, where=None: (params["table"][tokens[:, -1]], cache),
+        init_cache=lambda rows, columns: (),
+    )
+    tokens = jnp.arange(16).reshape(8, 2)
+    second = tokens % 2 == 1
+    expected = make_log_prob_fn(bigram.logits_fn)(bigram.params, tokens, second)
+    rules = [("table", (PartitionSpec("fsdp", "tensor"),))]
+    model = shard_model(bigram, sharding.make_mesh("fsdp=4,tensor=2"), rules=rules)
+    assert model.params["table"].addressable_shards[0].data.shape == (6, 12)
+    found = jax.jit(make_log_prob_fn(model.logits_fn))(model.params, tokens, second)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -9,13 +9,26 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fjax.models.base import LanguageModel
-from fjax.sharding import Rules, divide, make_shardings, place, row_devices, spread_rows
-from fjax.types import DecodeFn, LogitsFn
+from fjax.sharding import (
+    Rules,
+    divide,
+    gather_all,
+    make_shardings,
+    place,
+    row_devices,
+    spread_rows,
+)
+from fjax.types import DecodeFn, LogitsFn, Params
 
 __all__ = ["shard_model"]
 
+Prepare = Callable[[Params], Params]
+"""Parameters as they come -> as the model's functions take them."""
 
-def shard_model(model: LanguageModel, mesh: Mesh, *, rules: Rules) -> LanguageModel:
+
+def shard_model(
+    model: LanguageModel, mesh: Mesh, *, rules: Rules, gathers: bool = False
+) -> LanguageModel:
     """The same model with its parameters, batches and caches sharded over a mesh.
 
     Its functions are the same up to rounding, and their callers need not know of the mesh: they
@@ -26,19 +39,29 @@ def shard_model(model: LanguageModel, mesh: Mesh, *, rules: Rules) -> LanguageMo
         model: with its parameters on one device, or on the host.
         mesh: as `fjax.sharding.make_mesh` makes it.
         rules: of its family, see `fjax.sharding.Rules`.
+        gathers: whether its functions take `fjax.sharding.Divided` parameters and gather each where
+            it is used, as those of fjax's own families do. Else all are gathered beforehand.
 
     Raises:
         ValueError: if the mesh does not divide a parameter or the heads.
     """
     check_heads(model.config, mesh)
-    return on_mesh(model._replace(params=place(model.params, rules, mesh)), mesh, rules)
+    placed = model._replace(params=place(model.params, rules, mesh))
+    return on_mesh(placed, mesh, rules, gathers=gathers)
 
 
-def on_mesh(model: LanguageModel, mesh: Mesh, rules: Rules) -> LanguageModel:
+def on_mesh(
+    model: LanguageModel, mesh: Mesh, rules: Rules, *, gathers: bool = True
+) -> LanguageModel:
     """A model whose parameters are sharded already."""
+
+    def prepare(params: Params) -> Params:
+        divided = divide(params, rules, mesh)
+        return divided if gathers else gather_all(divided)
+
     return model._replace(
-        logits_fn=_logits_fn(model.logits_fn, mesh, rules),
-        decode_fn=_decode_fn(model.decode_fn, mesh, rules),
+        logits_fn=_logits_fn(model.logits_fn, mesh, prepare),
+        decode_fn=_decode_fn(model.decode_fn, mesh, prepare),
         init_cache=_init_cache(model.init_cache, mesh),
         shardings=partial(make_shardings, rules=rules, mesh=mesh),
     )
@@ -58,17 +81,17 @@ def _rows(x: Any, mesh: Mesh) -> Any:
     return spread_rows(x, mesh) if len(x) % row_devices(mesh) == 0 else x
 
 
-def _logits_fn(logits_fn: LogitsFn, mesh: Mesh, rules: Rules) -> LogitsFn:
+def _logits_fn(logits_fn: LogitsFn, mesh: Mesh, prepare: Prepare) -> LogitsFn:
     def apply(params, tokens, where=None, **options):
-        logits = logits_fn(divide(params, rules, mesh), _rows(tokens, mesh), where, **options)
+        logits = logits_fn(prepare(params), _rows(tokens, mesh), where, **options)
         return _rows(logits, mesh)
 
     return apply
 
 
-def _decode_fn(decode_fn: DecodeFn, mesh: Mesh, rules: Rules) -> DecodeFn:
+def _decode_fn(decode_fn: DecodeFn, mesh: Mesh, prepare: Prepare) -> DecodeFn:
     def apply(params, tokens, cache, where=None):
-        logits, cache = decode_fn(divide(params, rules, mesh), _rows(tokens, mesh), cache, where)
+        logits, cache = decode_fn(prepare(params), _rows(tokens, mesh), cache, where)
         # The whole vocabulary of a row on one device, to be drawn from as on one.
         return _rows(logits, mesh), _spread_cache(cache, mesh)
 
