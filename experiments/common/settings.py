@@ -156,9 +156,9 @@ class Settings:
     """Where the run writes everything. Without it a new folder under runs/ is chosen, or with
     --resume the newest one is taken."""
     tensorboard: bool = False
-    """Write all figures for TensorBoard too, into the run folder."""
+    """Write all figures for TensorBoard too, and samples as a table, into the run folder."""
     wandb_project: str | None = None
-    """Send all figures to this project of Weights & Biases, too."""
+    """Send all figures, and samples as a table, to this project of Weights & Biases, too."""
     wandb_mode: Literal["online", "offline"] = "online"
     """offline keeps them in the run folder, for `wandb sync`."""
     resume: bool = False

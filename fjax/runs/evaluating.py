@@ -72,7 +72,7 @@ def evaluate_now(run: Run, progress: Progress, step: int, begun: float) -> Evalu
     record = as_record(evaluation.figures, step, time.monotonic() - begun, drawn)
     run.logger.log(record)
     run.kept.records[step] = record
-    keep_samples(run.folder, evaluation, step)
+    run.logger.log_samples(keep_samples(run.folder, evaluation, step))
     if step < run.schedule.steps:  # the last is shown by the summary, beside the first
         run.display.evaluation(evaluation, step, run.aim)
     bound = run.target.bound

@@ -27,19 +27,29 @@ def as_target_record(exact: Exact) -> dict:
     return record | {"kind": "target"} | counts
 
 
-def keep_samples(folder: Path, evaluation: Evaluation, step: int) -> None:
-    """Some samples, from all contexts; and with contexts, the means of each."""
+def sample_records(evaluation: Evaluation, step: int) -> list[dict]:
+    """Some samples, from all contexts, each with what the target says of it."""
     samples, features = evaluation.samples, evaluation.samples.features
-    count = len(samples.texts)
+    records = []
+    for i in np.linspace(0, len(samples.texts) - 1, min(64, len(samples.texts))).astype(int):
+        prompt = {"prompt": samples.prompts[i]} if samples.prompts[i] else {}
+        record = {"step": step, **prompt, "text": samples.texts[i]}
+        records.append(record | {k: v[i] for k, v in features.items()})
+    return records
+
+
+def keep_samples(folder: Path, evaluation: Evaluation, step: int) -> list[dict]:
+    """Writes some samples, and with contexts the means of each; returns the samples."""
+    samples, records = evaluation.samples, sample_records(evaluation, step)
     with JsonlLogger(folder / SAMPLES) as logger:
-        for i in np.linspace(0, count - 1, min(64, count)).astype(int):
-            prompt = {"prompt": samples.prompts[i]} if samples.prompts[i] else {}
-            record = {"step": step, **prompt, "text": samples.texts[i]}
-            logger.log(record | {k: v[i] for k, v in features.items()})
+        for record in records:
+            logger.log(record)
     if evaluation.log_z is None:
-        return
+        return records
     with JsonlLogger(folder / CONTEXTS) as logger:
-        means = {k: samples.table(v).mean(axis=1) for k, v in features.items()}
-        for i, prompt in enumerate(samples.prompts[:: count // len(evaluation.log_z)]):
+        means = {k: samples.table(v).mean(axis=1) for k, v in samples.features.items()}
+        count = len(samples.texts) // len(evaluation.log_z)
+        for i, prompt in enumerate(samples.prompts[::count]):
             record = {"step": step, "prompt": prompt, "log_z": evaluation.log_z[i]}
             logger.log(record | {k: v[i] for k, v in means.items()})
+    return records

@@ -13,7 +13,7 @@ from fjax.runs.endings import Stop
 from fjax.runs.folder import OpenRun
 from fjax.runs.resume import Schedule
 from fjax.runs.steps import Stepper
-from fjax.training import Checkpoints, Logger
+from fjax.training import Checkpoints, FanOut
 from fjax.types import Params, PRNGKeyArray
 
 EVALUATION_KEY, TARGET_KEY, ADAPTERS_KEY = 2**31 - 1, 2**31 - 2, 2**31 - 3
@@ -66,7 +66,7 @@ class Run(NamedTuple):
     exact: Exact | None
     rng_key: PRNGKeyArray
     checkpoints: Checkpoints
-    logger: Logger
+    logger: FanOut
     display: Display
     kept: Kept
     stop: Stop

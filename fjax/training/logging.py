@@ -4,7 +4,7 @@ The lines are what runs are read back from.
 
 A record is a mapping of names to values. ``step`` says when it is from, and ``kind`` of what it is
 (``"step"``, ``"evaluation"``): TensorBoard and W&B group by it, as in ``evaluation/entropy``, and
-get its finite numbers alone.
+get its finite numbers alone. Samples of an evaluation go to them as a table.
 """
 
 import codecs
@@ -19,12 +19,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from fjax import _markdown
 from fjax._optional import import_optional
+
+TABLE = "evaluation/samples"
+"""What the table of samples is called."""
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """Where metrics go: one of those below, or anything of your own with these two methods."""
+    """Where metrics go: one of those below, or anything of your own with these two methods.
+
+    With ``log_samples`` it is a `SampleLogger` as well, and shows texts.
+    """
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Takes one record; it has a ``step``."""
@@ -32,6 +39,19 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Called after the last record."""
+        ...
+
+
+@runtime_checkable
+class SampleLogger(Protocol):
+    """What a logger that shows texts has besides; `FanOut` hands them to those that have it."""
+
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Takes some samples of one evaluation.
+
+        Each has ``step``, ``prompt`` where there are prompts, ``text``, and what the target says
+        of it.
+        """
         ...
 
 
@@ -109,6 +129,13 @@ class TensorBoardLogger:
         for name, number in _numbers(record).items():
             self._writer.add_scalar(name, number, int(record["step"]))
 
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes texts and what is said of them as a table, under Text."""
+        columns, rows = _as_rows(records)
+        shown = [[_markdown.as_text(_shown(value)) for value in row] for row in rows]
+        page = _markdown.table([*map(_markdown.as_text, columns)], shown)
+        self._writer.add_text(TABLE, page, int(records[0]["step"]))
+
     def close(self) -> None:
         """Writes what is not yet on disk, and closes the file."""
         self._writer.close()
@@ -165,6 +192,7 @@ class WandbLogger:
             ) from error
         # An axis of our own, since W&B's must never go back, and a resumed run does.
         self._run.define_metric("*", step_metric="step")
+        self._table = wandb.Table
 
     def __enter__(self) -> "WandbLogger":
         return self
@@ -175,6 +203,13 @@ class WandbLogger:
     def log(self, record: Mapping[str, Any]) -> None:
         """Hands over the finite numbers of one record; they are sent in the background."""
         self._run.log(_numbers(record) | {"step": int(record["step"])})
+
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Hands over texts and what is said of them as a table, one a step."""
+        columns, rows = _as_rows(records)
+        # Where a feature is known of some texts alone, the others have None.
+        table = self._table(columns=columns, data=rows, allow_mixed_types=True)
+        self._run.log({TABLE: table, "step": int(records[0]["step"])})
 
     def close(self) -> None:
         """Ends the run: waits until all is sent.
@@ -204,6 +239,12 @@ class FanOut:
         """Hands one record to each."""
         for logger in self._loggers:
             logger.log(record)
+
+    def log_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Hands samples to each that takes them, as `SampleLogger` has it."""
+        for logger in self._loggers:
+            if isinstance(logger, SampleLogger):
+                logger.log_samples(records)
 
     def close(self) -> None:
         """Closes each, the last first."""
@@ -314,6 +355,22 @@ def _numbers(record):
         if name not in ("kind", "step")
     }
     return {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
+
+
+def _as_rows(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns but for ``step``, and a row a record; None where it has no such value."""
+    columns = [*dict.fromkeys(name for record in records for name in record if name != "step")]
+    return columns, [[_scalar(record.get(name)) for name in columns] for record in records]
+
+
+def _scalar(value):
+    """As JSON has it, texts as they are; W&B's page reads no infinity."""
+    return value if isinstance(value, str) else _plain(value)
+
+
+def _shown(value) -> str:
+    """As a person reads it."""
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _plain(value):

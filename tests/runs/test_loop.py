@@ -40,10 +40,13 @@ class Records:
     """A logger of one's own."""
 
     def __init__(self):
-        self.taken, self.closed = [], 0
+        self.taken, self.texts, self.closed = [], [], 0
 
     def log(self, record):
         self.taken.append(dict(record))
+
+    def log_samples(self, records):
+        self.texts += records
 
     def close(self):
         self.closed += 1
@@ -136,6 +139,8 @@ def test_what_a_run_leaves(finished):
 def test_a_logger_of_one_s_own_gets_every_record_and_is_closed(finished):
     names = [(record["kind"], record["step"]) for record in finished.logger.taken]
     assert names == [(record["kind"], record["step"]) for record in read_metrics(finished.folder)]
+    texts = [record["text"] for record in read_samples(finished.folder)]
+    assert [record["text"] for record in finished.logger.texts] == texts
     assert finished.logger.closed == 1
 
 

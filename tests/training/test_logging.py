@@ -278,6 +278,34 @@ def test_a_resumed_run_hides_from_tensorboard_what_it_repeats(tmp_path):
     assert purged == [3]
 
 
+SAMPLES = [
+    {"step": 2, "prompt": "A | <b>", "text": "one\n*two*", "satisfaction": np.float32(1), "r": 2.0},
+    {"step": 2, "text": "", "satisfaction": np.float32(0), "r": -np.inf, "n": np.int64(3)},
+]
+
+
+def test_tensorboard_has_the_samples_of_an_evaluation_as_a_table(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with FanOut([TensorBoardLogger(tmp_path), JsonlLogger(tmp_path / "metrics.jsonl")]) as logger:
+        logger.log_samples(SAMPLES)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == []  # figures alone
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    data, shown = path.read_bytes(), {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        for value in event.summary.value:
+            shown[value.tag, event.step] = value.tensor.string_val[0].decode()
+    assert list(shown) == [("evaluation/samples/text_summary", 2)]
+    assert shown.popitem()[1].splitlines() == [
+        "| prompt | text | satisfaction | r | n |",
+        "| --- | --- | --- | --- | --- |",
+        r"| A \| &lt;b> | one \*two\* | 1 | 2 |  |",
+        "|  |  | 0 | -inf | 3 |",
+    ]
+
+
 def read_wandb(folder):
     """The records of a run's file: in blocks of 32 KiB, whole or in parts, each behind a header of
     7 bytes."""
@@ -307,6 +335,7 @@ def test_wandb_without_network_or_account_keeps_the_finite_numbers(tmp_path, mon
         # as a resumed run goes back
         for record in [*RECORDS, {"kind": "step", "step": 1, "log_z": -4.5}]:
             logger.log(record)
+        logger.log_samples(SAMPLES)
     # what W&B does at the end of a process: its service writes the last of the file
     wandb.teardown()
     records = read_wandb(tmp_path / "run")
@@ -321,6 +350,11 @@ def test_wandb_without_network_or_account_keeps_the_finite_numbers(tmp_path, mon
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in row}
         for row in items
     ]
+    assert (rows[-1]["step"], "evaluation/samples" in rows.pop()) == (2, True)
+    (path,) = (tmp_path / "run").rglob("*.table.json")
+    table = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert table["columns"] == ["prompt", "text", "satisfaction", "r", "n"]
+    assert table["data"] == [["A | <b>", "one\n*two*", 1, 2, None], [None, "", 0, "-inf", 3]]
     assert [row["step"] for row in rows] == [1, 1, 2, 1]
     found = {
         (name, row["step"]): value for row in rows for name, value in row.items() if "/" in name
