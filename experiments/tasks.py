@@ -4,6 +4,7 @@ from .common.task import Task
 from .conditional.target import TASK as CONDITIONAL
 from .gender_balance.target import TASK as GENDER_BALANCE
 from .lexical_constraint.target import TASK as LEXICAL_CONSTRAINT
+from .moments.target import TASK as MOMENTS
 from .preference_pairs.target import TASK as PREFERENCE_PAIRS
 from .sentiment_reward.target import TASK as SENTIMENT_REWARD
 
@@ -11,6 +12,7 @@ TASKS: tuple[Task, ...] = (
     LEXICAL_CONSTRAINT,
     SENTIMENT_REWARD,
     GENDER_BALANCE,
+    MOMENTS,
     CONDITIONAL,
     PREFERENCE_PAIRS,
 )

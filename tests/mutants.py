@@ -423,4 +423,27 @@ MUTANTS: tuple[Mutant, ...] = (
             "unit = divergence",
         ),
     ),
+    *_of(
+        "experiments/common/moments.py",
+        "tests/experiments/test_moments.py tests/experiments/test_exact.py",
+        (
+            "a bound counts the lower end of every feature",
+            "np.maximum(soft * low, soft * high)",
+            "np.minimum(soft * low, soft * high)",
+        ),
+    ),
+    *_of(
+        "experiments/moments/target.py",
+        "tests/experiments/test_moments.py",
+        (
+            "every target is taken for a constraint times the base",
+            "if coefficients.tolist() == [np.inf] else None",
+            "if len(coefficients) else None",
+        ),
+        (
+            "a bound of what was never bounded",
+            "if len(yes_or_no) == len(wanted) else None",
+            "if len(yes_or_no) else None",
+        ),
+    ),
 )

@@ -55,6 +55,7 @@ RANGES = {
     "max_tokens": Range(1, 16),
     "microbatch_size": Range(1, ROWS),
     "minibatch_size": Range(2, ROWS),
+    "moment": Range(-1e6, 1e6),
     "n_embd": Range(1, 2**16),
     "n_head": Range(1, 1024),
     "n_layer": Range(1, 1024),

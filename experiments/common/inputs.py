@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fjax.models import LanguageModel
 from fjax.runs.folder import MAY_CHANGE
@@ -14,7 +15,7 @@ from fjax.training._digests import describe_arrays, digest_text
 
 from .functions import load_function
 
-FUNCTIONS = ("predicate", "reward")
+FUNCTIONS = ("predicate", "reward", "target")
 """Settings that may be module:function; of a function the file it stands in counts, not what that
 imports."""
 
@@ -34,8 +35,7 @@ def input_digests(config, model: LanguageModel, start: LanguageModel | None) -> 
 
 def _paths(config) -> Iterator[tuple[str, Path]]:
     """(flag and value, file or folder) of all that the run reads besides the model."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
+    for name, value in _values(config):
         flag = f"--{name.replace('_', '-')} {value}"
         if dataclasses.is_dataclass(value):
             yield from _paths(value)
@@ -49,6 +49,14 @@ def _paths(config) -> Iterator[tuple[str, Path]]:
         # The corpora are read to train the reward, whose folder is looked at.
         elif isinstance(value, Path) and name != "corpora" and name not in MAY_CHANGE:
             yield flag, value
+
+
+def _values(config) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every field, and of each value of a field that has several."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            yield field.name, one
 
 
 def _of_model(model: LanguageModel) -> str:

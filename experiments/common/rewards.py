@@ -26,10 +26,7 @@ def make_reward(reward: str, reward_folder: Path, corpora: Path) -> Rewards:
         RunError: if it cannot be loaded.
     """
     if ":" in reward:
-        users = checked(load_function(reward, "--reward"), reward)
-        # whatever is wrong with it is said before minutes are spent
-        users(["a film .", "another film ."])
-        return users
+        return load_scorer(reward, "--reward")
     folder = reward_folder if reward == "sentiment" else Path(reward)
     if reward == "sentiment" and not (folder / "config.json").is_file():
         print(f"There is no reward model in {folder} yet; training it (once).")
@@ -44,6 +41,18 @@ def make_reward(reward: str, reward_folder: Path, corpora: Path) -> Rewards:
             f"are, without end tokens."
         )
     return partial(reward_model.score_texts, model)
+
+
+def load_scorer(name: str, flag: str) -> Rewards:
+    """The function of ``module:function``, checked, and called once: whatever is wrong with it is
+    said before minutes are spent.
+
+    Raises:
+        RunError: if it cannot be imported, or its answer is not one number a text.
+    """
+    users = checked(load_function(name, flag), name)
+    users(["a film .", "another film ."])
+    return users
 
 
 def checked(function: Callable, title: str) -> Rewards:
@@ -65,8 +74,8 @@ def checked(function: Callable, title: str) -> Rewards:
         if len(bad):
             first = int(bad[0])
             raise RunError(
-                f"{title} returned {given[first]} for the text {texts[first]!r:.200}; rewards are "
-                f"finite float32."
+                f"{title} returned {given[first]} for the text {texts[first]!r:.200}; its "
+                f"numbers must be finite float32."
             )
         return values
 

@@ -54,7 +54,8 @@ class Task(NamedTuple):
     title: (config) -> what a run of it is called.
     make_target: (config) -> how to make the target once the model is loaded; whatever is wrong with
         the configuration is said by the first call, which takes no time.
-    headlines: figures that it is about, first in tables and curves.
+    headlines: figures that it is about, first in tables and curves; none where the user names them,
+        and each run's config.json has them.
     make_contexts: (config, model) -> the prompts of a conditional target.
     make_stepper: (config, built) -> how to move, if not by samples of the policy.
     """

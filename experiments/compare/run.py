@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fjax.runs import RunError
+from fjax.runs.aim import read_aim
 from fjax.runs.folder import is_begun, is_finished, locked, write_text
 
 from ..common.command import called
@@ -105,6 +106,7 @@ def report(config: Config, folder: Path, done: Sequence[Place], missing: Sequenc
         raise RunError(f"There is no finished run of {config.task} in {folder} to report on.")
     results = [read_result(place) for place in done]
     headlines = next(task.headlines for task in TASKS if task.name == config.task)
+    headlines = headlines or read_aim(results[0].config).headlines
     figures = config.figures or (*headlines, *table.REPORTED)
     unknown = [
         name for name in config.figures if not any(name in result.last for result in results)

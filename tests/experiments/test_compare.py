@@ -495,7 +495,7 @@ def test_labels_of_configurations(config, label):
 def test_the_table_begins_with_the_headlines_of_the_task(task):
     last = dict.fromkeys((*table.REPORTED, *task.headlines), 0.4)
     header, *_ = table.rows([result("a", 0, last)], [], (*task.headlines, *table.REPORTED))
-    assert header.startswith(f"|  | {' | '.join(map(title_of, task.headlines))} | KL(π‖a) |")
+    assert header.startswith(" | ".join(["| ", *map(title_of, task.headlines), "KL(π‖a) |"]))
 
 
 # Two headlines; and steps on pairs, which have a margin and no pseudo-reward.

@@ -69,7 +69,7 @@ def test_a_task_is_a_folder_with_all_that_it_takes(task):
     assert Path(inspect.getfile(task.config)).parent == folder
     assert isinstance(task.config().settings, Settings)
     assert isinstance(task.title(task.config()), str)
-    assert task.headlines
+    assert task.headlines or task.name == "moments"  # which the user names
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,6 +26,7 @@ from .commands import TINY
 # Command -> the module of its Config, and what must be given besides.
 COMMANDS = {
     **{task.name: (f"{task.name}.config", ()) for task in TASKS},
+    "moments": ("moments.config", ("--target", "mine:about_food", "--moment", "0.5")),
     "compare": ("compare.config", ("--task", "lexical_constraint", "--objectives", "ppo")),
     "pretrain": ("pretrain.config", ()),
     "make_pairs": ("preference_pairs.make_pairs", ()),
