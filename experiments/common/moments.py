@@ -4,6 +4,7 @@ with its errors, and refused where the samples have no such distribution.
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,7 @@ def fit(
 
 
 def make_log_score(
-    names: Sequence[str], coefficients: np.ndarray
+    names: Sequence[str], coefficients: jax.Array
 ) -> Callable[[np.ndarray, Features], np.ndarray]:
     """(log a, features) -> log a(x) + λ·φ(x), infinite λ standing for a hard constraint."""
 

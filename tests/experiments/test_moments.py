@@ -167,7 +167,7 @@ def test_moments_that_cannot_be_had_are_named_before_any_step(built, target, mom
 
 def test_a_function_that_says_something_new_is_named(built):
     made = target_of(built, "changes_its_mind", (0.5,))
-    with pytest.raises(RunError, match="and is 0.5 for the text 'odd'"):
+    with pytest.raises(RunError, match="5 for the text 'odd'"):
         made.features([""] * 2, ["w9", "odd"])
 
 
