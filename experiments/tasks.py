@@ -6,6 +6,7 @@ from .gender_balance.target import TASK as GENDER_BALANCE
 from .lexical_constraint.target import TASK as LEXICAL_CONSTRAINT
 from .moments.target import TASK as MOMENTS
 from .preference_pairs.target import TASK as PREFERENCE_PAIRS
+from .rlhf.target import TASK as RLHF
 from .sentiment_reward.target import TASK as SENTIMENT_REWARD
 
 TASKS: tuple[Task, ...] = (
@@ -14,6 +15,7 @@ TASKS: tuple[Task, ...] = (
     GENDER_BALANCE,
     MOMENTS,
     CONDITIONAL,
+    RLHF,
     PREFERENCE_PAIRS,
 )
 """In the order in which the README tells of them."""

@@ -53,16 +53,20 @@ class Prompts(NamedTuple):
 
     Attributes:
         texts: of the prompts.
-        tokens: ``[C, P]``; each row is the token that starts a text, and the prompt.
+        tokens: ``[C, P]``; each row is the token that starts a text, and the prompt; what a chat
+            template makes has its own start.
         where: ``[C, P]``; True at real tokens, that first one among them.
         references: what followed in the source, beginning with a space where a word began; ""
             where unknown.
+        given: what a target's features are given of each prompt, if not its text: messages, an
+            answer to compare with, whatever they ask for.
     """
 
     texts: list[str]
     tokens: np.ndarray
     where: np.ndarray
     references: list[str]
+    given: list[Any] | None = None
 
 
 class Contexts(NamedTuple):
@@ -358,7 +362,7 @@ def model_collector(
 ) -> Collector:
     """`make_collector` of a `fjax.models.LanguageModel`, or whatever has its fields.
 
-    It uses the model's own sampler and tokenizer, and the end of a sequence as the start of a text.
+    It uses the model's own sampler and tokenizer; a text without a prompt starts with ``bos_id``.
 
     With a transform the policy is the transformed distribution: give it to the tuner's
     `make_log_prob_fn` too.
@@ -379,7 +383,7 @@ def model_collector(
         ),
         model.params,
         make_decode(model.tokenizer),
-        start_id=model.eos_id,
+        start_id=model.eos_id if model.bos_id is None else model.bos_id,
         samples=samples,
         base_samples=base_samples,
         contexts=contexts,

@@ -71,6 +71,7 @@ RANGES = {
     "resume_from": Range(0, MANY),
     "reward_beta": Range(1e-6, 1e6),
     "reward_max": Range(-1e6, 1e6),
+    "reward_weights": Range(-1e6, 1e6),
     "rounds": Range(1, 10_000),
     "rows": Range(1, ROWS),
     "samples": Range(1, ROWS),

@@ -44,7 +44,7 @@ def _paths(config) -> Iterator[tuple[str, Path]]:
             yield from [] if source is None else [(flag, Path(source))]
         elif name == "reward" and value != "sentiment":
             yield flag, Path(value)
-        elif name == "reward_folder" and config.reward != "sentiment":
+        elif name == "reward_folder" and ("reward", "sentiment") not in _values(config):
             continue
         # The corpora are read to train the reward, whose folder is looked at.
         elif isinstance(value, Path) and name != "corpora" and name not in MAY_CHANGE:

@@ -1,10 +1,10 @@
-"""Prompts: encoded for the sampler, read from a file, or the openings of sentences that no model
-has seen."""
+"""Prompts as the sampler wants them: from files, put through the tokenizer's chat template where
+they are conversations, or the openings of sentences that no model has seen."""
 
-import codecs
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,22 +12,34 @@ from fjax.rollouts import Prompts
 from fjax.runs import RunError
 
 from .corpora import held_out, read_labels
+from .prompt_files import LeftOut, Messages, Prompt, form, read_prompt_file
 from .settings import BUILT_IN
 
 SHOWN = 8
 """Line numbers that a report names; there may be thousands."""
 
+TooLong = Literal["drop", "cut", "refuse"]
+"""What becomes of prompts that are too long."""
+
 
 def encode(texts: Sequence[str], tokenizer, *, references: Sequence[str] | None = None) -> Prompts:
     """Token ids of at least one prompt."""
-    end = tokenizer.eos_token_id
-    rows = [[end, *ids] for ids in token_ids(tokenizer, texts)]
-    width = max(map(len, rows))
+    rows = [[start_id(tokenizer), *ids] for ids in token_ids(tokenizer, texts)]
+    given = [""] * len(texts) if references is None else list(references)
+    return Prompts(list(texts), *_padded(rows, tokenizer), given)
+
+
+def start_id(tokenizer) -> int:
+    """The token that stands before a text, as `fjax.models.LanguageModel.bos_id` has it."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if bos is None else bos
+
+
+def _padded(rows: Sequence[list[int]], tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and where, padded on the left."""
+    end, width = tokenizer.eos_token_id, max(map(len, rows))
     tokens = np.array([[end] * (width - len(row)) + row for row in rows], np.int32)
-    where = np.arange(width) >= width - np.array([[len(row)] for row in rows])
-    return Prompts(
-        list(texts), tokens, where, [""] * len(texts) if references is None else list(references)
-    )
+    return tokens, np.arange(width) >= width - np.array([[len(row)] for row in rows])
 
 
 def token_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -59,67 +71,168 @@ def _characters(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_prompts(path: Path, tokenizer, *, max_tokens: int) -> tuple[Prompts, list[str]]:
-    """The prompts of a text file, one a line, and a report of each kind of line that was left out.
+    """`load_prompts` for whoever wants no more of a prompt than its text."""
+    prompts, reports = load_prompts(path, tokenizer, max_tokens=max_tokens)
+    return prompts._replace(given=None), reports
 
-    Spaces around a prompt are dropped: a model's words begin with their space, so it belongs to the
-    continuation. Left out are blank lines, repetitions of an earlier line, prompts of more than
-    ``max_tokens`` tokens of their own, and those that `token_ids` refuses.
+
+def load_prompts(
+    path: Path,
+    tokenizer,
+    *,
+    max_tokens: int,
+    too_long: TooLong = "drop",
+    column: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+) -> tuple[Prompts, list[str]]:
+    """The prompts of a file, each a `Prompt` in ``given``, and a report of each kind of line that
+    was left out or cut.
+
+    Left out are blank lines, repetitions of an earlier line, prompts of more than ``max_tokens``
+    tokens (a text's own; of a conversation all), and texts that `token_ids` refuses. A text is cut
+    from the left, a conversation in its messages, the oldest first.
+
+    Args:
+        path: see `read_prompt_file`.
+        tokenizer: of the model.
+        max_tokens: longest prompt.
+        too_long: leave longer ones out, cut them, or end here.
+        column: of JSON lines, the one that holds the prompts.
+        chat: whether a text is what a user says, rather than to be continued.
+        system: said before each conversation that has no such message.
 
     Raises:
-        RunError: if the file cannot be read, is empty, or nothing of it is left.
+        RunError: if the file cannot be read, a line is no prompt, the chat template is missing or
+            fails, a prompt is too long where that is refused, or nothing is left.
     """
-    lines = _read_lines(path)
-    first = {text: number for number, text in reversed(list(enumerate(lines, 1))) if text}
-    rows = dict(zip(first, _characters(tokenizer, list(first)), strict=True))
-    left_out: dict[str, list[int]] = {
-        "blank": [],
-        "repeated": [],
-        f"longer than {max_tokens} tokens": [],
-        f"read as {tokenizer.eos_token!r} by the tokenizer, in part": [],
-    }
-    blank, repeated, long, unknown = left_out.values()
-    kept = []
-    for number, text in enumerate(lines, 1):
-        if not rows.get(text):
-            blank.append(number)
-        elif first[text] != number:
-            repeated.append(number)
-        elif len(rows[text]) > max_tokens:
-            long.append(number)
-        elif tokenizer.eos_token_id in rows[text]:
-            unknown.append(number)
-        else:
-            kept.append(text)
-    reports = [
-        f"{path}, left out as {why}: {_count(numbers)}."
-        for why, numbers in left_out.items()
-        if numbers
+    prompts, left_out = read_prompt_file(path, column=column)
+    prompts = [
+        _as_chat(prompt, system) if chat or prompt.messages else prompt for prompt in prompts
     ]
+    long: list[int] = left_out.setdefault(f"longer than {max_tokens} tokens", [])
+    unknown = left_out.setdefault(f"read as {tokenizer.eos_token!r} by the tokenizer, in part", [])
+    kept, rows, cut = [], [], []
+    for prompt, row in zip(prompts, _token_rows(path, prompts, tokenizer), strict=True):
+        if len(row) > max_tokens and too_long == "cut":
+            cut.append(prompt.number)
+            row = _cut(path, prompt, row, tokenizer, max_tokens)
+        if len(row) > max_tokens:
+            _check_may_drop(path, prompt, len(row), max_tokens, too_long)
+            long.append(prompt.number)
+        elif prompt.messages is None and tokenizer.eos_token_id in row:
+            unknown.append(prompt.number)
+        else:
+            kept.append(prompt)
+            rows.append(row if prompt.messages else [start_id(tokenizer), *row])
+    reports = _reports(path, left_out, {f"cut to {max_tokens} tokens": cut})
     if not kept:
         raise RunError(
-            f"There is no prompt in {path}. {' '.join(reports)} Give a text file with one prompt a "
-            f"line."
+            f"There is no prompt in {path}. {' '.join(reports)} Give a text file with {form(path)}."
         )
-    return encode(kept, tokenizer), reports
+    references = [str(prompt.columns.get("reference") or "") for prompt in kept]
+    texts = [prompt.text for prompt in kept]
+    return Prompts(texts, *_padded(rows, tokenizer), references, kept), reports
 
 
-def _read_lines(path: Path) -> list[str]:
+def _as_chat(prompt: Prompt, system: str | None) -> Prompt:
+    messages = prompt.messages or [{"role": "user", "content": str(prompt.given)}]
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return prompt._replace(messages=messages)
+
+
+def _token_rows(path: Path, prompts: Sequence[Prompt], tokenizer) -> list[list[int]]:
+    """Token ids of each: of a text its own, of a conversation all that the template makes."""
+    texts = [prompt.text for prompt in prompts if prompt.messages is None]
+    of_texts = iter(_characters(tokenizer, texts))
+    return [
+        next(of_texts)
+        if prompt.messages is None
+        else chat_ids(tokenizer, prompt.messages, f"line {prompt.number} of {path}")
+        for prompt in prompts
+    ]
+
+
+def chat_ids(tokenizer, messages: Messages, title: str) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, or goes on: what the chat
+    template makes of it, which brings its own start and its own end tokens.
+
+    Raises:
+        RunError: if there is no template, it fails, or ends with the end of a sequence.
+    """
+    _check_template(tokenizer, title)
+    begun = messages[-1]["role"] == "assistant"
+    turn = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
+    ids = _template(tokenizer, messages, title, **turn)
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        raise RunError(
+            f"The chat template ends {title} with {tokenizer.eos_token!r}, after which nothing can "
+            f"follow: it has no add_generation_prompt. Take a model whose template has one."
+        )
+    return ids
+
+
+def answered_ids(tokenizer, messages: Messages, answer: str) -> list[int]:
+    """Token ids of a conversation with the assistant's answer, which goes on with what it had
+    begun.
+
+    Raises:
+        RunError: if there is no template, or it fails.
+    """
+    *before, last = messages
+    if last["role"] == "assistant":
+        messages, answer = before, last["content"] + answer
+    whole = [*messages, {"role": "assistant", "content": answer}]
+    _check_template(tokenizer, "a prompt")
+    return _template(tokenizer, whole, "a prompt and its answer")
+
+
+def _check_template(tokenizer, title: str) -> None:
+    if tokenizer.chat_template is None:
+        raise RunError(
+            f"{title} is a conversation, and the tokenizer has no chat template. Take a model that "
+            f"has one (chat_template in tokenizer_config.json), or give texts."
+        )
+
+
+def _template(tokenizer, messages: Messages, title: str, **turn: bool) -> list[int]:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"Cannot read the prompts {path}: {error.strerror}.") from error
-    if not data.strip():
-        raise RunError(f"{path} is empty. Give a text file with one prompt a line.")
-    lines = []
-    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
-        try:
-            lines.append(line.decode().strip())
-        except UnicodeDecodeError as error:
-            raise RunError(
-                f"Line {number} of {path} is not UTF-8 text ({error.reason}). Save the file as "
-                f"UTF-8."
-            ) from error
-    return lines
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **turn)
+    except Exception as error:  # a template is a program, which may fail in any way
+        raise RunError(
+            f"The chat template fails on {title}, {type(error).__name__}: {error!s:.300}"
+        ) from error
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _cut(path: Path, prompt: Prompt, row: list[int], tokenizer, most: int) -> list[int]:
+    """The end of a text; a conversation with less in its messages, the template being whole."""
+    if prompt.messages is None:
+        return row[-most:]
+    messages = [dict(message) for message in prompt.messages]
+    for message in messages:
+        own = _characters(tokenizer, [message["content"]])[0]
+        # By one more each time it is still too long: pieces of a text may tokenize as more.
+        while len(row) > most and own and message["role"] != "system":
+            own = own[len(row) - most :]
+            message["content"] = tokenizer.decode(own)
+            row = chat_ids(tokenizer, messages, f"line {prompt.number} of {path}")
+    return row
+
+
+def _check_may_drop(path: Path, prompt: Prompt, tokens: int, most: int, too_long: TooLong) -> None:
+    if too_long == "refuse":
+        raise RunError(
+            f"Line {prompt.number} of {path} has {tokens} tokens, and --max-prompt-tokens is "
+            f"{most}. Raise that, or leave such prompts out or cut them: --prompts-too-long drop "
+            f"or cut."
+        )
+
+
+def _reports(path: Path, left_out: LeftOut, cut: LeftOut) -> list[str]:
+    said = {f"left out as {why}": numbers for why, numbers in left_out.items()} | cut
+    return [f"{path}, {what}: {_count(numbers)}." for what, numbers in said.items() if numbers]
 
 
 def _count(numbers: list[int]) -> str:

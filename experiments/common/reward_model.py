@@ -2,6 +2,7 @@
 from human labels."""
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from fjax.models import RewardModel, gpt2, load_reward_model, save_reward_model
 from fjax.runs import RunError
 
 from .corpora import batches, held_out, pad, read_labels
-from .prompts import token_ids
+from .prompt_files import Prompt
+from .prompts import answered_ids, token_ids
 from .settings import BUILT_IN
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 3, 64, 3e-4
@@ -122,14 +124,35 @@ def accuracy(model: RewardModel, snippets: Snippets) -> float:
 def score_texts(model: RewardModel, texts: Sequence[str]) -> np.ndarray:
     """Scores of texts in the format of the model, cut to its positions."""
     rows = text_rows(model.tokenizer, texts, model.text_format or "text")
-    return score_rows(model, [row[: model.config.n_positions] for row in rows])
+    return score_rows(model, [row[: _longest(model)] for row in rows])
+
+
+def score_answers(
+    model: RewardModel, prompts: Sequence[Prompt], completions: Sequence[str]
+) -> np.ndarray:
+    """Scores of prompts with their completions: texts in the format of the model, conversations
+    through its own chat template. Of one that is too long the end is scored."""
+    pairs = list(zip(prompts, completions, strict=True))
+    texts = [f"{p.text}{x}" for p, x in pairs if p.messages is None]
+    of_texts = iter(text_rows(model.tokenizer, texts, model.text_format or "text"))
+    rows = [
+        next(of_texts)
+        if p.messages is None
+        else np.asarray(answered_ids(model.tokenizer, p.messages, x), np.int32)
+        for p, x in pairs
+    ]
+    return score_rows(model, [row[-_longest(model) :] for row in rows])
+
+
+def _longest(model: RewardModel) -> int:
+    return sys.maxsize if model.config.max_length is None else model.config.max_length
 
 
 def score_rows(model: RewardModel, rows: list[np.ndarray], *, batch_size: int = 128) -> np.ndarray:
     """Scores of token rows, in batches of one size and one width, so that the program is compiled
     once."""
     score = _compiled(model.score_fn)
-    width = model.config.n_positions
+    width = _longest(model)
     found = []
     for first in range(0, len(rows), batch_size):
         some = rows[first : first + batch_size]

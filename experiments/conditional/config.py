@@ -1,17 +1,15 @@
 """What can be set on the command line of this experiment."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from ..common.arguments import check_numbers
+from ..common.contexts import PromptOptions
 from ..common.settings import Settings
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PromptOptions):
     """Conditional constraints: for every prompt c, continuations that satisfy a predicate, and
     otherwise the base model's own.
 
@@ -31,37 +29,15 @@ class Config:
     predicate: str = "turns"
     """b(x, c): turns (the continuation has a "but" or its like that the prompt has not), repeats
     (it uses a word of the prompt again, of three letters or more), or module:function, a Python
-    function of (prompt, continuation) to True or False."""
-    prompts: Path | None = None
-    """A text file of prompts to align on, one a line. Built in: the first words of film-review
-    sentences that the model has not seen."""
-    unseen_prompts: Path | None = None
-    """A text file of prompts to evaluate on. Without it every fourth of --prompts is kept for
-    that."""
-    prompts_per_step: int = 16
-    """Prompts a step; each gets --samples divided by this."""
-    max_prompt_tokens: int = 32
-    """Longer prompts are left out, and counted."""
-    normalizer: Literal["per-context", "global"] = "per-context"
-    """per-context: each prompt has its own Z_c. global: one Z for all, as if prompts and
-    continuations had one joint target; the prompts where the predicate is easy then take over. To
-    see what it does wrong."""
-    z_samples: int = 128
-    """Samples of the base model for each prompt to evaluate on, drawn once before the first
-    evaluation: its Z_c is estimated from them. Prompts where none of them satisfies the predicate
-    are left out of all figures, and counted."""
+    function of (prompt, continuation), and of the columns of the prompt's line that it names, to
+    True or False."""
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(
         default_factory=lambda: Settings(steps=120, learning_rate=3e-4, max_new_tokens=32)
     )
     """Shared by all experiments."""
 
     def __post_init__(self):
-        check_numbers(self)
-        if self.unseen_prompts is not None and self.prompts is None:
-            raise ValueError(
-                "--unseen-prompts go with --prompts; the built-in prompts have unseen ones of "
-                "their own."
-            )
+        super().__post_init__()
         if self.predicate not in ("turns", "repeats") and ":" not in self.predicate:
             raise ValueError(
                 f"--predicate is turns, repeats or module:function, got {self.predicate!r}."

@@ -6,77 +6,55 @@ import numpy as np
 
 from fjax.evaluation import Features, TextTarget
 from fjax.models import LanguageModel
-from fjax.rollouts import Contexts, Prompts
+from fjax.rollouts import Contexts
 from fjax.runs import RunError
 
-from ..common.build import check_positions
-from ..common.functions import call, load_function, shown
-from ..common.prompts import openings, read_prompts
+from ..common import contexts
+from ..common.functions import call, load_function, shown, taken_by
+from ..common.prompt_files import Prompt, choose_columns
 from ..common.task import Task
 from . import predicates
 from .config import Config
 
-Predicate = Callable[[str, str], bool]
+Predicate = Callable[[Prompt, str], bool]
+
+BUILT_IN = {"turns": predicates.turns, "repeats": predicates.repeats}
 
 
 def make_contexts(config: Config, model: LanguageModel) -> Contexts:
     """The prompts to align on and to evaluate on; what was left out of a file is said."""
-    training, unseen = _prompts(config, model)
-    longest = max(prompts.tokens.shape[1] for prompts in (training, unseen))
-    check_positions(config.settings, model, longest)
-    global_z = config.normalizer == "global"
-    return Contexts(
-        training, unseen, config.prompts_per_step, global_z=global_z, z_samples=config.z_samples
-    )
+    return contexts.make_contexts(config, config.settings, model)
 
 
-def _prompts(config: Config, model: LanguageModel) -> tuple[Prompts, Prompts]:
-    if config.prompts is None:
-        return openings(model.tokenizer)
-    training, reports = read_prompts(
-        config.prompts, model.tokenizer, max_tokens=config.max_prompt_tokens
-    )
-    if config.unseen_prompts is None:
-        kept = np.arange(len(training.texts)) % 4 == 3
-        training, unseen = _some(training, ~kept), _some(training, kept)
-    else:
-        unseen, more = read_prompts(
-            config.unseen_prompts, model.tokenizer, max_tokens=config.max_prompt_tokens
-        )
-        reports += more
-    for report in reports:
-        print(report)
-    known = sorted(set(training.texts) & set(unseen.texts))
-    if known:
-        raise RunError(
-            f"{len(known)} prompts are in both files, {known[0]!r} first. Unseen prompts must not "
-            f"be aligned on."
-        )
-    return training, unseen
+def make_predicate(config: Config, prompts: Sequence[Prompt]) -> Predicate:
+    """A built-in predicate, or the user's, which is tried on the first prompt.
+
+    Raises:
+        RunError: if it cannot be loaded, asks for a column that is not there, or does not answer.
+    """
+    built_in = BUILT_IN.get(config.predicate)
+    if built_in is not None:
+        return lambda prompt, text: built_in(prompt.text, text)
+    function = load_function(config.predicate, "--predicate")
+    taken, title = taken_by(function), config.predicate
+    names = choose_columns(taken, prompts, title, but=taken.leading[:2])
+    asked = checked(function, title)
+
+    def predicate(prompt: Prompt, text: str) -> bool:
+        return asked(prompt.given, text, **{name: prompt.columns.get(name) for name in names})
+
+    # whatever is wrong with it is said before minutes are spent
+    predicate(prompts[0], " and a continuation")
+    return predicate
 
 
-def _some(prompts: Prompts, rows: np.ndarray) -> Prompts:
-    texts, references = (
-        [part[i] for i in np.flatnonzero(rows)] for part in (prompts.texts, prompts.references)
-    )
-    return Prompts(texts, prompts.tokens[rows], prompts.where[rows], references)
-
-
-def load_predicate(config: Config) -> Predicate:
-    """A built-in predicate, or the user's."""
-    built_in = {"turns": predicates.turns, "repeats": predicates.repeats}
-    if config.predicate in built_in:
-        return built_in[config.predicate]
-    return checked(load_function(config.predicate, "--predicate"), config.predicate)
-
-
-def checked(function: Callable, title: str) -> Predicate:
+def checked(function: Callable, title: str) -> Callable[..., bool]:
     """The user's function, whose answer is True or False, or an error that says what it was
     instead."""
 
-    def predicate(prompt: str, continuation: str) -> bool:
+    def predicate(prompt: object, continuation: str, **columns: object) -> bool:
         on = f"the prompt {prompt!r:.100} and the continuation {continuation!r:.200}"
-        answer = call(function, title, on, prompt, continuation)
+        answer = call(function, title, on, prompt, continuation, **columns)
         if not _is_one_truth(answer):
             raise RunError(f"{title} must answer True or False: it gave {shown(answer)} for {on}.")
         return bool(answer)
@@ -95,11 +73,9 @@ def _is_one_truth(answer: object) -> bool:
 
 def make_target(config: Config) -> TextTarget:
     """P_c(x) = a(x|c)·b(x, c)."""
-    predicate = load_predicate(config)
-    # whatever is wrong with it is said before minutes are spent
-    predicate("a prompt", " and a continuation")
+    predicate = make_predicate(config, contexts.read_all(config))
 
-    def features(prompts: Sequence[str], texts: Sequence[str]) -> Features:
+    def features(prompts: Sequence[Prompt], texts: Sequence[str]) -> Features:
         return {
             "satisfaction": np.array(
                 [predicate(c, x) for c, x in zip(prompts, texts, strict=True)], np.float32

@@ -20,8 +20,8 @@ class TextTarget(NamedTuple):
     """What is wanted, over decoded texts: P(x) = exp(log_score(log a(x), φ(x))).
 
     Attributes:
-        features: (prompts, texts) -> numbers a text, whose means are reported; the prompts are
-            empty where there are none.
+        features: (prompts, texts) -> numbers a text, whose means are reported. Of a prompt they are
+            given what `Prompts.given` has, or else its text; "" where there is none.
         log_score: (log_a, features) -> log P of each text, unnormalised; -inf where ruled out.
         headline: the feature that bars and plots show first; "" shows none.
         ratios: name -> (feature, feature), whose means' ratio is reported as well.
@@ -45,7 +45,7 @@ class TextTarget(NamedTuple):
     array([ -3., -inf])
     """
 
-    features: Callable[[Sequence[str], Sequence[str]], Features]
+    features: Callable[[Sequence[Any], Sequence[str]], Features]
     log_score: Callable[[np.ndarray, Features], np.ndarray]
     headline: str = ""
     ratios: Mapping[str, tuple[str, str]] = {}
@@ -217,7 +217,8 @@ def _ask(collector: Collector, target: TextTarget, batch: Batch) -> Scored:
     references = [""] * count
     if unseen is not None and batch.contexts is not None:
         references = [unseen.references[i] for i in batch.contexts]
-    features = ask(target, prompts, texts, share_of_rows(count), count)
+    given = given_of(unseen, batch.contexts, count)
+    features = ask(target, given, texts, share_of_rows(count), count)
     log_score = target.log_score(np.asarray(batch.log_a), features)
     rows = batch.tokens, batch.where, batch.finished, batch.log_proposal, batch.log_a
     return Scored(*rows, log_score, batch.contexts, prompts, texts, references, features)
@@ -225,7 +226,7 @@ def _ask(collector: Collector, target: TextTarget, batch: Batch) -> Scored:
 
 def ask(
     target: TextTarget,
-    prompts: list[str],
+    prompts: Sequence[Any],
     texts: list[str],
     rows: np.ndarray,
     count: int,
@@ -241,6 +242,13 @@ def prompts_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[str]:
     return (
         [""] * rows if prompts is None or contexts is None else [prompts.texts[i] for i in contexts]
     )
+
+
+def given_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[Any]:
+    """What a target's features are given of each row's prompt."""
+    if prompts is None or contexts is None or prompts.given is None:
+        return prompts_of(prompts, contexts, rows)
+    return [prompts.given[i] for i in contexts]
 
 
 def make_base(of_policy: Scored, of_base: Scored) -> Base:

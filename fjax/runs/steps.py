@@ -15,7 +15,7 @@ import numpy as np
 
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, estimate_proposal_gain
-from fjax.evaluation import Features, TextTarget, prompts_of
+from fjax.evaluation import Features, TextTarget, given_of
 from fjax.hosts import fetch, join_rows, own_part, own_rows
 from fjax.rollouts import Batch, Collector, to_rollout
 from fjax.sharding import jit_update
@@ -167,8 +167,7 @@ def score_batch(collector: Collector, target: TextTarget, batch: Batch) -> tuple
     rows, count = own_rows(batch.tokens), len(batch.tokens)
     texts = collector.decode(own_part(batch.tokens), own_part(batch.where))
     contexts = None if batch.contexts is None else fetch(batch.contexts)[rows]
-    prompts = prompts_of(training, contexts, len(texts))
-    found: Features = target.features(prompts, texts)
+    found: Features = target.features(given_of(training, contexts, len(texts)), texts)
     features = {name: join_rows(values, rows, count) for name, values in found.items()}
     log_score = target.log_score(fetch(batch.log_a), features)
     n = batch.from_policy

@@ -195,7 +195,7 @@ def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(model, monkeypat
         (
             {"predicate": f"{HERE}:broken"},
             {},
-            "failed on the prompt 'a prompt' and the continuation ' and a continuation', "
+            "failed on the prompt 'w1 w9' and the continuation ' and a continuation', "
             "ZeroDivisionError",
         ),
         ({"predicate": "nonsense"}, {}, "--predicate is turns, repeats or module:function"),

@@ -186,7 +186,9 @@ def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
         with_prompts = ["--prompts", "~/p"] if command == "conditional" else []
         chosen = parse(config_of(command), command, (*others, *given, *with_prompts))
         for name in paths:
-            assert str(getattr(chosen, name)) in ("/home/me/x", "/home/me/p"), (command, name)
+            value = getattr(chosen, name)
+            (value,) = value if isinstance(value, tuple) else (value,)
+            assert str(value) in ("/home/me/x", "/home/me/p"), (command, name)
     everywhere = ("--task", "lexical_constraint", "--runs", "~/a", "~/b", "--folder", "~/c")
     chosen = parse(config_of("compare"), "compare", everywhere)
     assert chosen.runs == (Path("/home/me/a"), Path("/home/me/b"))
@@ -196,7 +198,8 @@ def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
 
 
 def takes_a_path(hint) -> bool:
-    return hint in (Path, Path | None, arguments.FolderOrName, arguments.FolderOrName | None)
+    word = arguments.FolderOrName
+    return hint in (Path, Path | None, word, word | None, tuple[word, ...])
 
 
 def test_every_word_that_may_be_a_folder_is_taken_as_one():

@@ -1,0 +1,11 @@
+"""Command line: python -m experiments.conditional --help."""
+
+import sys
+
+from ..common.build import main_of
+from .target import TASK
+
+main = main_of(TASK)
+
+if __name__ == "__main__":
+    sys.exit(main())
