@@ -63,9 +63,16 @@ FORBIDDEN = {
     "fjax.runs": {"flax", "transformers", "fjax.models", "tyro"},
     # A family is known where it is listed, and nowhere else.
     "fjax.models.base": {"fjax.models"},
-    "fjax.models.causal": {"fjax.models.families", "fjax.models.gpt2", "fjax.models.huggingface"},
-    "fjax.models.gpt2": {"fjax.models.families", "fjax.models.huggingface"},
-    "fjax.models.huggingface": {"fjax.models.gpt2"},
+    "fjax.models.causal": {
+        "fjax.models.families",
+        "fjax.models.gpt2",
+        "fjax.models.huggingface",
+        "fjax.models.llama",
+        "fjax.models.rope",
+    },
+    "fjax.models.gpt2": {"fjax.models.families", "fjax.models.huggingface", "fjax.models.llama"},
+    "fjax.models.llama": {"fjax.models.families", "fjax.models.gpt2", "fjax.models.huggingface"},
+    "fjax.models.huggingface": {"fjax.models.gpt2", "fjax.models.llama"},
 }
 # Libraries with one home in fjax: a release that breaks them is then mended in one file.
 ONE_HOME = {"transformers": "fjax.models.huggingface", "safetensors": "fjax.models.huggingface"}

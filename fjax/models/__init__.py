@@ -3,6 +3,7 @@
 from fjax.models import (
     _extra,  # noqa: F401 - before all that needs it
     gpt2,
+    llama,
 )
 from fjax.models.base import Family, KVCache, LanguageModel, PretrainedModel, RewardModel
 from fjax.models.families import FAMILIES
@@ -23,6 +24,7 @@ __all__ = [
     "RewardModel",
     "from_pretrained",
     "gpt2",
+    "llama",
     "load_reward_model",
     "save_pretrained",
     "save_reward_model",

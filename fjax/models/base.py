@@ -8,7 +8,7 @@ one line in `fjax.models.families`, or is passed by whoever has it:
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -26,6 +26,7 @@ __all__ = [
     "RewardModel",
     "check_numbers",
     "check_sizes",
+    "family_of",
 ]
 
 TEXT_FORMATS = ("text", "end text", "text end", "end text end")
@@ -210,6 +211,8 @@ class Family(NamedTuple):
         buffers: pattern of names, without prefix, of tensors in a checkpoint that are no
             parameters, such as a causal mask.
         embedding: whole name of the tensor with one row a token, for whoever adds a token.
+        head: key of the parameters, at the top of their tree, of a head that reward models have
+            not; None if there is none beside the embedding.
         rules: how its parameters are sharded over a mesh, see `fjax.sharding.Rules`.
         score_fn: (config, dtype=) -> reward model; None if the family has none.
         score_architecture: transformers' name of the class with a scalar head.
@@ -229,6 +232,26 @@ class Family(NamedTuple):
     tied: Callable[[Any], Mapping[str, str]] = lambda config: {}
     buffers: str = r"(?!)"
     embedding: str | None = None
+    head: str | None = None
     rules: Rules = ()
     score_fn: Callable[..., ScoreFn] | None = None
     score_architecture: str | None = None
+
+
+def family_of(config: Any, families: Sequence[Family]) -> Family:
+    """The family of a model, by the class of its configuration.
+
+    Families that share a class are told apart by the ``model_type`` that the configuration has.
+
+    Raises:
+        ValueError: if it is of none of them.
+    """
+    for family in families:
+        kind = getattr(config, "model_type", family.model_types[0])
+        if isinstance(config, family.config_type) and kind in family.model_types:
+            return family
+    known = ", ".join(dict.fromkeys(family.config_type.__name__ for family in families))
+    raise ValueError(
+        f"config is a {type(config).__name__}, and must be one of {known}, or of a family that is "
+        f"passed as families=(mine, *fjax.models.FAMILIES)."
+    )

@@ -25,8 +25,10 @@ from fjax.sharding import Divided, save_all_but_gathered
 from fjax.types import Array, Bool, DecodeFn, Float, Int, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
 __all__ = [
+    "ACTIVATIONS",
     "HeadFn",
     "HiddenFn",
+    "attend",
     "attention_mask",
     "can_scan",
     "check_length",
@@ -35,6 +37,7 @@ __all__ = [
     "logits_fn",
     "is_divided",
     "kept",
+    "linear",
     "look_up",
     "project",
     "scan_blocks",
@@ -237,6 +240,41 @@ def attention_mask(
     return positions_BxT, causal_1xTxS & where_BxS[:, None, :], where_BxS, length
 
 
+def attend(
+    q_BxHxTxK: Array, k_BxNxSxK: Array, v_BxNxSxK: Array, mask_BxTxS: Bool[Array, "B T S"]
+) -> Array:
+    """Attention of H heads, of which each H/N share keys and values: ``[B, T, H, K]``.
+
+        softmax(q · kᵀ / √K) · v,    over the columns of the mask
+
+    Keys and values are read as they are: no copy of them for each head is made.
+
+    >>> q, k, v = jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 2, 3, 2)), jnp.ones((1, 2, 3, 2))
+    >>> attend(q, k, v, jnp.ones((1, 1, 3), bool)).shape
+    (1, 1, 4, 2)
+
+    Source: Ainslie et al. 2023 (GQA, arXiv 2305.13245), section 2.2.
+    """
+    batch, heads, time, width = q_BxHxTxK.shape
+    q_BxNxGxTxK = q_BxHxTxK.reshape(batch, k_BxNxSxK.shape[1], -1, time, width)
+    dtype = wide(q_BxHxTxK.dtype)
+    scores = jnp.einsum("bngtk,bnsk->bngts", q_BxNxGxTxK, k_BxNxSxK, preferred_element_type=dtype)
+    # The finite minimum, not -inf: a padded query sees no key at all and must not turn into NaN.
+    scores = jnp.where(mask_BxTxS[:, None, None], scores * width**-0.5, jnp.finfo(dtype).min)
+    att_BxNxGxTxS = jax.nn.softmax(scores, axis=-1).astype(v_BxNxSxK.dtype)
+    out_BxTxNxGxK = jnp.einsum("bngts,bnsk->btngk", att_BxNxGxTxS, v_BxNxSxK)
+    return out_BxTxNxGxK.reshape(batch, time, heads, width)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""By their names in transformers."""
+
 Matrix = Array | AdaptedMatrix | Divided
 """A parameter as it comes: an array, with an adapter, sharded over fsdp, or both."""
 
@@ -253,6 +291,20 @@ def times(x_BxTxD: Array, kernel: Matrix) -> Array:
     # copy, and the backward pass of a block takes twice as long.
     *axes, width = x_BxTxD.shape
     found = x_BxTxD.reshape(-1, width) @ whole(kernel, x_BxTxD.dtype)
+    return found.reshape(*axes, -1)
+
+
+def linear(x_BxTxD: Array, weight: Matrix) -> Array:
+    """``x · weightᵀ``, in the dtype of x: of a weight ``[out, in]``, as torch's Linear has it.
+
+    >>> linear(jnp.ones((1, 1, 4), jnp.bfloat16), jnp.ones((3, 4))).shape
+    (1, 1, 3)
+    """
+    if isinstance(weight, AdaptedMatrix):
+        change = linear(linear(x_BxTxD, weight.up), weight.down)
+        return linear(x_BxTxD, weight.matrix) + change
+    *axes, width = x_BxTxD.shape  # rows in one axis, as in `times`
+    found = x_BxTxD.reshape(-1, width) @ whole(weight, x_BxTxD.dtype).T
     return found.reshape(*axes, -1)
 
 

@@ -24,12 +24,7 @@ from fjax.models import causal
 from fjax.models.base import Family, KVCache, check_numbers, check_sizes
 from fjax.types import Array, DecodeFn, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+ACTIVATIONS = causal.ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def truncate(folder, size):
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "is not JSON"),
-        (lambda f: edit_config(f, model_type="llama"), ValueError, "of type 'llama'"),
+        (lambda f: edit_config(f, model_type="rwkv"), ValueError, "of type 'rwkv'"),
         (
             lambda f: edit_config(f, reorder_and_upcast_attn=True),
             ValueError,

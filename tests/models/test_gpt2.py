@@ -277,7 +277,7 @@ def test_more_columns_than_positions_are_refused(params):
     ("changes", "message"),
     [
         ({"n_embd": 10, "n_head": 4}, "n_embd=10 and n_head=4"),
-        ({"activation_function": "silu"}, "got 'silu'"),
+        ({"activation_function": "swish"}, "got 'swish'"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

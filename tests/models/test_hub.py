@@ -88,7 +88,7 @@ def test_a_model_of_the_hub_is_that_of_its_whole_folder(hub, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "of type 'llama'"),
+        ({"model_type": "rwkv"}, "of type 'rwkv'"),
         ({"n_head": 0}, "n_head must be"),
         ({"n_inner": "x"}, "n_inner must be"),
     ],

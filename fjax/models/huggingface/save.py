@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fjax.models.base import TEXT_FORMATS, Family
+from fjax.models.base import TEXT_FORMATS, Family, family_of
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface.tensors import named_tensors, write_tensors
 from fjax.models.huggingface.tokenizers import import_transformers, with_padding
@@ -65,7 +65,7 @@ def save_pretrained(
     >>> model.config == config, model.max_length, model.eos_ids
     (True, 8, (2,))
     """
-    family = _family_of(config, families)
+    family = family_of(config, families)
     ids = _special_ids(tokenizer, eos_ids)
     _write(
         Path(path),
@@ -112,10 +112,11 @@ def save_reward_model(
         raise ValueError(
             f"text_format must be one of {', '.join(TEXT_FORMATS)}, got {text_format!r}."
         )
-    family = _family_of(config, families)
+    family = family_of(config, families)
     if family.embedding is None or family.score_architecture is None:
         raise ValueError(f"{family.name} is a family without reward models.")
-    tensors = named_tensors(family, params["transformer"])
+    body = {name: tree for name, tree in params["transformer"].items() if name != family.head}
+    tensors = named_tensors(family, body)
     # Contiguous, for safetensors writes memory as it lies.
     tensors["score.weight"] = jnp.array(params["score"]["kernel"].T)
     tokenizer = with_padding(tokenizer)
@@ -127,17 +128,6 @@ def save_reward_model(
     described |= {"pad_token_id": tokenizer.pad_token_id}
     described |= {} if text_format is None else {"text_format": text_format}
     _write(Path(path), tensors, described, tokenizer, dtype)
-
-
-def _family_of(config: Any, families: Sequence[Family]) -> Family:
-    found = [family for family in families if isinstance(config, family.config_type)]
-    if not found:
-        known = ", ".join(family.config_type.__name__ for family in families)
-        raise ValueError(
-            f"config is a {type(config).__name__}, and must be one of {known}, or of a family that "
-            f"is passed as families=(mine, *fjax.models.FAMILIES)."
-        )
-    return found[0]
 
 
 def _special_ids(tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def load_params(
             f"The weights in {folder} are {len(stored)} tensors, too few for {config.depth} blocks."
         )
     like = param_shapes(family, config, dtype, mesh)
+    if head:
+        like = {name: tree for name, tree in like.items() if name != family.head}
     expected: dict[str, tuple[int, ...]] = {
         name.removeprefix(family.prefix): leaf.shape
         for name, leaf in named_tensors(family, like).items()
