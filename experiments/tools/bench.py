@@ -20,14 +20,16 @@ from rich.table import Table
 
 from fjax import rollouts
 from fjax.evaluation import TextTarget
-from fjax.runs import online
+from fjax.runs import RunError, online
 from fjax.runs.display import hardware
 from fjax.sampling import categorical, top_k, top_p
 
 from ..common.arguments import FolderOrName, check_numbers
 from ..common.build import load_model, make_collector, make_tuner
 from ..common.command import run
-from ..common.settings import Settings
+from ..common.settings import BUILT_IN, Settings
+from .sides import processes
+from .sides.work import Work, rows_of
 
 Phase = Literal["draw", "filter", "step", "overlap"]
 Timed = dict[str, Callable[[], object]]
@@ -43,12 +45,17 @@ class Config:
         python -m experiments bench --phases draw --vocabulary 50257 --rows 64
         python -m experiments bench --phases step --model gpt2 --samples 64
         python -m experiments bench --phases overlap --scoring-ms 500
+        python -m experiments bench --against torch --model my_folder \\
+            --samples 16 --max-new-tokens 32
     """
 
     phases: tuple[Phase, ...] = ("draw", "filter", "step")
     """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an
     alignment step, in parts. overlap: a step whose texts are scored elsewhere, with and without
     drawing the next batch meanwhile."""
+    against: tuple[Literal["torch"], ...] = ()
+    """In place of --phases: a step of f-DPG in float32 by fjax, and by torch and transformers, in
+    turn on the same tokens, each in a process of its own; and whether their losses are the same."""
     rows: int = 256
     """Rows of logits, for draw and filter."""
     vocabulary: int = 2560
@@ -56,7 +63,7 @@ class Config:
     rounds: int = 7
     """Each alternative is timed once a round; the median over rounds is shown."""
     model: FolderOrName = "built-in"
-    """The model, for step: built-in, a local folder, or a name on the hub."""
+    """The model, for step and --against: built-in, a local folder, or a name on the hub."""
     samples: int = 128
     """Samples a step."""
     max_new_tokens: int = 40
@@ -206,10 +213,67 @@ def show(console: Console, title: str, seconds: dict[str, list[float]]) -> None:
     console.print(table)
 
 
+def bench_sides(config: Config, console: Console) -> int:
+    """A step in its phases, beside others' on the same rows."""
+    folder = str(BUILT_IN) if config.model == "built-in" else config.model
+    work = Work(folder, config.samples, config.max_new_tokens)
+    with processes.start(("fjax", *config.against), work) as sides:
+        tokens = sides["fjax"].ask("draw")
+        rows = rows_of(tokens, *sides["fjax"].ask("score", tokens))
+        given = {"draw": (), "score": (tokens,), "update": rows}
+        losses = {
+            name: [side.ask("update", *rows) for _ in range(2)] for name, side in sides.items()
+        }
+        medians = dict.fromkeys(sides, 0.0)
+        for phase, what in given.items():
+            timed = {name: partial(side.ask, phase, *what) for name, side in sides.items()}
+            seconds = measure(timed, config.rounds)
+            show(console, f"{phase}: {work.samples} rows of {work.new_tokens} tokens", seconds)
+            for name in sides:
+                medians[name] += statistics.median(seconds[name])
+        peaks = {name: side.ask("memory") for name, side in sides.items()}
+    show_sides(console, work, medians, losses, peaks)
+    check_same(losses)
+    return 0
+
+
+def show_sides(
+    console: Console,
+    work: Work,
+    seconds: dict[str, float],
+    losses: dict[str, list[float]],
+    peaks: dict[str, int],
+) -> None:
+    """A whole step of each."""
+    table = Table(title="a step: the sum of the medians", title_justify="left")
+    table.add_column("side")
+    for heading in ("seconds", "tokens/s", "most memory, MiB", "loss", "after an update"):
+        table.add_column(heading, justify="right")
+    for name, whole in seconds.items():
+        rate = work.samples * work.new_tokens / whole
+        shown = (f"{loss:.5f}" for loss in losses[name])
+        table.add_row(name, f"{whole:.2f}", f"{rate:.0f}", f"{peaks[name] / 2**20:.0f}", *shown)
+    console.print(table)
+
+
+def check_same(losses: dict[str, list[float]]) -> None:
+    """Whether all sides descend the same loss by the same gradient: it is as large at first, and
+    after an update.
+
+    Raises:
+        RunError: if not, to 1e-4 of it.
+    """
+    first, *others = losses.values()
+    if not all(np.allclose(other, first, rtol=1e-4, atol=0) for other in others):
+        raise RunError(f"The sides do not compute the same, so times say nothing: {losses}.")
+
+
 def bench(config: Config) -> int:
     """Times and prints; nothing is written."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"jax {jax.__version__} on {hardware()}, {config.rounds} rounds.")
+    if config.against:
+        return bench_sides(config, console)
     size = f"{config.rows} rows × {config.vocabulary} tokens"
     what = {
         "draw": (f"one token a row, with its log-probability: {size}", make_draws),

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.tools import bench
+from experiments.tools.sides import processes, with_fjax
+from experiments.tools.sides.work import Work, rows_of
+from fjax.runs import RunError
 from fjax.sampling import categorical, top_p
 
 from .commands import TINY, run
@@ -51,3 +54,36 @@ def test_the_command(monkeypatch, capsys):
         assert row in printed
     assert run(monkeypatch, bench.main, "--rounds", 0) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+
+
+def test_torch_takes_the_same_step():
+    """Log-probabilities, the loss, and the loss after Adam has moved every parameter."""
+    pytest.importorskip("torch")
+    from experiments.tools.sides import with_torch
+
+    work = Work(str(TINY), 4, 6)
+    ours, theirs = with_fjax.make(work), with_torch.make(work)
+    tokens = ours.draw()
+    assert tokens.shape == theirs.draw().shape == (4, 7)
+    log_probs = ours.score(tokens)
+    np.testing.assert_allclose(theirs.score(tokens), log_probs, atol=1e-4)
+    rows = rows_of(tokens, *log_probs)
+    losses = {name: [side.update(*rows) for _ in range(2)] for name, side in
+              (("fjax", ours), ("torch", theirs))}  # fmt: skip
+    bench.check_same(losses)
+    assert losses["fjax"][0] != pytest.approx(losses["fjax"][1], rel=1e-4)
+    with pytest.raises(RunError, match="do not compute the same"):
+        bench.check_same(losses | {"torch": losses["torch"][::-1]})
+
+
+@pytest.mark.command
+def test_the_command_beside_torch(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    given = ("--against", "torch", "--samples", 2, "--max-new-tokens", 3, "--rounds", 1)
+    assert run(monkeypatch, bench.main, *given, "--model", TINY) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("torch") == 4  # three phases and the whole
+    assert all(word in printed for word in ("draw: 2 rows of 3", "score", "update", "tokens/s"))
+    with processes.start(("fjax",), Work("no/such", 2, 3)) as sides:
+        with pytest.raises(RunError, match="fjax cannot draw: "):
+            sides["fjax"].ask("draw")

@@ -1,0 +1,70 @@
+"""The step as fjax takes it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fjax
+from fjax.estimators import known_log_z
+from fjax.models import LanguageModel
+from fjax.runs.memory import keep_freed_memory
+from fjax.training import Rollout
+from fjax.types import Params
+
+from .work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, Side, Work
+
+
+def make(work: Work) -> Side:
+    """All parameters are trained."""
+    keep_freed_memory()  # as every command does, before JAX computes anything
+    model = fjax.from_pretrained(work.model)
+    log_prob_fn = fjax.make_log_prob_fn(model.logits_fn, start=1)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(MAX_GRAD_NORM),
+        optax.adam(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1]),
+    )
+    tuner = fjax.fdpg(
+        log_prob_fn,
+        optimizer,
+        divergence=fjax.jensen_shannon(),
+        baseline=0.0,
+        log_z=known_log_z(),
+    )
+    step = jax.jit(tuner.update, donate_argnums=0)
+    # a copy, since an update takes the arrays of its state for its own
+    held = [tuner.init(jax.tree.map(jnp.copy, model.params))]
+    draw_rows, log_prob_fn = jax.jit(partial(_draw, model, work)), jax.jit(log_prob_fn)
+    where = np.arange(1 + work.new_tokens)[None, :].repeat(work.samples, 0) > 0
+
+    def draw() -> np.ndarray:
+        return np.asarray(draw_rows(held[0].params, jax.random.key(0)))
+
+    def score(tokens: np.ndarray) -> np.ndarray:
+        both = (model.params, held[0].params)
+        return np.stack([log_prob_fn(params, tokens, where) for params in both])
+
+    def update(tokens: np.ndarray, log_score: np.ndarray, log_q: np.ndarray) -> float:
+        held[0], info = step(held[0], Rollout(tokens, where, log_q, log_score))
+        return float(jax.block_until_ready((held[0], info))[1].loss)
+
+    return Side(draw, score, update)
+
+
+def _draw(model: LanguageModel, work: Work, params: Params, rng_key: jax.Array) -> jax.Array:
+    """No row ends, so that all sides draw the same number of tokens."""
+    ends = jnp.array(model.eos_ids)
+    prompt = jnp.full((work.samples, 1), model.bos_id, jnp.int32)
+    drawn = fjax.sample(
+        model.decode_fn,
+        params,
+        rng_key,
+        prompt,
+        model.init_cache(work.samples, 1 + work.new_tokens),
+        max_new_tokens=work.new_tokens,
+        eos_id=model.eos_ids,
+        transform=lambda logits: logits.at[..., ends].set(-jnp.inf),
+    )
+    return jnp.concatenate([prompt, drawn.tokens], axis=1)
