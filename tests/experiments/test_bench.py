@@ -84,6 +84,8 @@ def test_the_command_beside_torch(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("torch") == 4  # three phases and the whole
     assert all(word in printed for word in ("draw: 2 rows of 3", "score", "update", "tokens/s"))
-    with processes.start(("fjax",), Work("no/such", 2, 3)) as sides:
-        with pytest.raises(RunError, match="fjax cannot draw: "):
-            sides["fjax"].ask("draw")
+    with (
+        processes.start(("fjax",), Work("no/such", 2, 3)) as sides,
+        pytest.raises(RunError, match="fjax cannot draw: "),
+    ):
+        sides["fjax"].ask("draw")

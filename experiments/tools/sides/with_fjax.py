@@ -47,7 +47,8 @@ def make(work: Work) -> Side:
         return np.stack([log_prob_fn(params, tokens, where) for params in both])
 
     def update(tokens: np.ndarray, log_score: np.ndarray, log_q: np.ndarray) -> float:
-        held[0], info = step(held[0], Rollout(tokens, where, log_q, log_score))
+        rollout = Rollout(*map(jnp.asarray, (tokens, where, log_q, log_score)))
+        held[0], info = step(held[0], rollout)
         return float(jax.block_until_ready((held[0], info))[1].loss)
 
     return Side(draw, score, update)
@@ -56,7 +57,8 @@ def make(work: Work) -> Side:
 def _draw(model: LanguageModel, work: Work, params: Params, rng_key: jax.Array) -> jax.Array:
     """No row ends, so that all sides draw the same number of tokens."""
     ends = jnp.array(model.eos_ids)
-    prompt = jnp.full((work.samples, 1), model.bos_id, jnp.int32)
+    start = model.eos_id if model.bos_id is None else model.bos_id
+    prompt = jnp.full((work.samples, 1), start, jnp.int32)
     drawn = fjax.sample(
         model.decode_fn,
         params,

@@ -16,20 +16,22 @@ def make(work: Work) -> Side:
     # product takes a hundred times as long; to be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     torch = import_optional("torch", extra="parity")
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers = import_optional("transformers", extra="lm")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base, policy = (
-        AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).to(device)
+        transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32).to(
+            device
+        )
         for _ in range(2)
     )
     config = policy.config
     start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     # Without an end, and with the whole vocabulary: top_k is 50 where nothing is said.
-    policy.generation_config = GenerationConfig(do_sample=True, top_k=0, pad_token_id=0)
+    policy.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=0, pad_token_id=0
+    )
     optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE, betas=BETAS)
 
     def log_probs(model, tokens):
