@@ -1,5 +1,5 @@
-"""Writes docs/api.md, every public name with the first line of its docstring, and the rules in
-docs/layers.md: python -m tests.make_api_page."""
+"""Writes docs/api.md, every public name with the first line of its docstring, the rules in
+docs/layers.md and the flags in docs/coming-from-trl.md: python -m tests.make_api_page."""
 
 import importlib
 import inspect
@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import fjax
+from experiments.common.trl_flags import ANSWERS
+from fjax import _markdown
 from tests.test_architecture import FORBIDDEN, ONE_HOME
 
 MODULES = (
@@ -19,6 +21,7 @@ MODULES = (
 )  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 LAYERS = PAGE.with_name("layers.md")
+FROM_TRL = PAGE.with_name("coming-from-trl.md")
 RULES = ("<!-- made by python -m tests.make_api_page -->", "<!-- end -->")
 HEAD = """# All names
 
@@ -80,14 +83,25 @@ def layers(text: str) -> str:
         owners.setdefault(frozenset(forbidden), []).append(owner)
     rows = [(_names(owned), _names(sorted(forbidden))) for forbidden, owned in owners.items()]
     rows += [(f"all but {_names([home])}", _names([library])) for library, home in ONE_HOME.items()]
-    table = ["| module | must not import |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)]
+    return _between_marks(text, _markdown.table(["module", "must not import"], rows))
+
+
+def from_trl(text: str) -> str:
+    """The page for those who come from TRL with the answers of the commands to its flags."""
+    rows = [
+        (", ".join(f"`--{name}`" for name in names.split()), _flags_in_code(answer))
+        for names, answer in ANSWERS.items()
+    ]
+    return _between_marks(text, _markdown.table(["TRL", "here"], rows))
+
+
+def _flags_in_code(answer: str) -> str:
+    return re.sub(r"--[a-z][\w-]*(?: [A-Z]+)?", lambda found: f"`{found[0]}`", answer)
+
+
+def _between_marks(text: str, table: str) -> str:
     begin, end = RULES
-    return (
-        f"{text.partition(begin)[0]}{begin}\n\n"
-        + "\n".join(table)
-        + f"\n\n{end}"
-        + text.partition(end)[2]
-    )
+    return f"{text.partition(begin)[0]}{begin}\n\n{table}\n\n{end}{text.partition(end)[2]}"
 
 
 def _names(modules: Iterable[str]) -> str:
@@ -106,3 +120,4 @@ def _shown(name: str) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page())
     LAYERS.write_text(layers(LAYERS.read_text()))
+    FROM_TRL.write_text(from_trl(FROM_TRL.read_text()))

@@ -21,7 +21,7 @@ from experiments.common import arguments as arguments_of
 from experiments.common import command
 from experiments.tools import kl_gradients
 from tests import make_notebook
-from tests.make_api_page import LAYERS, MODULES, layers, page
+from tests.make_api_page import FROM_TRL, LAYERS, MODULES, from_trl, layers, page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -159,6 +159,11 @@ def test_the_page_of_all_names_is_what_its_script_makes():
 def test_the_rules_of_the_layers_are_those_that_are_enforced():
     text = LAYERS.read_text()
     assert text == layers(text), "python -m tests.make_api_page"
+
+
+def test_the_page_for_those_who_come_from_trl_answers_as_the_commands_do():
+    text = FROM_TRL.read_text()
+    assert text == from_trl(text), "python -m tests.make_api_page"
 
 
 @pytest.mark.parametrize("module", MATHEMATICS)

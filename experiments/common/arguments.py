@@ -4,13 +4,17 @@ of them empty."""
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
 from fjax.runs import RunError
+
+from .trl_flags import TRL_FLAGS
 
 ConfigT = TypeVar("ConfigT")
 
@@ -148,10 +152,30 @@ def parse(config: type[ConfigT], prog: str, arguments: Sequence[str] | None = No
     read, and for --help.
 
     Raises:
-        ValueError: for a value that its type allows and its meaning does not.
+        ValueError: for a value that its type allows and its meaning does not, and for a flag that
+            TRL has and this command has not.
     """
+    _check_foreign(config, sys.argv[1:] if arguments is None else arguments)
     description = inspect.cleandoc(config.__doc__ or "")
     return tyro.cli(config, prog=prog, description=description, args=arguments, registry=_REGISTRY)
+
+
+def _check_foreign(config: type, arguments: Sequence[str]) -> None:
+    """Answers flags of TRL with ours; what stands after -- is another command's."""
+    ours = set(map(flag, names_of(config)))
+    for word in takewhile(lambda word: word != "--", arguments):
+        theirs = word.partition("=")[0].replace("_", "-")
+        if theirs in TRL_FLAGS and theirs not in ours:
+            raise ValueError(f"There is no {theirs} here, which is TRL's: {TRL_FLAGS[theirs]}")
+
+
+def names_of(config: type) -> Iterator[str]:
+    """The fields of a configuration, those of the settings in it included."""
+    for name, hint in get_type_hints(config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from names_of(hint)
+        else:
+            yield name
 
 
 def _expanded(text: str) -> str:
