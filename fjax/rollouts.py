@@ -225,17 +225,17 @@ def make_draw(
     log_prob_fn: LogProbFn,
     base_params: Params,
     *,
-    start_id: int,
+    start_id: int | Sequence[int],
     samples: int,
     base_samples: int = 0,
 ) -> Draw:
-    """Draws texts without a prompt, some from the policy and the others from the base model.
+    """Draws texts that all begin alike, some from the policy and the others from the base model.
 
     Args:
         sample_fn: the sampler.
         log_prob_fn: log-probability of each row; best compiled.
         base_params: of the base model a.
-        start_id: the token that starts a text.
+        start_id: the token that starts a text; or several, a prompt that all texts continue.
         samples: rows of a batch.
         base_samples: how many of them are of the base model.
 
@@ -246,8 +246,8 @@ def make_draw(
     draw_batch = _make_draw_batch(sample_fn, log_prob_fn, base_params)
 
     def ask(rows):
-        tokens = jnp.full((rows, 1), start_id, jnp.int32)
-        return _Ask(tokens, jnp.ones((rows, 1), bool), 1, None)
+        tokens = jnp.tile(jnp.asarray(start_id, jnp.int32).reshape(1, -1), (rows, 1))
+        return _Ask(tokens, jnp.ones(tokens.shape, bool), 1, None)
 
     of_policy, of_base = ask(samples - base_samples), ask(base_samples)
 
@@ -314,7 +314,7 @@ def make_collector(
     base_params: Params,
     decode: Callable[[AnyArray, AnyArray], list[str]],
     *,
-    start_id: int,
+    start_id: int | Sequence[int],
     samples: int,
     base_samples: int = 0,
     contexts: Contexts | None = None,
@@ -326,7 +326,7 @@ def make_collector(
         log_prob_fn: log-probability of each row; it is compiled here.
         base_params: of the base model a.
         decode: (tokens, where) -> texts of the tokens that count.
-        start_id: the token that starts a text, where there are no prompts.
+        start_id: the token that starts a text, or several, where there are no contexts.
         samples: rows of a batch.
         base_samples: how many of them are of the base model; with contexts rounded to the same
             number of each, at least one if any are asked for.
@@ -362,7 +362,8 @@ def model_collector(
 ) -> Collector:
     """`make_collector` of a `fjax.models.LanguageModel`, or whatever has its fields.
 
-    It uses the model's own sampler and tokenizer; a text without a prompt starts with ``bos_id``.
+    It uses the model's own sampler and tokenizer; without contexts all texts continue its
+    ``start_ids``.
 
     With a transform the policy is the transformed distribution: give it to the tuner's
     `make_log_prob_fn` too.
@@ -378,12 +379,12 @@ def model_collector(
         sample_fn,
         make_log_prob_fn(
             model.logits_fn,
-            start=1 if contexts is None else contexts.start,
+            start=len(model.start_ids) if contexts is None else contexts.start,
             transform=transform,
         ),
         model.params,
         make_decode(model.tokenizer),
-        start_id=model.eos_id if model.bos_id is None else model.bos_id,
+        start_id=model.start_ids,
         samples=samples,
         base_samples=base_samples,
         contexts=contexts,

@@ -96,6 +96,17 @@ def test_log_q_is_of_the_mixture_that_the_batch_was_drawn_from(sample_fn, of_bas
     assert np.asarray(strata).tolist() == [0] * (16 - of_base) + [1] * of_base
 
 
+def test_all_texts_continue_one_prompt():
+    """None of its tokens counts, and the model has read the last of them."""
+    draw = make_draw(SAMPLE_FN, SCORE, BASE, start_id=(END, 4, 2), samples=16, base_samples=4)
+    batch = jax.device_get(draw(POLICY, jax.random.key(0)))
+    assert batch.tokens.shape == (16, 3 + NEW_TOKENS)
+    assert np.asarray(batch.tokens)[:, :3].tolist() == [[END, 4, 2]] * 16
+    assert not batch.where[:, :3].any()
+    assert batch.where[:, 3].all()
+    check_against_numpy(batch, POLICY, 4 / 16)
+
+
 def test_an_outside_engine_is_asked_for_rows_that_have_numbers_of_their_own():
     """No row of the base model shares its key with one of the policy."""
     engine = Outside()

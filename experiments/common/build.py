@@ -36,6 +36,7 @@ from fjax.types import Params
 from . import command
 from .exact import exact_of
 from .inputs import input_digests
+from .prompts import chat_ids, start_id, token_ids
 from .settings import Settings, as_json
 from .stages import FILTER_LOOK_EVERY, LOOK_EVERY, UPDATES_PER_STEP
 from .task import Built, Task, Trained
@@ -59,6 +60,7 @@ def run_task(task: Task, config: Any) -> int:
         RunError: for whatever the user can put right.
     """
     settings: Settings = config.settings
+    check_prompts(task, settings)
     if settings.dry_run:
         from .dry_run import dry_run  # which is made of what is here
 
@@ -111,6 +113,20 @@ def run_task(task: Task, config: Any) -> int:
             display=display,
         )
     return result.status
+
+
+def check_prompts(task: Task, settings: Settings) -> None:
+    """That a task that has prompts is not given one more for all.
+
+    Raises:
+        RunError: if it is.
+    """
+    for name in ("prefix", "instruction"):
+        if getattr(settings, name) is not None and (task.make_contexts or task.make_stepper):
+            raise RunError(
+                f"--{name} is what all texts continue in tasks without prompts; {task.name} has "
+                f"prompts of its own. Leave it out."
+            )
 
 
 def make_built(
@@ -203,8 +219,25 @@ def load_model(settings: Settings, *, prompt_tokens: int = 1) -> LanguageModel:
         )
     except (OSError, ValueError) as error:
         raise RunError(f"Cannot load --model {settings.model}: {error}") from error
-    check_positions(settings, model, prompt_tokens)
+    model = model._replace(prompt=prompt_of(settings, model.tokenizer))
+    check_positions(settings, model, max(prompt_tokens, len(model.start_ids)))
     return model
+
+
+def prompt_of(settings: Settings, tokenizer) -> tuple[int, ...]:
+    """The tokens of ``--prefix`` or ``--instruction``; none without.
+
+    Raises:
+        RunError: if there is no chat template, or the prefix has an end token in it.
+    """
+    if settings.prefix is not None:
+        # Words begin with their space, so one at the end belongs to the continuation.
+        (ids,) = token_ids(tokenizer, [settings.prefix.rstrip()])
+        return (start_id(tokenizer), *ids)
+    if settings.instruction is not None:
+        messages = [{"role": "user", "content": settings.instruction}]
+        return tuple(chat_ids(tokenizer, messages, "--instruction"))
+    return ()
 
 
 def mesh_of(settings: Settings) -> Mesh | None:
@@ -316,7 +349,7 @@ def stage_tuner(
     settings: Settings, model: LanguageModel, contexts: Contexts | None, trained: Trained
 ) -> Callable[[FDivergence], Tuner]:
     """f -> what updates in a stage that descends it."""
-    start = 1 if contexts is None else contexts.start
+    start = len(model.start_ids) if contexts is None else contexts.start
     logits_fn = adapt(model.logits_fn, trained.in_training)
     return partial(
         _stage_tuner,
@@ -346,7 +379,7 @@ def make_tuner(
     trained: Trained | None = None,
 ) -> fjax.Tuner:
     """What ``--algorithm`` stands for."""
-    start = 1 if contexts is None else contexts.start
+    start = len(model.start_ids) if contexts is None else contexts.start
     trained = trained or Trained(model.params)
     optimizer = make_optimizer(settings, trained.initial)
     microbatch_size = settings.microbatch_size

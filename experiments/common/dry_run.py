@@ -40,7 +40,7 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
     initial = jax.eval_shape(lambda base: _trained(settings, base).initial, model.params)
     tuner = _tuner(settings, model, contexts, Trained(initial))
     state = _placed(model, jax.eval_shape(tuner.init, initial))
-    rollout = _rollout(settings, contexts)
+    rollout = _rollout(settings, model, contexts)
     display.say(
         f"{count_numbers(model.params):,} parameters, of which {count_numbers(initial):,} numbers "
         f"are trained, on {hardware(model.params)}. Compiling the update and the sampler."
@@ -98,14 +98,16 @@ def _placed(model: LanguageModel, tree: PyTree) -> PyTree:
     )
 
 
-def _columns(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
+def _columns(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None
+) -> tuple[int, int]:
     """Of a prompt, and of a whole sequence."""
-    prompt = 1 if contexts is None else contexts.training.tokens.shape[1]
+    prompt = len(model.start_ids) if contexts is None else contexts.training.tokens.shape[1]
     return prompt, prompt + settings.max_new_tokens
 
 
-def _rollout(settings: Settings, contexts: Contexts | None) -> Rollout:
-    _, columns = _columns(settings, contexts)
+def _rollout(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> Rollout:
+    _, columns = _columns(settings, model, contexts)
     if settings.schedule:  # a minibatch of the replay has no contexts
         rows, strata = (settings.minibatch_size,), cast(Any, None)
     else:
@@ -151,7 +153,7 @@ def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None
         max_new_tokens=settings.max_new_tokens,
         eos_id=model.eos_ids or model.eos_id,
     )
-    columns, _ = _columns(settings, contexts)
+    columns, _ = _columns(settings, model, contexts)
     prompts, each = _rows(settings, contexts)
     tokens = Shape((prompts, columns), jnp.int32), Shape((prompts, columns), jnp.bool_)
     key = jax.eval_shape(partial(jax.random.key, 0))
@@ -162,6 +164,6 @@ def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None
 def _cache(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> int:
     """Keys and values, which all axes of a mesh divide."""
     prompts, each = _rows(settings, contexts)
-    _, columns = _columns(settings, contexts)
+    _, columns = _columns(settings, model, contexts)
     whole = jax.eval_shape(lambda: model.init_cache(prompts * each, columns))
     return bytes_per_device(whole) // len(devices_of(model.params))

@@ -26,6 +26,12 @@ class Settings:
     model: FolderOrName = "built-in"
     """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a
     name on the Hugging Face hub such as gpt2, distilgpt2, gpt2-xl."""
+    prefix: str | None = None
+    """What every text continues, in tasks without prompts of their own; only what follows it is
+    scored."""
+    instruction: str | None = None
+    """The same for a model that answers: what a user asks of it, by its chat template. Its answers
+    are the texts."""
     start: FolderOrName | None = None
     """Where the policy begins, if not as the base model: a model aligned from it, such as the
     folder that a run exported. A model near another target of the same kind needs fewer steps to
@@ -192,6 +198,8 @@ class Settings:
             ) from error
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError("--lora-alpha is for adapters: give --lora-rank, or leave it out.")
+        if self.prefix is not None and self.instruction is not None:
+            raise ValueError("--prefix and --instruction both say what comes first; give one.")
         self._check_algorithm()
         self._check_stages()
         self._check_processes()

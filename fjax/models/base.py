@@ -87,6 +87,8 @@ class LanguageModel(NamedTuple):
             folder.
         shardings: (tree) -> shardings of the parameters, or of what an optimiser keeps of them;
             None on one device.
+        prompt: tokens that every text continues where it has no prompt of its own, and that begin
+            as the model's texts do; none for ``bos_id`` alone.
     """
 
     config: Any
@@ -100,6 +102,12 @@ class LanguageModel(NamedTuple):
     eos_ids: tuple[int, ...] = ()
     save: Callable[..., None] | None = None
     shardings: Callable[[PyTree], PyTree] | None = None
+    prompt: tuple[int, ...] = ()
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before a text that has no prompt of its own: ``prompt``, or one token."""
+        return self.prompt or (self.eos_id if self.bos_id is None else self.bos_id,)
 
     @property
     def eos_id(self) -> int:
