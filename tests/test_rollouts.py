@@ -141,6 +141,21 @@ def test_prompts_are_continued_as_often_each(sample_fn):
     check_against_numpy(unseen, POLICY, 4 / 16)
 
 
+def test_a_prompt_may_hold_what_ends_a_text():
+    """As chat templates have it, twice; what counts is said by where, and no row is over before it
+    has begun."""
+    chats = prompts((3, END, 4), (END, 5, END, 6))
+    contexts = Contexts(chats, chats, per_step=2)
+    draw, _ = make_context_draw(SAMPLE_FN, SCORE, BASE, contexts, samples=64, base_samples=8)
+    batch = jax.device_get(draw(POLICY, jax.random.key(0)))
+    check_against_numpy(batch, POLICY, 8 / 64)
+    lengths = batch.where.sum(axis=1)
+    assert lengths.min() >= 1
+    assert lengths.max() > 2
+    first = batch.where.argmax(axis=1)
+    assert {*first.tolist()} == {4, 5}  # behind all of the prompt
+
+
 def test_unseen_prompts_take_turns():
     unseen = prompts((1, 2), (2,), (3,), (4,), (5,))
     contexts = CONTEXTS._replace(unseen=unseen)

@@ -2,6 +2,7 @@
 every kind of bad input."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from experiments.common.build import load_model, make_collector
+from experiments.common.prompt_files import read_prompt_file
 from experiments.common.prompts import encode
 from experiments.common.settings import Settings
 from experiments.conditional.__main__ import main
 from experiments.conditional.config import Config
 from experiments.conditional.predicates import repeats, turns
-from experiments.conditional.target import TASK
+from experiments.conditional.target import TASK, make_target
 from fjax.rollouts import Contexts, Prompts, to_rollout
 from fjax.runs import RunError
 from fjax.training import read_jsonl
@@ -34,6 +36,18 @@ def same_word(prompt, continuation):
 
 def thrice(prompt, continuation):
     return continuation.split().count(prompt.split()[-1]) > 2
+
+
+SEEN = []
+
+
+def has_word(prompt, continuation, word):
+    SEEN.append(prompt)
+    return word in continuation.split()
+
+
+def has_answer(prompt, continuation, answer):
+    return True
 
 
 def broken(prompt, continuation):
@@ -178,6 +192,24 @@ def test_which_prompts_are_chosen_says_nothing_of_what_is_drawn(model, monkeypat
     rows = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, np.arange(32))
     assert all((jax.random.key_data(chosen[0]) != jax.random.key_data(row)).any() for row in rows)
     assert (jax.random.key_data(chosen[0]) != jax.random.key_data(rng_key)).any()
+
+
+def test_a_predicate_is_given_the_columns_that_it_names(tmp_path):
+    """And the prompt as its file has it; a built-in one its text."""
+    path = tmp_path / "p.jsonl"
+    talk = [{"role": "user", "content": "the big film"}]
+    path.write_text(
+        f'{{"prompt": "w1", "word": "w2"}}\n{json.dumps({"messages": talk, "word": "x"})}'
+    )
+    features = make_target(Config(prompts=path, predicate=f"{HERE}:has_word")).features
+    asked = read_prompt_file(path)[0]
+    assert features(asked, ["w2 w3", "w2 x"])["satisfaction"].tolist() == [1.0, 1.0]
+    assert features(asked, ["w3", "w2"])["satisfaction"].tolist() == [0.0, 0.0]
+    assert SEEN[-1] == talk
+    built_in = make_target(Config(prompts=path, predicate="repeats")).features
+    assert built_in(asked, ["w1", "a Film"])["satisfaction"].tolist() == [0.0, 1.0]
+    with pytest.raises(RunError, match="asks for 'answer', which 2 of 2 prompts have not"):
+        make_target(Config(prompts=path, predicate=f"{HERE}:has_answer"))
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@ what evaluations show, and what is refused before any step."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import fjax
+from experiments.common import reward_model
 from experiments.common.prompt_files import Prompt
 from experiments.common.rewards import of_prompts
 from experiments.common.settings import Settings
 from experiments.rlhf.__main__ import main
 from experiments.rlhf.config import Config
 from experiments.rlhf.target import TASK, make_target, reward_names
+from fjax.models import RewardModel
 from fjax.runs import RunError
 from fjax.training import read_jsonl
 
@@ -140,6 +144,25 @@ def test_rewards_add_up_and_count_no_more_than_the_most(prompts):
     assert target.log_bound == pytest.approx(2.4)
     best = make_target(Config(prompts=prompts, reward=names, reward_max=1.2))
     assert best.features(asked[:1], ["w9 w3"] * 1)["reward"] == pytest.approx(1.2)
+
+
+def test_a_reward_model_scores_prompt_and_answer(chatty, monkeypatch):
+    """Texts between its end tokens, conversations through its template; of what is too long, the end,
+    where the answer is."""
+    monkeypatch.setattr(reward_model, "score_rows", lambda model, rows: [*map(list, rows)])
+    messages = [{"role": "user", "content": "w2"}]
+    prompts = [Prompt("w1"), Prompt(messages, messages=messages), Prompt("w3", messages=messages)]
+    tokenizer = fjax.from_pretrained(chatty).tokenizer
+    model = RewardModel(SimpleNamespace(max_length=9), None, tokenizer, None, "end text end")
+    answers = [" w4 w5", "w6", " w7"]
+    found = reward_model.score_answers(model, prompts, answers)
+    assert found == [[60, 1, 4, 5, 60], [51, 2, 53, 52, 6, 53], [51, 2, 53, 52, 7, 53]]
+    short = model._replace(config=SimpleNamespace(max_length=3))
+    found = reward_model.score_answers(short, prompts, answers)
+    assert found == [[4, 5, 60], [52, 6, 53], [52, 7, 53]]
+    tokenizer.chat_template = None
+    with pytest.raises(RunError, match="the tokenizer has no chat template"):
+        reward_model.score_answers(model, prompts, answers)
 
 
 def test_rewards_have_names_of_their_own():
