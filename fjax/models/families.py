@@ -1,9 +1,20 @@
-"""The families that fjax knows. A new one is a file beside `fjax.models.gpt2` and a line here."""
+"""The families that fjax knows. A new one is a file beside these and a line here."""
 
-from fjax.models import gpt2, llama
+from importlib import import_module
+
 from fjax.models.base import Family
 
 __all__ = ["FAMILIES"]
 
-FAMILIES: tuple[Family, ...] = (gpt2.FAMILY, llama.FAMILY)
+_MODULES = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)
+
+FAMILIES: tuple[Family, ...] = tuple(
+    import_module(f"fjax.models.{name}").FAMILY for name in _MODULES
+)
 """Every family by which `fjax.from_pretrained` reads a folder, unless it is given others."""

@@ -12,6 +12,7 @@ import safetensors.flax
 import fjax.models.huggingface
 from fjax.models import RewardModel, from_pretrained, gpt2, load_reward_model, save_reward_model
 from tests.make_fixtures import FOLDER, make_tokenizer
+from tests.models.folders import edit_config
 
 TINY = FOLDER / "tiny-gpt2"
 
@@ -144,6 +145,10 @@ def test_a_head_of_two_labels_or_with_more_beside_it_is_refused(model, tmp_path)
 
 def test_a_reward_model_is_no_language_model(model, tmp_path):
     save_reward_model(tmp_path / "reward", model.params, model.config, model.tokenizer)
+    refusal = r"holds a reward model, \['GPT2ForSequenceClassification'\], .*load_reward_model"
+    with pytest.raises(ValueError, match=refusal):
+        from_pretrained(tmp_path / "reward")
+    edit_config(tmp_path / "reward", architectures=None)
     with pytest.raises(ValueError, match=r"tensors that this GPT-2 has not: score.weight"):
         from_pretrained(tmp_path / "reward")
 

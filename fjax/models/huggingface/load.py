@@ -62,6 +62,7 @@ def from_pretrained(
     `save_pretrained` has an example that writes a folder and reads it.
     """
     folder, family, config = open_folder(name_or_path, families)
+    _refuse_reward_model(folder)
     if mesh is not None:
         check_heads(config, mesh)
     tokenizer = load_tokenizer(folder, config)
@@ -90,6 +91,16 @@ def from_pretrained(
         ),
     )
     return model if mesh is None else on_mesh(model, mesh, family.rules)
+
+
+def _refuse_reward_model(folder: Path) -> None:
+    kinds = str(read_json(folder / "config.json").get("architectures"))
+    if "ForSequenceClassification" in kinds:
+        raise ValueError(
+            f"{folder} holds a reward model, {kinds:.80}, which gives a text a score and predicts "
+            f"no token. Read it with fjax.models.load_reward_model; here a language model is asked "
+            f"for."
+        )
 
 
 def load_reward_model(

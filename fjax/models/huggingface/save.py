@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from fjax.models.base import TEXT_FORMATS, Family, family_of
 from fjax.models.families import FAMILIES
+from fjax.models.huggingface.folders import read_json
 from fjax.models.huggingface.tensors import named_tensors, write_tensors
 from fjax.models.huggingface.tokenizers import import_transformers, with_padding
 from fjax.types import Array, Params
@@ -171,8 +172,12 @@ def _write_config(folder: Path, fields: dict[str, Any]) -> None:
     """config.json, with what transformers adds to it for a model that it knows."""
     known = import_transformers()
     if fields["model_type"] in known.CONFIG_MAPPING:
-        kind = fields.pop("model_type")
-        known.AutoConfig.for_model(kind, **fields).save_pretrained(folder)
+        others = {name: value for name, value in fields.items() if name != "model_type"}
+        known.AutoConfig.for_model(fields["model_type"], **others).save_pretrained(folder)
+        # What this version writes in other words stays for the earlier ones, which read no others.
+        written = read_json(folder / "config.json")
+        if not fields.keys() <= written.keys():
+            _write_json(folder / "config.json", {**fields, **written})
     else:
         _write_json(folder / "config.json", fields)
 

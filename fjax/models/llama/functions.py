@@ -1,166 +1,23 @@
-"""Llama (Touvron et al. 2023) and its relatives, as pure functions over a plain tree of parameters.
-
-RMS norms, rotary positions, heads that share keys and values, a gated MLP. What relatives do
-otherwise is a few fields of one configuration, so each is a file like `fjax.models.qwen2`, which
-says what its config.json means, and a line in `fjax.models.families`.
-
-Names in the tree of parameters are those of the Hugging Face checkpoint, and weights keep its
-``[out, in]`` layout: ``layers_3/mlp/up_proj/weight`` is ``model.layers.3.mlp.up_proj.weight``.
+"""What a Llama computes.
 
 Axes in names: B sequences, T new tokens, S cached columns, D width, H heads, N of them with keys
 and values of their own, K head width.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from fjax.models import causal
-from fjax.models.base import Family, KVCache, check_numbers, check_sizes
-from fjax.models.rope import Rope, read_rope, rotate, turns, write_rope
+from fjax.models.base import KVCache
+from fjax.models.llama.config import LlamaConfig
+from fjax.models.rope import rotate, turns
 from fjax.types import Array, DecodeFn, LogitsFn, Params, PRNGKeyArray, ScoreFn
 
-__all__ = [
-    "FAMILY",
-    "RULES",
-    "LlamaConfig",
-    "decode_fn",
-    "init_cache",
-    "init_params",
-    "logits_fn",
-    "read_config",
-    "refuse",
-    "score_fn",
-    "write_config",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Shape of a Llama or a relative; names are those of transformers where it has one.
-
-    Attributes:
-        model_type: of config.json; says which family writes it.
-        vocab_size: tokens that it knows.
-        hidden_size: D.
-        intermediate_size: width of the MLP.
-        num_hidden_layers: blocks.
-        num_attention_heads: H.
-        num_key_value_heads: N, which divides H; None for H.
-        head_dim: K; None for D/H.
-        hidden_act: of the gate, one of `fjax.models.causal.ACTIVATIONS`.
-        max_position_embeddings: tokens that it can read.
-        rms_norm_eps: ε of the norms.
-        rope: the rotary positions.
-        tie_word_embeddings: whether the head is the embedding again.
-        qkv_bias: whether queries, keys and values have biases.
-        output_bias: whether the projection of attention into the residual stream has one.
-        mlp_bias: whether the MLP has.
-        qk_norm: whether queries and keys are normed, head by head, as in Qwen3.
-        norm_offset: what is added to the scales of norms, 1 in Gemma.
-        embedding_scale: what embeddings are multiplied by, √D in Gemma.
-        initializer_range: spread of initial weights.
-    """
-
-    model_type: str = "llama"
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope: Rope = Rope()  # noqa: RUF009 - a frozen value
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    norm_offset: float = 0.0
-    embedding_scale: float = 1.0
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        sizes = "vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"
-        check_sizes(self, *sizes, "num_hidden_layers", "num_attention_heads")
-        given = [n for n in ("num_key_value_heads", "head_dim") if getattr(self, n) is not None]
-        check_sizes(self, *given)
-        check_numbers(self, "rms_norm_eps", "initializer_range", "norm_offset", "embedding_scale")
-        for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.80}.")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads where no head_dim is said, "
-                f"got {self.hidden_size} and {self.num_attention_heads}."
-            )
-        if self.num_attention_heads % self.heads:
-            raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads, got "
-                f"{self.num_attention_heads} and {self.heads}."
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"Heads are turned in pairs: head_dim must be even, got {self.head_width}."
-            )
-        if self.hidden_act not in list(causal.ACTIVATIONS):
-            raise ValueError(
-                f"hidden_act must be one of {sorted(causal.ACTIVATIONS)}, got {self.hidden_act!r}."
-            )
-
-    @property
-    def max_length(self) -> int:
-        """Columns that it can read: ``max_position_embeddings``."""
-        return self.max_position_embeddings
-
-    @property
-    def width(self) -> int:
-        """D of the hidden states: ``hidden_size``."""
-        return self.hidden_size
-
-    @property
-    def depth(self) -> int:
-        """Blocks: ``num_hidden_layers``."""
-        return self.num_hidden_layers
-
-    @property
-    def heads(self) -> int:
-        """Heads of keys and values: ``num_key_value_heads``."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_width(self) -> int:
-        """K: ``head_dim``."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    def computes_as(self, other: object) -> bool:
-        """Whether both compute the same function of the same parameters.
-
-        The initial scale may differ, and so may the spelling.
-
-        >>> tiny = LlamaConfig(hidden_size=8, num_attention_heads=2)
-        >>> tiny.computes_as(dataclasses.replace(tiny, head_dim=4, num_key_value_heads=2))
-        True
-        """
-        return isinstance(other, LlamaConfig) and self._normal() == other._normal()
-
-    def _normal(self) -> "LlamaConfig":
-        return dataclasses.replace(
-            self,
-            num_key_value_heads=self.heads,
-            head_dim=self.head_width,
-            initializer_range=0.0,
-            model_type="",
-        )
+__all__ = ["decode_fn", "init_cache", "init_params", "logits_fn", "score_fn"]
 
 
 def _norm(config: LlamaConfig, params: Params, x: Array) -> Array:
@@ -415,84 +272,3 @@ def score_fn(config: LlamaConfig, *, dtype: DTypeLike = jnp.float32) -> ScoreFn:
         ValueError: at trace time, if there are more columns than positions.
     """
     return causal.score_fn(config, _hidden_fn(config, dtype))
-
-
-def refuse(raw: Mapping[str, Any], **supported: Any) -> None:
-    """ValueError for an option of config.json that says another thing than what is computed."""
-    for name, value in supported.items():
-        if raw.get(name, value) not in (None, value):
-            raise ValueError(f"it has {name}={raw[name]!r:.80}.")
-
-
-def read_config(raw: Mapping[str, Any], **of_family: Any) -> LlamaConfig:
-    """The configuration that a config.json says, with what is not in it but is the family's."""
-    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope"}
-    said = {name: value for name, value in raw.items() if name in names and value is not None}
-    return LlamaConfig(rope=read_rope(raw), **(said | of_family))
-
-
-def write_config(config: LlamaConfig, *, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What every family here writes; the fields that only fjax has are left out."""
-    ours = {"rope", "qkv_bias", "output_bias", "qk_norm", "norm_offset", "embedding_scale"}
-    fields = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in {*ours, *left_out}
-    }
-    spelled = {"num_key_value_heads": config.heads, "head_dim": config.head_width}
-    return fields | spelled | write_rope(config.rope)
-
-
-def _read_llama(raw: Mapping[str, Any]) -> LlamaConfig:
-    bias = raw.get("attention_bias", False)
-    return read_config(raw, qkv_bias=bias, output_bias=bias)
-
-
-def _write_llama(config: LlamaConfig) -> dict[str, Any]:
-    described = {"architectures": ["LlamaForCausalLM"], "attention_bias": config.qkv_bias}
-    return described | write_config(config)
-
-
-def _tensor_name(path: tuple[str, ...]) -> str:
-    """``layers_3/mlp/up_proj/weight`` is ``model.layers.3.mlp.up_proj.weight``."""
-    name = ".".join(path).replace("layers_", "layers.")
-    return name if name.startswith("lm_head") else f"model.{name}"
-
-
-RULES = (
-    # The hidden units of a block are sharded: on the way in, and summed over on the way out.
-    (r"(q|k|v|gate|up)_proj/weight(/matrix)?$", (PartitionSpec("tensor", "fsdp"),)),
-    (r"(q|k|v|gate|up)_proj/bias$", (PartitionSpec("tensor"),)),
-    (r"(o|down)_proj/weight(/matrix)?$", (PartitionSpec("fsdp", "tensor"),)),
-    # By tokens where their number can be divided.
-    (
-        r"(embed_tokens|lm_head)/weight(/matrix)?$",
-        (PartitionSpec("tensor", "fsdp"), PartitionSpec(None, ("tensor", "fsdp"))),
-    ),
-)
-"""How parameters are sharded; norms and other biases are too small for it."""
-
-FAMILY = Family(
-    name="Llama",
-    model_types=("llama",),
-    config_type=LlamaConfig,
-    read_config=_read_llama,
-    write_config=_write_llama,
-    init_params=init_params,
-    tensor_name=_tensor_name,
-    logits_fn=logits_fn,
-    decode_fn=decode_fn,
-    init_cache=init_cache,
-    prefix="model.",
-    tied=lambda config: (
-        {"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {}
-    ),
-    # the frequencies, which the first checkpoints have among their weights
-    buffers=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    embedding="model.embed_tokens.weight",
-    head="lm_head",
-    rules=RULES,
-    score_fn=score_fn,
-    score_architecture="LlamaForSequenceClassification",
-)
-"""Llama as `fjax.from_pretrained` reads it."""
