@@ -3,8 +3,9 @@
     W + (α/r) down · up,    W [in, out],  down [in, r],  up [r, out]
 
 The base model's parameters stay as they are. What is trained, kept by the optimiser and saved is a
-small tree of its own, and whoever samples, scores or exports merges it into whole parameters. There
-is nothing to be changed in the model, the loss or the tuner: each is a function of parameters, and
+small tree of its own. Whoever samples, scores or exports merges it into whole parameters, or
+attaches it to those of the base model, which are then the only ones that there are. There is
+nothing to be changed in the model, the loss or the tuner: each is a function of parameters, and
 `adapt` makes it one of adapters.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685), section 4.1.
@@ -22,7 +23,16 @@ from fjax._checks import positive
 from fjax._trees import find_leaves, list_paths, name_leaves
 from fjax.types import Array, Float, Params, PRNGKeyArray
 
-__all__ = ["AdaptedMatrix", "Adapters", "adapt", "attach_lora", "init_lora", "merge_lora"]
+__all__ = [
+    "AdaptedMatrix",
+    "Adapters",
+    "adapt",
+    "attach_lora",
+    "init_lora",
+    "is_adapted",
+    "merge_attached",
+    "merge_lora",
+]
 
 Adapters = dict[str, dict[str, Array]]
 """Path of a matrix in the parameters -> its change, ``{"down": [in, r], "up": [r, out]}``."""
@@ -47,11 +57,13 @@ def init_lora(params: Params, rng_key: PRNGKeyArray, *, rank: int, pattern: str 
 
         down ~ N(0, 1/in),    up = 0
 
-    At 0 the gradient moves ``up`` first; were both 0, neither would ever move.
+    At 0 the gradient moves ``up`` first; were both 0, neither would ever move. A leaf called
+    ``weight`` is a matrix ``[out, in]``, as torch, Equinox and fjax's Llama have them, and so it is
+    the other way round: ``up ~ N(0, 1/in)``, and ``down = 0``.
 
     Args:
         params: of the base model, any tree of arrays.
-        rng_key: for ``down``.
+        rng_key: for what is drawn.
         rank: r of each change.
         pattern: a regular expression, such as ``"attn|mlp"``. Adapters are made for the matrices,
             leaves of two axes or more, whose path has it in it; "" makes them for all.
@@ -76,7 +88,7 @@ def init_lora(params: Params, rng_key: PRNGKeyArray, *, rank: int, pattern: str 
     _check_rank(rank, matrices)
     keys = jax.random.split(rng_key, len(matrices))
     pairs = zip(matrices.items(), keys, strict=True)
-    return {path: _begin(matrix, key, rank) for (path, matrix), key in pairs}
+    return {path: _begin(path, matrix, key, rank) for (path, matrix), key in pairs}
 
 
 def merge_lora(
@@ -127,8 +139,9 @@ def attach_lora(
         x · W + (α/r)(x · down) · up
 
     The same function of the adapters as with `merge_lora`, up to rounding, and so the same
-    gradient; but no second copy of W is made, and no gradient of its size. For sampling and scoring
-    merged parameters are the faster ones.
+    gradient; but no second copy of W is made, and no gradient of its size. W is the base model's
+    own array, which is there once for all that samples, scores and trains. To sample from a small
+    model, merged parameters are a little faster.
 
     Args:
         params: of the base model.
@@ -150,6 +163,40 @@ def attach_lora(
     Source: Hu et al. 2021, equation 3.
     """
     return _with_adapters(_attach, params, adapters, alpha)
+
+
+def is_adapted(leaf: Any) -> bool:
+    """Whether it is a matrix with an adapter beside it: ``jax.tree.map(..., is_leaf=is_adapted)``.
+
+    >>> is_adapted(AdaptedMatrix(jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2))))
+    True
+    """
+    return isinstance(leaf, AdaptedMatrix)
+
+
+def merge_attached(params: Params) -> Params:
+    """Whole parameters, from those that `attach_lora` gives.
+
+        W + down · up
+
+    Args:
+        params: with an `AdaptedMatrix` here and there, or a single one.
+
+    Returns:
+        The same with an array in its place, of the dtype of W; the other leaves are the very same.
+        The sum is taken as in `merge_lora`.
+
+    >>> matrix = AdaptedMatrix(jnp.ones((2, 2)), jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 0.0]]))
+    >>> merge_attached({"kernel": matrix})["kernel"].tolist()
+    [[4.0, 1.0], [7.0, 1.0]]
+
+    Source: Hu et al. 2021, equation 3.
+    """
+
+    def whole(leaf):
+        return _add(leaf.matrix, leaf.down, leaf.up, 1.0) if is_adapted(leaf) else leaf
+
+    return jax.tree.map(whole, params, is_leaf=is_adapted)
 
 
 def adapt(fn: Callable[..., Any], policy_of: Callable[[Any], Params]) -> Callable[..., Any]:
@@ -216,12 +263,23 @@ def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def _begin(matrix: Any, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
+def _begin(path: str, matrix: Any, rng_key: PRNGKeyArray, rank: int) -> dict[str, Array]:
     rows, *others = matrix.shape
     dtype = jnp.result_type(jnp.float32, matrix.dtype)
-    # Of this spread, what goes down is about as large as what comes in.
-    down = jax.random.normal(rng_key, (rows, rank), dtype) / math.sqrt(rows)
-    return {"down": down, "up": jnp.zeros((rank, *others), dtype)}
+
+    # Of this spread, what comes out of it is about as large as what comes in.
+    def draw(shape, size):
+        return jax.random.normal(rng_key, shape, dtype) / math.sqrt(size)
+
+    if has_out_first(path):
+        up = draw((rank, *others), math.prod(others))
+        return {"down": jnp.zeros((rows, rank), dtype), "up": up}
+    return {"down": draw((rows, rank), rows), "up": jnp.zeros((rank, *others), dtype)}
+
+
+def has_out_first(path: str) -> bool:
+    """Whether a matrix is ``[out, in]``, by the name of the leaf; a ``kernel`` is ``[in, out]``."""
+    return path.rpartition("/")[2] == "weight"
 
 
 def _with_adapters(
@@ -231,7 +289,7 @@ def _with_adapters(
     if alpha is not None:
         positive(alpha=alpha)
     named = name_leaves(params)
-    _check_belong(adapters, named)
+    check_belong(adapters, named)
     changed = (
         change(leaf, adapters[path], alpha) if path in adapters else leaf
         for path, leaf in named.items()
@@ -239,8 +297,8 @@ def _with_adapters(
     return jax.tree.structure(params).unflatten(changed)
 
 
-def _check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[str, Any]) -> None:
-    """Whether each adapter is one of a matrix that there is."""
+def check_belong(adapters: Mapping[str, Mapping[str, Array]], named: Mapping[str, Any]) -> None:
+    """ValueError unless each adapter is one of a matrix that there is."""
     for path, adapter in adapters.items():
         if path not in named:
             raise ValueError(
@@ -269,7 +327,10 @@ def _attach(
 def _merge(
     matrix: Any, adapter: Mapping[str, Array], alpha: float | Array | None
 ) -> Float[Array, "..."]:
+    return _add(matrix, adapter["down"], adapter["up"], _scale(adapter, alpha))
+
+
+def _add(matrix: Any, down: Array, up: Array, scale: float | Array) -> Float[Array, "..."]:
     # Accelerators multiply float32 in fewer bits unless told otherwise.
-    highest = jax.lax.Precision.HIGHEST
-    change = jnp.tensordot(adapter["down"], adapter["up"], 1, precision=highest)
-    return (matrix + _scale(adapter, alpha) * change).astype(matrix.dtype)
+    change = jnp.tensordot(down, up, 1, precision=jax.lax.Precision.HIGHEST)
+    return (matrix + scale * change).astype(matrix.dtype)

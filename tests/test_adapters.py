@@ -14,8 +14,9 @@ from flax import nnx
 
 import fjax
 from fjax import enumeration
-from fjax.adapters import adapt, attach_lora, init_lora, merge_lora
+from fjax.adapters import adapt, attach_lora, init_lora, is_adapted, merge_attached, merge_lora
 from fjax.models import gpt2
+from fjax.rollouts import make_sample_fn
 from fjax.training import Checkpoints
 
 KEY = jax.random.key(0)
@@ -91,6 +92,17 @@ def test_what_goes_down_is_as_large_as_what_comes_in():
     assert not adapter["up"].any()
 
 
+def test_of_a_matrix_with_its_output_first_the_input_s_side_is_drawn():
+    """A leaf called weight, [out, in] = [100, 400]: up, of variance 1/400."""
+    tree = {"weight": jnp.zeros((100, 400)), "kernel": jnp.zeros((100, 400))}
+    adapters = init_lora(tree, KEY, rank=100)
+    up = adapters["weight"]["up"]
+    assert float(jnp.mean(up**2) * 400) == pytest.approx(1, abs=5 * 0.0071)
+    assert not adapters["weight"]["down"].any()
+    assert adapters["kernel"]["down"].any()
+    assert not adapters["kernel"]["up"].any()
+
+
 def test_keys_make_adapters_and_matrices_differ():
     params = {"a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}
     ours, others = (init_lora(params, jax.random.key(seed), rank=1) for seed in (0, 1))
@@ -159,6 +171,43 @@ def test_beside_the_matrices_none_of_their_size_is_made():
 
     matrix = 4 * 256 * 1024
     assert temporary(attach_lora) < matrix < temporary(merge_lora)
+
+
+def test_one_array_of_each_matrix_serves_policy_and_base_model():
+    """The base model's own; and neither the sampler nor the score makes another of its size."""
+    config = gpt2.GPT2Config(vocab_size=7, n_positions=8, n_embd=256, n_layer=1, n_head=2)
+    params = gpt2.init_params(config, KEY)
+    adapters = init_lora(params, KEY, rank=1, pattern="kernel")
+    before = {id(array) for array in jax.live_arrays()}
+    policy = attach_lora(params, adapters, alpha=2.0)
+    assert max(x.size for x in jax.live_arrays() if id(x) not in before) < 256 * 10
+    leaves = jax.tree.leaves(policy, is_leaf=is_adapted)
+    shared = [leaf.matrix if is_adapted(leaf) else leaf for leaf in leaves]
+    assert all(a is b for a, b in zip(shared, jax.tree.leaves(params), strict=True))
+
+    sample_fn = make_sample_fn(
+        gpt2.decode_fn(config), partial(gpt2.init_cache, config), max_new_tokens=3, eos_id=0
+    )
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    prompt = KEY, tokens[:, :1], tokens[:, :1] == 0, jnp.arange(1)
+    score = jax.jit(fjax.make_log_prob_fn(gpt2.logits_fn(config)))
+    programs = sample_fn.lower(policy, *prompt, each=1), score.lower(policy, tokens, tokens == 0)
+    for program in programs:
+        memory = program.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * 256 * 256  # of its smallest matrix
+        assert memory.argument_size_in_bytes < 1.02 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_attached_can_be_merged_later(dtype):
+    params = params_of(dtype=dtype)
+    adapters = moved(init_lora(params, KEY, rank=2))
+    found = merge_attached(attach_lora(params, adapters, alpha=4.0))
+    merged = merge_lora(params, adapters, alpha=4.0)
+    assert found["h_0"]["bias"] is params["h_0"]["bias"]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(merged), strict=True):
+        assert a.dtype == b.dtype == dtype
+        np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-5)
 
 
 def test_of_full_rank_they_can_be_any_change(x64):

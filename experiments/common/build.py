@@ -22,7 +22,7 @@ from fjax.adapters import adapt, attach_lora, init_lora, merge_lora
 from fjax.divergences import FDivergence, by_name
 from fjax.estimators import known_log_z
 from fjax.evaluation import TextTarget
-from fjax.models import LanguageModel
+from fjax.models import LanguageModel, save_adapters
 from fjax.rollouts import Collector, Contexts
 from fjax.runs import Display, RunError, Stepper, align, open_run
 from fjax.runs.numbered import new_folder, newest_folder
@@ -98,6 +98,7 @@ def run_task(task: Task, config: Any) -> int:
             seed=settings.seed,
             initial=built.trained.initial,
             policy_of=built.trained.policy_of,
+            save_trained=save_trained(settings, model),
             proposal_every=settings.proposal_every if settings.proposal == "adaptive" else None,
             overlap=settings.overlap,
             eval_every=settings.eval_every,
@@ -166,7 +167,25 @@ def make_trained(settings: Settings, params: Params) -> Trained:
         adapters = place(adapters, (), mesh)
     merge = partial(jax.jit(merge_lora), params, alpha=settings.lora_alpha)
     attach = partial(attach_lora, params, alpha=settings.lora_alpha)
-    return Trained(adapters, merge, attach)
+    return Trained(adapters, merge if settings.lora_merge else attach, attach)
+
+
+def save_trained(settings: Settings, model: LanguageModel) -> Callable[[Path, Params], None] | None:
+    """How a run writes its adapters, in PEFT's format; None for one that trains the weights.
+
+    They are adapters of the model that it begins as.
+    """
+    if settings.lora_rank is None:
+        return None
+    name = settings.start or settings.model
+    # by its whole path, for whoever reads them from another folder
+    base_model = Path(name).resolve() if Path(name).is_dir() else name
+
+    def save(folder: Path, adapters: Params) -> None:
+        alpha = settings.lora_alpha
+        save_adapters(folder, adapters, model.config, alpha=alpha, base_model=base_model)
+
+    return save
 
 
 def describe_trained(settings: Settings, built: Built) -> dict[str, int]:

@@ -9,6 +9,7 @@ from jax.stages import Compiled
 
 from fjax import rollouts
 from fjax._trees import count_numbers
+from fjax.adapters import attach_lora
 from fjax.models import LanguageModel
 from fjax.rollouts import Contexts
 from fjax.runs import Display, RunError
@@ -40,6 +41,7 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
     initial = jax.eval_shape(lambda base: _trained(settings, base).initial, model.params)
     tuner = _tuner(settings, model, contexts, Trained(initial))
     state = _placed(model, jax.eval_shape(tuner.init, initial))
+    policy = _policy(settings, model, state.params)
     rollout = _rollout(settings, model, contexts)
     display.say(
         f"{count_numbers(model.params):,} parameters, of which {count_numbers(initial):,} numbers "
@@ -47,12 +49,13 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
     )
     programs = {
         "update": _update(settings, model, contexts, state, rollout),
-        "sampler": _sampler(settings, model, contexts),
+        "sampler": _sampler(settings, model, contexts, policy),
     }
     update, sampler = map(program_memory, programs.values())
     parts = {
         "base model": bytes_per_device(model.params),
         "adapters" if settings.lora_rank else "policy": bytes_per_device(state.params),
+        **({"policy, merged": bytes_per_device(policy)} if _merges(settings) else {}),
         "optimiser": bytes_per_device(state.opt_state),
         "cache of the sampler": _cache(settings, model, contexts),
         "activations and gradient of an update": update.temporary,
@@ -77,6 +80,18 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
 
 def _trained(settings: Settings, base: Params) -> Trained:
     return Trained(base) if settings.lora_rank is None else make_trained(settings, base)
+
+
+def _merges(settings: Settings) -> bool:
+    """Whether the policy is another copy of the weights."""
+    return settings.lora_rank is not None and settings.lora_merge
+
+
+def _policy(settings: Settings, model: LanguageModel, trained: Params) -> Params:
+    """What is sampled from, as shapes."""
+    if settings.lora_rank is None or settings.lora_merge:
+        return model.params
+    return _placed(model, jax.eval_shape(attach_lora, model.params, trained))
 
 
 def _tuner(
@@ -146,7 +161,9 @@ def _rows(settings: Settings, contexts: Contexts | None) -> tuple[int, int]:
     return (samples, 1) if contexts is None else (contexts.per_step, samples // contexts.per_step)
 
 
-def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None) -> Compiled:
+def _sampler(
+    settings: Settings, model: LanguageModel, contexts: Contexts | None, policy: Params
+) -> Compiled:
     sample_fn: Any = rollouts.make_sample_fn(
         model.decode_fn,
         model.init_cache,
@@ -157,7 +174,7 @@ def _sampler(settings: Settings, model: LanguageModel, contexts: Contexts | None
     prompts, each = _rows(settings, contexts)
     tokens = Shape((prompts, columns), jnp.int32), Shape((prompts, columns), jnp.bool_)
     key = jax.eval_shape(partial(jax.random.key, 0))
-    lowered = sample_fn.lower(model.params, key, *tokens, Shape((prompts,), jnp.int32), each=each)
+    lowered = sample_fn.lower(policy, key, *tokens, Shape((prompts,), jnp.int32), each=each)
     return compile_to_inspect(lowered)
 
 

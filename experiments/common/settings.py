@@ -131,6 +131,10 @@ class Settings:
     times the rate: try --learning-rate 2e-3."""
     lora_alpha: float | None = None
     """The change counts this many times over the rank; without it, once."""
+    lora_merge: bool = True
+    """Add adapters up into a second copy of the weights, to sample, score and evaluate with. With
+    --no-lora-merge they stay beside the weights, of which there is then one copy for policy and
+    base model together; for models of a hundred million parameters and more it takes no longer."""
     microbatch_size: int | None = None
     """Samples that go through the policy at once in the update. Smaller needs less memory; the
     result is the same."""

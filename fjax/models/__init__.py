@@ -9,7 +9,9 @@ from fjax.models.base import Family, KVCache, LanguageModel, PretrainedModel, Re
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface import (
     from_pretrained,
+    load_adapters,
     load_reward_model,
+    save_adapters,
     save_pretrained,
     save_reward_model,
 )
@@ -25,7 +27,9 @@ __all__ = [
     "from_pretrained",
     "gpt2",
     "llama",
+    "load_adapters",
     "load_reward_model",
+    "save_adapters",
     "save_pretrained",
     "save_reward_model",
     "shard_model",

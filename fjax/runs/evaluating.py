@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from fjax._trees import same_numbers
+from fjax.adapters import is_adapted, merge_attached
 from fjax.evaluation import (
     Base,
     Evaluation,
@@ -50,7 +51,13 @@ def _base(run: Run, step: int) -> Base | None:
 
 def _begins_as_base(run: Run) -> bool:
     """Whether the first policy is the base model to the last bit, as of new adapters."""
-    return same_numbers(run.policy_of(run.initial), run.model.params)
+    policy, base = run.policy_of(run.initial), run.model.params
+    if policy is base:
+        return True
+    # One matrix after the other: merged, all of them would be another copy of the model.
+    leaves = jax.tree.leaves(policy, is_leaf=is_adapted)
+    pairs = zip(leaves, jax.tree.leaves(base), strict=True)
+    return all(same_numbers(merge_attached(ours), theirs) for ours, theirs in pairs)
 
 
 def measure_policy(run: Run, progress: Progress, step: int, begun: float) -> Evaluation:

@@ -29,6 +29,7 @@ from fjax.types import Params
 
 MAY_CHANGE = {
     *("mesh", "distributed", "coordinator", "processes", "process", "dry_run"),
+    "lora_merge",  # the same policy, up to rounding
     "corpora",  # what a reward was trained on; the reward itself is looked at
     "steps",
     *("resume", "resume_from", "stop_if_unsaved"),
@@ -45,7 +46,7 @@ MAY_CHANGE = {
 """What a resumed run may be given differently: none of it changes a step that was taken."""
 
 METRICS, SAMPLES, CONTEXTS = "metrics.jsonl", "samples.jsonl", "contexts.jsonl"
-CHECKPOINTS, MODEL = "checkpoints", "model"
+CHECKPOINTS, MODEL, ADAPTERS = "checkpoints", "model", "adapters"
 
 
 class RunError(Exception):

@@ -48,7 +48,7 @@ class Result(NamedTuple):
         step: the last one taken.
         figures: of the last evaluation; {} for a run that was stopped.
         folder: of the run.
-        params: of the aligned policy, in the shape of the base model's: of the saved step that was
+        params: of the aligned policy, as ``policy_of`` gives them: of the saved step that was
             nearest to the target, which is the model in the folder. Of a run that was stopped:
             those of its last step.
     """
@@ -73,6 +73,7 @@ def align(
     seed: int = 0,
     initial: Params | None = None,
     policy_of: Callable[[Params], Params] = lambda params: params,
+    save_trained: Callable[[Path, Params], None] | None = None,
     proposal_every: int | None = None,
     overlap: bool = False,
     eval_every: int = 50,
@@ -107,8 +108,11 @@ def align(
             the first.
         seed: of everything random.
         initial: parameters to begin with, if not the base model's.
-        policy_of: (trained params) -> the policy's, in the shape of the base model's, where the two
-            differ, as with adapters; the policy is what is exported.
+        policy_of: (trained params) -> the policy's, which the model's functions take, where the
+            two differ, as with adapters: `fjax.adapters.merge_lora` or, for one copy of the base
+            model and no other, `fjax.adapters.attach_lora`. The policy is what is exported.
+        save_trained: (folder, trained params) -> writes them too, into ``adapters`` beside the
+            model, as `fjax.models.save_adapters` does.
         proposal_every: steps between checks of an adaptive proposal, as in `online`.
         overlap: draw each batch while the one before is scored, as in `online`.
         eval_every: steps between evaluations.
@@ -176,9 +180,9 @@ def align(
             asked = loggers if is_first() else ()
             with open_loggers(asked, opened, title, after_step=step or -1) as logger:
                 run = Run(
-                    opened, title, model, initial, policy_of, target, collector, tuner, schedule,
-                    divergences, aim, metrics, exact, rng_key, checkpoints, logger, display, kept,
-                    stop, stop_if_unsaved,
+                    opened, title, model, initial, policy_of, save_trained, target, collector,
+                    tuner, schedule, divergences, aim, metrics, exact, rng_key, checkpoints, logger,
+                    display, kept, stop, stop_if_unsaved,
                 )  # fmt: skip
                 records = read_metrics(opened.path)
                 kept.records |= by_step(records, "evaluation")
@@ -312,7 +316,7 @@ def _finish(
     params = run.policy_of(trained)
     run.checkpoints.wait()
     with at_once(run, progress, begun):  # everything is saved, and a resumed run does it again
-        _export(run, params)
+        _export(run, params, trained)
         plots.write(run.folder, run.aim)
         report.write(run.folder)
     records = read_metrics(run.folder)
@@ -329,14 +333,16 @@ def _finish(
     return after.figures, params
 
 
-def _export(run: Run, params: Params) -> None:
-    """The aligned model; what a killed export left beside it is deleted."""
-    for left in run.folder.glob(f".{folders.MODEL}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    if run.model.save is not None:
-        whole = fetch(params) if are_several() else params
-        if is_first():
-            run.model.save(run.folder / folders.MODEL, whole)
+def _export(run: Run, params: Params, trained: Params) -> None:
+    """The aligned model, and before it the adapters; what a killed export left is deleted."""
+    adapters = folders.ADAPTERS, run.save_trained, trained
+    for name, write, tree in (adapters, (folders.MODEL, run.model.save, params)):
+        for left in run.folder.glob(f".{name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if write is not None:
+            whole = fetch(tree) if are_several() else tree
+            if is_first():
+                write(run.folder / name, whole)
 
 
 def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Params]:

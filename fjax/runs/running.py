@@ -56,6 +56,7 @@ class Run(NamedTuple):
     model: Model
     initial: Params
     policy_of: Callable[[Params], Params]
+    save_trained: Callable[[Path, Params], None] | None
     target: TextTarget
     collector: Collector
     stepper: Stepper

@@ -1,6 +1,7 @@
 """`--lora-rank`: a run of adapters, from the command line to a whole model."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,17 @@ import numpy as np
 import pytest
 
 import fjax
-from experiments.common.build import load_model, make_built, make_trained, make_tuner
+from experiments.common.build import (
+    load_aligned,
+    load_model,
+    make_built,
+    make_trained,
+    make_tuner,
+)
 from experiments.common.settings import Settings, as_json
 from experiments.lexical_constraint.__main__ import main
+from fjax.adapters import merge_attached
+from fjax.models import load_adapters
 from fjax.runs import Display, RunError
 from fjax.runs.folder import check_same, read_config
 from fjax.training import Checkpoints
@@ -61,17 +70,48 @@ def test_all_adapters_move_whatever_the_pattern(model):
     assert all(adapter["up"].any() for adapter in state.params.values())
 
 
+def state_of(settings, model, folder, step):
+    """Of a run that begins as the base model."""
+    trained = make_trained(settings, model.params)
+    like = make_tuner(settings, model, trained=trained).init(trained.initial)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        found = checkpoints.restore({"state": like, "seconds": np.zeros(())}, step=step)
+    return found["state"]
+
+
+def test_a_run_without_another_copy_of_the_weights(monkeypatch, tmp_path, model):
+    """Its policy has the base model's own arrays, and is exported as a whole and as adapters, which
+    are a model for --start and other commands."""
+    folder = tmp_path / "run"
+    arguments = *FLAGS, "--no-lora-merge", "--run-folder", folder
+    assert run(monkeypatch, main, *arguments, "--steps", 2) == 0
+    settings = Settings(**SETTINGS, lora_merge=False)
+    adapters = state_of(settings, model, folder, 2).params
+    policy = make_trained(settings, model.params).policy_of(adapters)
+    kernel = policy["h_0"]["attn"]["c_attn"]["kernel"]
+    assert kernel.matrix is model.params["h_0"]["attn"]["c_attn"]["kernel"]
+    assert kernel.up.any()
+    found, alpha = load_adapters(folder / "adapters", model.params, model.config)
+    jax.tree.map(np.testing.assert_array_equal, found, adapters)
+    assert alpha == 4
+    as_adapters = load_aligned(settings, model, str(folder / "adapters")).params
+    whole = fjax.from_pretrained(folder / "model").params
+    for params in (as_adapters, whole):
+        close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+        jax.tree.map(close, params, merge_attached(policy))
+    # Whether they are added up may change on the way: it is the same policy.
+    other = *FLAGS, "--lora-merge", "--run-folder", folder
+    assert run(monkeypatch, main, *other, "--steps", 3, "--resume") == 0
+
+
 def test_a_run_exports_a_whole_model_and_saves_adapters_alone(monkeypatch, tmp_path, model):
     folder = tmp_path / "run"
     assert run(monkeypatch, main, *FLAGS, "--steps", 2, "--run-folder", folder) == 0
     settings = Settings(**SETTINGS)
     trained = make_trained(settings, model.params)
-    tuner = make_tuner(settings, model, trained=trained)
     numbers = sum(x.size for x in jax.tree.leaves(trained.initial))
     assert read_config(folder)["trained_parameters"] == numbers
-    like = {"state": tuner.init(trained.initial), "seconds": np.zeros(())}
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = checkpoints.restore(like, step=2)["state"]
+    state = state_of(settings, model, folder, 2)
     record = json.loads((folder / "checkpoints/2/record/data.json").read_text())
     saved = sum(int(np.prod(array["shape"])) for array in record["arrays"].values())
     assert 3 * numbers < saved < 3 * numbers + 20  # Adam's two, counts, log Z

@@ -28,8 +28,8 @@ def assert_same(params, expected):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def save_adapter(folder):
-    (folder / "adapter_config.json").write_text("{}")
+def save_adapter(folder, **said):
+    (folder / "adapter_config.json").write_text(json.dumps(said))
 
 
 def change(folder, name, by):

@@ -248,7 +248,7 @@ def truncate(folder, size):
             ValueError,
             "have wpe.weight twice",
         ),
-        (save_adapter, ValueError, "has an adapter .adapter_config.json., which fjax does not add"),
+        (save_adapter, ValueError, "holds adapters, and its adapter_config.json names no base"),
         (
             lambda f: truncate(f, -1),
             ValueError,

@@ -4,10 +4,13 @@ import fnmatch
 import json
 import shutil
 
+import jax
 import pytest
 
 from fjax import from_pretrained
-from tests.models.folders import edit_config, save_adapter
+from fjax.adapters import init_lora, merge_lora
+from fjax.models import save_adapters
+from tests.models.folders import assert_same, edit_config, save_adapter
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -101,8 +104,18 @@ def test_what_is_no_gpt2_is_not_downloaded(bare, hub, folder, changes, message):
     assert {path.name for path in hub["cache"].rglob("*") if path.is_file()} == {"config.json"}
 
 
-def test_an_adapter_is_seen_on_the_hub_too(hub, folder):
-    save_adapter(folder)
+def test_adapters_of_the_hub_are_added_to_the_base_model_that_they_name(hub, folder, tmp_path):
+    model = from_pretrained(folder)
+    adapters = init_lora(model.params, jax.random.key(0), rank=1, pattern="attn")
+    adapters = jax.tree.map(lambda x: x + 1, adapters)
+    save_adapters(tmp_path / "adapters", adapters, model.config, base_model="owner/tiny")
+    hub["owner/tiny"], hub["owner/adapted"] = folder, tmp_path / "adapters"
+    assert_same(from_pretrained("owner/adapted").params, merge_lora(model.params, adapters))
+    assert ("owner/adapted", "0123abc") in hub["asked"]
+
+
+def test_adapters_of_adapters_are_refused_on_the_hub_too(hub, folder):
+    save_adapter(folder, base_model_name_or_path="owner/adapted")
     hub["owner/adapted"] = folder
-    with pytest.raises(ValueError, match="has an adapter"):
+    with pytest.raises(ValueError, match=r"has an adapter_config.json itself"):
         from_pretrained("owner/adapted")

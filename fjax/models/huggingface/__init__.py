@@ -9,6 +9,7 @@ tensor is found by its path: ``h_3/attn/c_attn/kernel`` is ``h.3.attn.c_attn.wei
 """
 
 from fjax.models.base import TEXT_FORMATS, PretrainedModel, RewardModel
+from fjax.models.huggingface.adapters import load_adapters, save_adapters
 from fjax.models.huggingface.load import from_pretrained, load_reward_model
 from fjax.models.huggingface.save import save_pretrained, save_reward_model
 
@@ -17,7 +18,9 @@ __all__ = [
     "PretrainedModel",
     "RewardModel",
     "from_pretrained",
+    "load_adapters",
     "load_reward_model",
+    "save_adapters",
     "save_pretrained",
     "save_reward_model",
 ]

@@ -3,17 +3,21 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fjax.models.base import Family, ModelConfig
 
-__all__ = ["open_folder", "read_json"]
+__all__ = ["ADAPTER_CONFIG", "Opened", "open_folder", "read_json"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""Its folder holds adapters, in PEFT's format, of a base model that it names."""
 
 # What is read first, since it says whether the rest is worth a download; and all that has a part in
 # model and tokenizer.
-_KIND = ["config.json", "adapter_config.json"]
+_KIND = ["config.json", ADAPTER_CONFIG]
 _FILES = [
     *_KIND,
+    "adapter_model.safetensors",
     "generation_config.json",
     "model*.safetensors*",
     "tokenizer*",
@@ -26,24 +30,74 @@ _FILES = [
 ]
 
 
-def open_folder(
-    name_or_path: str | Path, families: Sequence[Family]
-) -> tuple[Path, Family, ModelConfig]:
-    """The folder, the family of the model in it, and its configuration.
+class Opened(NamedTuple):
+    """The folder of a model.
+
+    Attributes:
+        folder: with its weights.
+        family: of the model.
+        config: of the model.
+        adapters: the folder of adapters to be added to the weights; None if there are none.
+    """
+
+    folder: Path
+    family: Family
+    config: ModelConfig
+    adapters: Path | None = None
+
+
+def open_folder(name_or_path: str | Path, families: Sequence[Family]) -> Opened:
+    """What is in a folder; of one with adapters, what their base model is.
 
     Of a name on the hub, config.json is had and looked at before the other files.
     """
+    folder = _begin(name_or_path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return _open(name_or_path, folder, families)
+    base = _base_of(folder)
+    try:
+        opened = _open(base, _begin(base), families)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} holds adapters, whose base model is not there: {error} Its {ADAPTER_CONFIG} "
+            f"names it (base_model_name_or_path)."
+        ) from error
+    return opened._replace(adapters=_complete(name_or_path, folder))
+
+
+def _begin(name_or_path: str | Path) -> Path:
+    """The folder, or so much of it that it is known what is in it."""
     local = _local(name_or_path)
-    folder = _download(str(name_or_path), _KIND) if local is None else local
-    family, config = _read_config(folder, families)
-    if (folder / "adapter_config.json").is_file():
+    return _download(str(name_or_path), _KIND) if local is None else local
+
+
+def _complete(name_or_path: str | Path, folder: Path) -> Path:
+    """With all files; of a name on the hub by the commit, so that they are of one."""
+    if _local(name_or_path) is not None:
+        return folder
+    return _download(str(name_or_path), _FILES, revision=folder.name)
+
+
+def _open(name_or_path: str | Path, folder: Path, families: Sequence[Family]) -> Opened:
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{folder} has an adapter (adapter_config.json), which fjax does not add to the "
-            f"weights. Merge it with peft's merge_and_unload, and save the whole model."
+            f"{folder} is the base model of adapters, and has an {ADAPTER_CONFIG} itself. Merge "
+            f"those first: from_pretrained(folder) is then a whole model, whose save writes one."
         )
-    if local is None:  # by the commit, so that all files are of one
-        folder = _download(str(name_or_path), _FILES, revision=folder.name)
-    return folder, family, config
+    family, config = _read_config(folder, families)
+    return Opened(_complete(name_or_path, folder), family, config)
+
+
+def _base_of(folder: Path) -> str:
+    """The base model of adapters."""
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder} holds adapters, and its {ADAPTER_CONFIG} names no base model "
+            f"(base_model_name_or_path). Write the folder of the model there, or its name on the "
+            f"hub."
+        )
+    return base
 
 
 def _local(name_or_path: str | Path) -> Path | None:

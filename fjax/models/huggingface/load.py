@@ -4,17 +4,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from fjax.models.base import TEXT_FORMATS, Family, LanguageModel, RewardModel
+from fjax.adapters import merge_lora
+from fjax.models.base import TEXT_FORMATS, Family, LanguageModel, ModelConfig, RewardModel
 from fjax.models.families import FAMILIES
+from fjax.models.huggingface.adapters import load_adapters
 from fjax.models.huggingface.folders import open_folder, read_json
 from fjax.models.huggingface.save import save_pretrained
 from fjax.models.huggingface.tensors import load_params, param_shapes
 from fjax.models.huggingface.tokenizers import end_ids, load_tokenizer
 from fjax.models.sharded import check_heads, on_mesh
+from fjax.types import Params
 
 __all__ = ["from_pretrained", "load_reward_model"]
 
@@ -38,6 +42,9 @@ def from_pretrained(
     A sequence ends at the tokenizer's end-of-sequence token, which is ``eos_id``, and at those that
     ``eos_token_id`` of generation_config.json names or, where that file names none, of config.json.
 
+    A folder of adapters, with adapter_config.json as `save_adapters` and `peft` write it, stands
+    for the base model that it names with the adapters added to its weights.
+
     Args:
         name_or_path: a folder, or a name such as ``gpt2``, ``gpt2-xl``, ``distilgpt2``.
         dtype: of the computation: bfloat16 on accelerators. Softmax and logits are float32 all the
@@ -57,11 +64,12 @@ def from_pretrained(
             give it.
         ValueError: if it is of no family, is a variant that computes something else, lacks tensors
             or has others (named), or tensors that are no finite floats, or if its tokenizer has ids
-            that it has not; or if the mesh does not divide its heads or a parameter.
+            that it has not; if the mesh does not divide its heads or a parameter; or for adapters
+            that `load_adapters` refuses.
 
     `save_pretrained` has an example that writes a folder and reads it.
     """
-    folder, family, config = open_folder(name_or_path, families)
+    folder, family, config, adapted = open_folder(name_or_path, families)
     _refuse_reward_model(folder)
     if mesh is not None:
         check_heads(config, mesh)
@@ -71,6 +79,8 @@ def from_pretrained(
         params = param_shapes(family, config, param_dtype, mesh)
     else:
         params, _ = load_params(folder, family, config, param_dtype, mesh=mesh)
+        if adapted is not None:
+            params = _merged(adapted, family, config, params)
     options = {"remat": True} if remat else {}
     model = LanguageModel(
         config,
@@ -103,6 +113,13 @@ def _refuse_reward_model(folder: Path) -> None:
         )
 
 
+def _merged(folder: Path, family: Family, config: ModelConfig, params: Params) -> Params:
+    """With the adapters of a folder added, each matrix where it lies."""
+    adapters, alpha = load_adapters(folder, params, config, families=(family,))
+    merged = merge_lora(params, adapters, alpha=alpha)
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), merged, params)
+
+
 def load_reward_model(
     name_or_path: str | Path,
     *,
@@ -125,7 +142,12 @@ def load_reward_model(
         ValueError: if it has no scalar head, is of a family without one, or anything else that
             `from_pretrained` refuses.
     """
-    folder, family, config = open_folder(name_or_path, families)
+    folder, family, config, adapted = open_folder(name_or_path, families)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted} holds adapters, which fjax adds to language models alone. Merge them with "
+            f"peft's merge_and_unload, and save the whole reward model."
+        )
     if family.score_fn is None:
         raise ValueError(f"{folder} holds a {family.name}, and that family has no reward models.")
     text_format = read_json(folder / "config.json").get("text_format")

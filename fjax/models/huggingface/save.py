@@ -5,13 +5,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
+from fjax.adapters import is_adapted, merge_attached
 from fjax.models.base import TEXT_FORMATS, Family, family_of
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface.folders import read_json
@@ -39,7 +43,8 @@ def save_pretrained(
 
     Args:
         path: the folder; made if it is not there.
-        params: of the model.
+        params: of the model; adapters that `fjax.adapters.attach_lora` has put beside them are
+            added up, one matrix after the other.
         config: of the same model; its class says which family it is of.
         tokenizer: of transformers.
         dtype: to store floats in; None keeps each as it is.
@@ -70,7 +75,7 @@ def save_pretrained(
     ids = _special_ids(tokenizer, eos_ids)
     _write(
         Path(path),
-        named_tensors(family, params),
+        named_tensors(family, jax.tree.map(_whole, params, is_leaf=is_adapted)),
         family.write_config(config) | ids,
         tokenizer,
         dtype,
@@ -131,6 +136,11 @@ def save_reward_model(
     _write(Path(path), tensors, described, tokenizer, dtype)
 
 
+def _whole(leaf: Any) -> Any:
+    """On the host where there is a sum to be taken, so that no device has to hold them all."""
+    return np.asarray(merge_attached(leaf)) if is_adapted(leaf) else leaf
+
+
 def _special_ids(tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:
     ends = [tokenizer.eos_token_id] if eos_ids is None else list(eos_ids)
     return {
@@ -148,24 +158,30 @@ def _write(
     *,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if dtype is not None:
         tensors = {name: leaf.astype(dtype) for name, leaf in tensors.items()}
     stored = str(next(iter(tensors.values())).dtype)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        new = Path(temporary)
+    with written_aside(path) as new:
         _write_config(new, dict(described) | {"dtype": stored})
         # Several ends are written where transformers looks for them first, and one too where the
         # file of another model would say otherwise.
         here = path / "generation_config.json"
         if generation and (isinstance(generation["eos_token_id"], list) or here.is_file()):
             _write_json(new / here.name, generation)
-        tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(new)
         write_tensors(new / "model.safetensors", tensors)
         # safetensors makes its file readable by its owner only.
         shutil.copymode(new / "config.json", new / "model.safetensors")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder to write to, beside this one, into which all is moved once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        yield Path(temporary)
         path.mkdir(exist_ok=True)
-        _move_all(new, path)
+        _move_all(Path(temporary), path)
 
 
 def _write_config(folder: Path, fields: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from fjax.models.huggingface.tokenizers import some
 from fjax.sharding import make_shardings
 from fjax.types import Array, Params
 
-__all__ = ["load_params", "named_tensors", "param_shapes", "write_tensors"]
+__all__ = ["load_params", "named_tensors", "param_shapes", "read_tensors", "write_tensors"]
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _SCORE = "score.weight"
@@ -51,6 +51,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     import safetensors.flax
 
     safetensors.flax.save_file(dict(tensors), path, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Array]:
+    """All of one safetensors file by their names there, in float32."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    return {tensor.name: _read(tensor, jnp.float32) for tensor in _headers(path)}
 
 
 def param_shapes(
