@@ -34,6 +34,7 @@ from fjax.training import Tuner, ppo_tuner, rloo_tuner
 from fjax.types import Params
 
 from . import command
+from .cards import base_card
 from .exact import exact_of
 from .inputs import input_digests
 from .prompts import chat_ids, start_id, token_ids
@@ -110,6 +111,7 @@ def run_task(task: Task, config: Any) -> int:
             stop_if_unsaved=settings.stop_if_unsaved,
             exact=exact_of(config, built, target, digests),
             loggers=loggers(settings),
+            base_card=base_card(settings.model),
             title=title,
             display=display,
         )

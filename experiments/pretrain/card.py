@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from fjax import _markdown
 from fjax.models import LanguageModel, gpt2, huggingface
 from fjax.runs.display import hardware
 from fjax.sampling import Samples, sample
@@ -48,6 +49,7 @@ def write(
     )
     nats = nats_per_row(model, shipped.params, held_out)
     text = CARD.format(
+        front_matter=_markdown.front_matter(FRONT_MATTER),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         command=_command(config),
         minutes=seconds / 60,
@@ -117,13 +119,15 @@ def _command(config: Config) -> str:
     return " ".join(["python -m experiments.pretrain --corpora corpora", *changed])
 
 
-CARD = """---
-language: en
-license: cc-by-4.0
-library_name: fjax
-pipeline_tag: text-generation
-tags: [gpt2, jax, fjax]
----
+FRONT_MATTER = {
+    "language": "en",
+    "license": "cc-by-4.0",
+    "library_name": "fjax",
+    "pipeline_tag": "text-generation",
+    "tags": ["gpt2", "jax", "fjax"],
+}
+
+CARD = """{front_matter}
 # reviews-gpt2
 
 The built-in model of fjax: a GPT-2 of {parameters:.1f}M parameters ({n_layer} blocks, {n_head}

@@ -19,8 +19,8 @@ from fjax.estimators import Estimate
 from fjax.evaluation import Exact, Metric, TextTarget
 from fjax.hosts import are_several, fetch, is_first
 from fjax.rollouts import Collector
+from fjax.runs import card, plots, report
 from fjax.runs import folder as folders
-from fjax.runs import plots, report
 from fjax.runs.aim import aim_of
 from fjax.runs.display import Display
 from fjax.runs.distance import check_bound, distances
@@ -84,6 +84,7 @@ def align(
     metrics: Mapping[str, Metric] | None = None,
     exact: Exact | None = None,
     loggers: Sequence[Logger | str] = (),
+    base_card: card.FrontMatter | None = None,
     title: str = "align",
     resume: bool = False,
     resume_from: int | None = None,
@@ -125,6 +126,8 @@ def align(
             no step has; None weighs samples of the policy and the base model instead.
         loggers: objects with ``log(record)`` and ``close()``, or names, as in
             `fjax.runs.loggers.open_loggers`.
+        base_card: what the front matter of the exported model's card has of the base model, such as
+            {"base_model": "gpt2", "license": "mit"}.
         title: of the run.
         resume: go on with the run in the folder, from its newest checkpoint.
         resume_from: the step of another one to go on from, as when the newest is damaged; those
@@ -182,7 +185,7 @@ def align(
                 run = Run(
                     opened, title, model, initial, policy_of, save_trained, target, collector,
                     tuner, schedule, divergences, aim, metrics, exact, rng_key, checkpoints, logger,
-                    display, kept, stop, stop_if_unsaved,
+                    display, kept, stop, stop_if_unsaved, base_card,
                 )  # fmt: skip
                 records = read_metrics(opened.path)
                 kept.records |= by_step(records, "evaluation")
@@ -317,6 +320,7 @@ def _finish(
     run.checkpoints.wait()
     with at_once(run, progress, begun):  # everything is saved, and a resumed run does it again
         _export(run, params, trained)
+        card.write(run.folder, best, run.base_card)
         plots.write(run.folder, run.aim)
         report.write(run.folder)
     records = read_metrics(run.folder)

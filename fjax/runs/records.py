@@ -1,7 +1,8 @@
 """What a run writes of its evaluations: figures as records of metrics.jsonl, and some samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from fjax.evaluation import Evaluation, Exact, figures_of_target
 from fjax.runs.folder import CONTEXTS, SAMPLES
 from fjax.runs.steps import as_numbers
 from fjax.training import JsonlLogger
+
+T = TypeVar("T")
 
 
 def as_record(figures: Mapping[str, Estimate], step: int, seconds: float, drawn: int) -> dict:
@@ -27,11 +30,21 @@ def as_target_record(exact: Exact) -> dict:
     return record | {"kind": "target"} | counts
 
 
+def spread(things: Sequence[T], most: int) -> list[T]:
+    """As many as that at most, from all of them: with contexts they are of different ones.
+
+    >>> spread("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    count = len(things)
+    return [things[i] for i in np.linspace(0, count - 1, min(most, count)).astype(int)]
+
+
 def sample_records(evaluation: Evaluation, step: int) -> list[dict]:
     """Some samples, from all contexts, each with what the target says of it."""
     samples, features = evaluation.samples, evaluation.samples.features
     records = []
-    for i in np.linspace(0, len(samples.texts) - 1, min(64, len(samples.texts))).astype(int):
+    for i in spread(range(len(samples.texts)), 64):
         prompt = {"prompt": samples.prompts[i]} if samples.prompts[i] else {}
         record = {"step": step, **prompt, "text": samples.texts[i]}
         records.append(record | {k: v[i] for k, v in features.items()})

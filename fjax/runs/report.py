@@ -9,11 +9,10 @@ from html import escape
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
-
 from fjax.runs import rows
 from fjax.runs.aim import Aim, read_aim
 from fjax.runs.folder import read_config, read_figures, read_samples, write_text
+from fjax.runs.records import spread
 from fjax.runs.rows import Record
 from fjax.runs.text import on_one_line, pieces
 from fjax.runs.verdict import verdict
@@ -112,17 +111,9 @@ def _about(name: str, config: dict, last: Record) -> str:
 
 
 def _figures(first: Record, last: Record, of_p: Record | None, aim: Aim) -> str:
-    columns = {f"before (step {first['step']})": first, f"after (step {last['step']})": last}
-    columns |= {"p": of_p} if of_p else {}
-    records = list(columns.values())
-    cells = (
-        [_text(rows.titled(name, aim)), *(rows.cell(record, name, aim) for record in records)]
-        for name in rows.shown(records, aim)
-    )
-    said = ["On fresh samples of the policy; ± is the standard error.", *rows.notes(records, aim)]
-    return (
-        f'{_table("figures", ["", *columns], cells)}\n<p class="muted">{_text(" ".join(said))}</p>'
-    )
+    headings, found, said = rows.before_and_after(first, last, of_p, aim)
+    table = _table("figures", headings, (map(_text, row) for row in found))
+    return f'{table}\n<p class="muted">{_text(said)}</p>'
 
 
 def _picture(path: Path) -> str:
@@ -132,19 +123,14 @@ def _picture(path: Path) -> str:
 
 def _samples(records: list[dict], highlight: str) -> str:
     steps = [min(record["step"] for record in records), max(record["step"] for record in records)]
-    columns = (_spread([record for record in records if record["step"] == step]) for step in steps)
+    columns = (
+        spread([record for record in records if record["step"] == step], SHOWN) for step in steps
+    )
     cells = (
         [_sample(record, highlight) if record else "" for record in row]
         for row in zip_longest(*columns)
     )
     return _table("samples", [f"before (step {steps[0]})", f"after (step {steps[1]})"], cells)
-
-
-def _spread(records: list[dict]) -> list[dict]:
-    """As many as are shown, from all of them: with contexts they are of different ones."""
-    return [
-        records[i] for i in np.linspace(0, len(records) - 1, min(SHOWN, len(records))).astype(int)
-    ]
 
 
 def _sample(record: dict, highlight: str) -> str:

@@ -36,6 +36,25 @@ def shown(records: Sequence[Record], aim: Aim) -> list[str]:
     return [name for name in ordered if name not in left_out(records, aim)]
 
 
+def before_and_after(
+    first: Record, last: Record, of_p: Record | None, aim: Aim
+) -> tuple[list[str], list[list[str]], str]:
+    """A table of two evaluations, and of p itself where it was sampled.
+
+    Returns:
+        Headings, rows, and what is to be said below them.
+    """
+    columns = {f"before (step {first['step']})": first, f"after (step {last['step']})": last}
+    columns |= {"p": of_p} if of_p else {}
+    records = list(columns.values())
+    found = [
+        [titled(name, aim), *(cell(record, name, aim) for record in records)]
+        for name in shown(records, aim)
+    ]
+    said = ["On fresh samples of the policy; ± is the standard error.", *notes(records, aim)]
+    return ["", *columns], found, " ".join(said)
+
+
 def left_out(records: Sequence[Record], aim: Aim) -> list[str]:
     """Divergences that are infinite throughout, which as rows would say nothing."""
     found = {name: [value_of(r, name) for r in records if name in r] for name in aim.at_most}

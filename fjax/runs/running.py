@@ -8,6 +8,7 @@ from fjax.divergences import FDivergence
 from fjax.evaluation import Base, Exact, Metric, TextTarget
 from fjax.rollouts import Collector
 from fjax.runs.aim import Aim
+from fjax.runs.card import FrontMatter
 from fjax.runs.display import Display
 from fjax.runs.endings import Stop
 from fjax.runs.folder import OpenRun
@@ -72,6 +73,7 @@ class Run(NamedTuple):
     kept: Kept
     stop: Stop
     stop_if_unsaved: bool
+    base_card: FrontMatter | None
 
     @property
     def folder(self) -> Path:

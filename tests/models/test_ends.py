@@ -81,7 +81,9 @@ def test_several_ends_are_saved_and_one_takes_their_place(folder, model, tmp_pat
     assert_same(fjax.from_pretrained(target).params, model.params)
 
 
-def test_one_end_needs_no_file_of_its_own(model, tmp_path):
+def test_one_end_is_written_too(model, tmp_path):
     model.save(tmp_path / "new", model.params)
-    assert not (tmp_path / "new" / "generation_config.json").exists()
-    assert (model.max_length, model.bos_id, model.eos_ids) == (24, 60, (60,))
+    loaded = fjax.from_pretrained(tmp_path / "new")
+    assert (loaded.max_length, loaded.bos_id, loaded.eos_ids) == (24, 60, (60,))
+    written = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (60, 60)

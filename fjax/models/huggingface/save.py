@@ -25,6 +25,10 @@ from fjax.types import Array, Params
 
 __all__ = ["save_pretrained", "save_reward_model"]
 
+FROM_PI = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+"""Of generation_config.json: π itself, which is what was trained and measured. Where nothing is
+said, transformers takes the likeliest token, or draws from the fifty likeliest."""
+
 
 def save_pretrained(
     path: str | Path,
@@ -73,13 +77,14 @@ def save_pretrained(
     """
     family = family_of(config, families)
     ids = _special_ids(tokenizer, eos_ids)
+    pad = {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
     _write(
         Path(path),
         named_tensors(family, jax.tree.map(_whole, params, is_leaf=is_adapted)),
         family.write_config(config) | ids,
         tokenizer,
         dtype,
-        generation=ids,
+        generation=ids | pad | FROM_PI,
     )
 
 
@@ -163,11 +168,8 @@ def _write(
     stored = str(next(iter(tensors.values())).dtype)
     with written_aside(path) as new:
         _write_config(new, dict(described) | {"dtype": stored})
-        # Several ends are written where transformers looks for them first, and one too where the
-        # file of another model would say otherwise.
-        here = path / "generation_config.json"
-        if generation and (isinstance(generation["eos_token_id"], list) or here.is_file()):
-            _write_json(new / here.name, generation)
+        if generation:
+            _write_json(new / "generation_config.json", generation)
         tokenizer.save_pretrained(new)
         write_tensors(new / "model.safetensors", tensors)
         # safetensors makes its file readable by its owner only.
