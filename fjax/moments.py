@@ -6,16 +6,18 @@ the target of them.
 Source: Khalifa et al. 2021 (GDC, arXiv 2012.11635), section 2.2; Csiszár 1975.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fjax._checks import by_feature, one_a_row, positive
+from fjax._checks import by_feature, float_dtype, one_a_row, positive
 from fjax._numerics import dot, ess_of, gather
 from fjax.types import Array, Bool, Float
 
-__all__ = ["MomentFit", "fit_coefficients"]
+__all__ = ["MomentFit", "fit_coefficients", "fit_coefficients_over_contexts"]
 
 
 class MomentFit(NamedTuple):
@@ -100,10 +102,85 @@ def fit_coefficients(
     features = jnp.where(jnp.isneginf(log_w)[:, None], 0.0, features)
     hard, unreachable, log_base, satisfiable = _constraints(features, moments, log_w)
     scaled, scale = _standardize(features, moments, log_base, ~hard & ~unreachable)
-    solution, steps = _newton(log_base, scaled, tolerance, max_steps)
+    solution, steps = _newton(
+        partial(_tilted_moments, log_base, scaled),
+        lambda solution: jax.nn.logsumexp(log_base + dot(scaled, solution)),
+        jnp.zeros_like(scaled[0]),
+        tolerance,
+        max_steps,
+    )
     std_error, residual, ess, log_tilted = _describe_fit(log_base, scaled, solution)
-    soft = solution / scale  # 0 for what is hard or out of reach
     reached = dot(jax.nn.softmax(log_base + dot(scaled, solution)), features)
+    described = std_error, residual, ess, log_tilted
+    met = satisfiable, reached
+    return _as_fit(moments, hard, unreachable, solution, scale, steps, described, met, tolerance)
+
+
+def fit_coefficients_over_contexts(
+    features: Float[Array, "C N K"],
+    moments: Float[Array, "K"],
+    *,
+    log_weights: Float[Array, "C N"] | None = None,
+    tolerance: float | Float[Array, ""] | None = None,
+    max_steps: int = 100,
+) -> MomentFit:
+    """Finds the one λ with E_c E_{p_c}[φ] = μ̄ for p_c ∝ a_c·exp(λ·φ), from samples of each context.
+
+    The moments hold on average over contexts, each of which counts alike and has a Z of its own. Of
+    all families p_c with these moments, it is the one with the lowest E_c KL(p_c‖a_c). The dual,
+    min_λ E_c log E_{a_c}[exp(λ·(φ - μ̄))], is minimised by Newton's method, as in
+    `fit_coefficients`.
+
+    Args:
+        features: φ of each sample, as many of each context.
+        moments: μ̄. Exactly 0 or 1 for a feature that is always 0 or 1 means the hard constraint. A
+            context without a sample that satisfies all of those has no known p_c, and is left out.
+        log_weights: log a/q if the samples are of q; None means all equal.
+        tolerance: see `fit_coefficients`.
+        max_steps: Newton steps at most.
+
+    Returns:
+        A `MomentFit`. Its errors are of the samples, the contexts being given; ``log_z`` is the
+        mean over contexts of log E_{a_c}[exp(λ·φ)]. A moment is unreachable unless it is strictly
+        between the means over contexts of the lowest and of the highest value there.
+
+    Raises:
+        ValueError: for other shapes.
+
+    >>> features = jnp.array([[[1.0], [0.0]], [[1.0], [1.0]]])  # always 1 in the second context
+    >>> fit = fit_coefficients_over_contexts(features, jnp.array([0.875]))
+    >>> round(float(fit.coefficients[0]), 4)  # so 0.75 in the first: logit 0.75
+    1.0986
+
+    Source: Csiszár 1975; targets of contexts as in Korbak et al. 2022 (CDPG, arXiv 2112.00791).
+    """
+    features, moments, log_w = _by_context(features, moments, log_weights)
+    if tolerance is None:
+        tolerance = 1e-10 if features.dtype == jnp.float64 else 1e-5
+    positive(tolerance=tolerance)
+    hard, unreachable, log_base, share, satisfiable = _constraints_over(features, moments, log_w)
+    free = ~hard & ~unreachable
+    scaled, scale = _standardize_over(features, moments, log_base, share, free)
+    tilt = partial(_tilt, log_base, scaled, share)
+
+    def tilted(solution):
+        weights, centred, means = tilt(solution)
+        return dot(share, means), dot(centred.T * weights[None], centred)
+
+    def value(solution):
+        return dot(share, jax.nn.logsumexp(log_base + dot(scaled, solution), axis=1))
+
+    solution, steps = _newton(tilted, value, jnp.zeros_like(moments), tolerance, max_steps)
+    described = *_describe_over(share, *tilt(solution)), value(solution)
+    met = satisfiable, dot(tilt(solution)[0], _rows(features))
+    return _as_fit(moments, hard, unreachable, solution, scale, steps, described, met, tolerance)
+
+
+def _as_fit(moments, hard, unreachable, solution, scale, steps, described, met, tolerance):
+    """In the units of the features."""
+    std_error, residual, ess, log_tilted = described
+    satisfiable, reached = met
+    soft = solution / scale  # 0 for what is hard or out of reach
     return MomentFit(
         coefficients=jnp.where(hard, jnp.where(moments == 1, jnp.inf, -jnp.inf), soft),
         std_error=jnp.where(hard | unreachable, jnp.nan, std_error / scale),
@@ -116,25 +193,71 @@ def fit_coefficients(
     )
 
 
+def _by_context(features, moments, log_weights):
+    """Features ``[C, N, K]``, moments and normalised log-weights, in float32 at least."""
+    rows = np.shape(features)[:2]
+    given = rows if log_weights is None else np.shape(log_weights)
+    if np.ndim(features) != 3 or np.shape(moments) != np.shape(features)[2:] or given != rows:
+        raise ValueError(
+            f"features must be [C, N, K], N samples of each context, moments [K], one a feature, "
+            f"and log_weights [C, N], one a sample; got {[*np.shape(features)]}, "
+            f"{[*np.shape(moments)]} and {[*given]}."
+        )
+    features, moments = (
+        jnp.asarray(x, float_dtype(features, moments)) for x in (features, moments)
+    )
+    logs = jnp.zeros_like(features[..., 0]) if log_weights is None else log_weights
+    logs = jnp.asarray(logs, float_dtype(features, logs))
+    total = jax.nn.logsumexp(logs, axis=1, keepdims=True)
+    log_w = logs - jnp.where(jnp.isneginf(total), 0.0, total)
+    # of what has no weight they may be anything
+    return jnp.where(jnp.isneginf(log_w)[..., None], 0.0, features), moments, log_w
+
+
 def _constraints(features, moments, log_weights):
     """Which moments are hard, which out of reach, and which samples meet all hard ones.
 
     Last, whether there are such samples.
     """
+    hard, log_base, satisfiable = _hard(features, moments, log_weights)
+    low, high = _range(features, log_base)
+    return hard, _unreachable(moments, hard, low, high), log_base, satisfiable
+
+
+def _constraints_over(features, moments, log_weights):
+    """The same of several contexts, and the share of each: 0 without a sample that meets them."""
+    hard, log_base, satisfiable = _hard(_rows(features), moments, log_weights.ravel())
+    log_base = log_base.reshape(log_weights.shape)
+    known = ~jnp.isneginf(log_base).all(axis=1)
+    share = (known / known.sum()).astype(features.dtype)
+    ranges = jax.vmap(_range)(features, log_base)
+    low, high = (dot(share, jnp.where(known[:, None], x, 0.0)) for x in ranges)
+    log_base = jnp.where(known[:, None], log_base, 0.0)  # where they do not count, no NaN
+    return hard, _unreachable(moments, hard, low, high), log_base, share, satisfiable
+
+
+def _hard(features, moments, log_weights):
+    """Which moments are hard, the weights of the samples that meet them, and whether any does."""
     present = ~jnp.isneginf(log_weights)
     boolean = (~present[:, None] | (features == 0) | (features == 1)).all(axis=0)
     hard = boolean & ((moments == 0) | (moments == 1))
     allowed = ~(hard[None] & (features != moments[None])).any(axis=1)
     satisfiable = (allowed & present).any()
     # No sample satisfies them all: the rest is fitted to all samples, and the failure reported.
-    log_base = jnp.where(allowed | ~satisfiable, log_weights, -jnp.inf)
+    return hard, jnp.where(allowed | ~satisfiable, log_weights, -jnp.inf), satisfiable
+
+
+def _range(features, log_base):
+    """The lowest and the highest of each feature, of the samples that have weight."""
     possible = ~jnp.isneginf(log_base)[:, None]
     low = jnp.min(jnp.where(possible, features, jnp.inf), axis=0)
-    high = jnp.max(jnp.where(possible, features, -jnp.inf), axis=0)
+    return low, jnp.max(jnp.where(possible, features, -jnp.inf), axis=0)
+
+
+def _unreachable(moments, hard, low, high):
     # A feature that is constant has its moment by itself.
     inside = ((low < moments) & (moments < high)) | ((low == moments) & (moments == high))
-    unreachable = ~inside & ~(hard & (low <= moments) & (moments <= high))
-    return hard, unreachable, log_base, satisfiable
+    return ~inside & ~(hard & (low <= moments) & (moments <= high))
 
 
 def _standardize(features, moments, log_base, free):
@@ -149,10 +272,34 @@ def _standardize(features, moments, log_base, free):
     return shifted / scale[None], scale
 
 
-def _newton(log_base, features, tolerance, max_steps):
-    """Minimises log Σ w exp(λ·φ).
+def _standardize_over(features, moments, log_base, share, free):
+    """The same of several contexts, the spread being that within them."""
+    shifted = jnp.where(free[None, None], features - moments[None, None], 0.0)
+    weights, centred, _ = _tilt(log_base, shifted, share, jnp.zeros_like(moments))
+    spread = jnp.sqrt(dot(weights, centred**2))
+    scale = jnp.where(spread > 0, spread, 1.0)
+    return shifted / scale[None, None], scale
 
-    Its gradient is the tilted mean, and its Hessian the tilted covariance.
+
+def _tilt(log_base, features, share, solution):
+    """Weights of the samples of all contexts, one after the other, and their features.
+
+    These are minus the mean in their context; last, those means ``[C, K]``.
+    """
+    within = jax.nn.softmax(log_base + dot(features, solution), axis=1)
+    means = (within[..., None] * features).sum(axis=1)
+    return (within * share[:, None]).ravel(), _rows(features - means[:, None]), means
+
+
+def _rows(features):
+    """``[C·N, K]``."""
+    return features.reshape(-1, features.shape[-1])
+
+
+def _newton(tilted, value, start, tolerance, max_steps):
+    """Minimises the mean over contexts of log Σ w exp(λ·φ), λ from ``start``.
+
+    ``tilted`` gives its gradient, the tilted mean, and its Hessian, the tilted covariance.
     """
 
     def unfinished(state):
@@ -162,13 +309,11 @@ def _newton(log_base, features, tolerance, max_steps):
     def step(state):
         solution, mean, covariance, steps, _ = state
         direction = _direction(mean, covariance)
-        change = _line_search(log_base, features, solution, direction, mean) * direction
+        change = _line_search(value, solution, direction, mean) * direction
         solution = solution + change
-        tilted = _tilted_moments(log_base, features, solution)
-        return solution, *tilted, steps + 1, jnp.abs(change).max() == 0
+        return solution, *tilted(solution), steps + 1, jnp.abs(change).max() == 0
 
-    start = jnp.zeros_like(features[0])
-    mean, covariance = _tilted_moments(log_base, features, start)
+    mean, covariance = tilted(start)
     # "Stuck" is computed, not written down: under shard_map it has to vary over the mesh as it will
     # later.
     state = (start, mean, covariance, jnp.zeros((), jnp.int32), jnp.isnan(mean).any())
@@ -193,12 +338,8 @@ def _direction(mean, covariance):
     return direction / jnp.maximum(1.0, jnp.abs(direction).max() / 10)
 
 
-def _line_search(log_base, features, solution, direction, slope):
+def _line_search(value, solution, direction, slope):
     """The largest of 1, ½, ¼, … times the direction that descends enough (Armijo)."""
-
-    def value(solution):
-        return jax.nn.logsumexp(log_base + dot(features, solution))
-
     sizes = 0.5 ** jnp.arange(20, dtype=slope.dtype)
     values = jax.lax.map(lambda scale: value(solution + scale * direction), sizes)
     enough = value(solution) + 1e-4 * sizes * dot(slope, direction) + 4 * jnp.finfo(slope.dtype).eps
@@ -221,6 +362,18 @@ def _describe_fit(log_base, features, solution):
         ess,
         jax.nn.logsumexp(log_tilted),
     )
+
+
+def _describe_over(share, weights, centred, means):
+    """Standard errors, remaining gradient and effective sample size of several contexts."""
+    inverse, determined = _inverse(dot(centred.T * weights[None], centred))
+    by_context = weights.reshape(len(share), -1)
+    # Σw² within each context, 1 over its effective sample size
+    few = (by_context**2).sum(axis=1) / jnp.where(share > 0, share, 1.0) ** 2
+    squares = (by_context**2 / (1 - jnp.minimum(few, 1 - 1e-6))[:, None]).ravel()
+    variance = jnp.diag(dot(dot(inverse, dot(centred.T * squares[None], centred)), inverse))
+    error = jnp.where(determined, jnp.sqrt(variance), jnp.inf)
+    return error, dot(share, means), 1 / (weights**2).sum()
 
 
 def _inverse(covariance):
