@@ -460,6 +460,30 @@ MUTANTS: tuple[Mutant, ...] = (
             "np.maximum(soft * low, soft * high)",
             "np.minimum(soft * low, soft * high)",
         ),
+        (
+            "rows repeated to fill up a prompt count again",
+            "jnp.where(there, 0.0, -jnp.inf)",
+            "jnp.zeros(there.shape)",
+        ),
+    ),
+    *_of(
+        "fjax/moments.py",
+        "tests/test_moments_over_contexts.py",
+        (
+            "a context that cannot satisfy the constraint counts",
+            "share = (known / known.sum())",
+            "share = (jnp.ones_like(known) / len(known))",
+        ),
+        (
+            "one Z for all contexts",
+            "within = jax.nn.softmax(log_base + dot(features, solution), axis=1)",
+            "within = jax.nn.softmax(log_base + dot(features, solution), axis=(0, 1)) * len(share)",
+        ),
+        (
+            "errors forget that a context has few samples",
+            "by_context**2 / (1 - jnp.minimum(few, 1 - 1e-6))[:, None]",
+            "by_context**2 / (1 + 0 * few)[:, None]",
+        ),
     ),
     *_of(
         "experiments/moments/target.py",

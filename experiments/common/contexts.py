@@ -15,7 +15,7 @@ from fjax.runs import RunError
 from .arguments import check_numbers
 from .build import check_positions
 from .prompt_files import Prompt, read_prompt_file
-from .prompts import TooLong, load_prompts, openings
+from .prompts import TooLong, openings, tokenize
 from .settings import Settings
 
 
@@ -28,6 +28,8 @@ class PromptOptions:
     a list of messages {"role", "content"}, which go through the tokenizer's chat template) or
     "messages", and further columns, whatever functions ask for. Of any other file each line is a
     text. Built in: the first words of film-review sentences that the model has not seen."""
+    prompt: str | None = None
+    """One prompt in place of a file: it is aligned on and evaluated on."""
     unseen_prompts: Path | None = None
     """Such a file of prompts to evaluate on. Without it every fourth of --prompts is kept for
     that."""
@@ -61,8 +63,12 @@ class PromptOptions:
                 "--unseen-prompts go with --prompts; the built-in prompts have unseen ones of "
                 "their own."
             )
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("Give one --prompt, or a file of --prompts; not both.")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("--prompt must not be empty.")
         for name in ("chat", "system", "prompt_column"):
-            if getattr(self, name) and self.prompts is None:
+            if getattr(self, name) and self.prompts is None and self.prompt is None:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} goes with --prompts; the built-in ones are texts.")
 
@@ -73,6 +79,8 @@ def read_all(options: PromptOptions) -> list[Prompt]:
     Raises:
         RunError: if a file cannot be read, or a line is no prompt.
     """
+    if options.prompt is not None:
+        return [Prompt(options.prompt)]
     paths = [path for path in (options.prompts, options.unseen_prompts) if path is not None]
     found = (read_prompt_file(path, column=options.prompt_column)[0] for path in paths)
     return [prompt for prompts in found for prompt in prompts] or [Prompt("a prompt")]
@@ -90,12 +98,14 @@ def make_contexts(options: PromptOptions, settings: Settings, model: LanguageMod
     longest = max(prompts.tokens.shape[1] for prompts in (training, unseen))
     check_positions(settings, model, longest)
     global_z = options.normalizer == "global"
-    return Contexts(
-        training, unseen, options.prompts_per_step, global_z=global_z, z_samples=options.z_samples
-    )
+    per_step = 1 if options.prompt is not None else options.prompts_per_step
+    return Contexts(training, unseen, per_step, global_z=global_z, z_samples=options.z_samples)
 
 
 def _prompts(options: PromptOptions, tokenizer) -> tuple[Prompts, Prompts]:
+    if options.prompt is not None:
+        alone = _load(options, Path("--prompt"), tokenizer)
+        return alone, alone
     if options.prompts is None:
         training, unseen = openings(tokenizer)
         return _as_given(training), _as_given(unseen)
@@ -118,14 +128,13 @@ def _as_given(prompts: Prompts) -> Prompts:
 
 
 def _load(options: PromptOptions, path: Path, tokenizer) -> Prompts:
-    prompts, reports = load_prompts(
-        path,
-        tokenizer,
-        max_tokens=options.max_prompt_tokens,
-        too_long=options.prompts_too_long,
-        column=options.prompt_column,
-        chat=options.chat,
-        system=options.system,
+    if options.prompt is None:
+        found = read_prompt_file(path, column=options.prompt_column)
+    else:
+        found = [Prompt(options.prompt, number=1)], {}
+    given = options.max_prompt_tokens, options.prompts_too_long
+    prompts, reports = tokenize(
+        path, *found, tokenizer, *given, chat=options.chat, system=options.system
     )
     for report in reports:
         print(report)

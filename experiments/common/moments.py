@@ -3,13 +3,17 @@ with its errors, and refused where the samples have no such distribution.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fjax import fit_coefficients
-from fjax.evaluation import Features, draw_batches
+from fjax.evaluation import Features, draw_batches, given_of
+from fjax.hosts import fetch
+from fjax.moments import fit_coefficients_over_contexts
+from fjax.rollouts import Contexts
 from fjax.runs import RunError
 from fjax.targets import MomentFit, exponential_family
 
@@ -21,7 +25,7 @@ FEWEST = 100
 
 def fit(
     built: Built,
-    features_of: Callable[[Sequence[str]], Features],
+    features_of: Callable[[Sequence[Any], Sequence[str]], Features],
     wanted: Mapping[str, float],
     *,
     samples: int,
@@ -31,7 +35,7 @@ def fit(
 
     Args:
         built: what draws them.
-        features_of: texts -> numbers a text, the wanted ones among them.
+        features_of: (prompts, texts) -> numbers a text, the wanted ones among them.
         wanted: feature -> moment. Exactly 1 or 0 of a feature that is always 0 or 1 is a hard
             constraint.
         samples: how many, rounded up to whole batches.
@@ -40,17 +44,30 @@ def fit(
     Raises:
         RunError: if the moments cannot be reached with those samples, with the reason.
     """
-    texts = _draw(built, samples)
-    features = stack(features_of(texts), list(wanted))
-    result = fit_coefficients(features, jnp.array(list(wanted.values()), features.dtype))
+    contexts = built.collector.contexts
+    drawn = _draw(built, samples) if contexts is None else _draw_prompted(built, contexts, samples)
+    features = stack(features_of(drawn.prompts, drawn.texts), list(wanted))
+    moments = jnp.array(list(wanted.values()), features.dtype)
+    result, reach = _fit(features, moments, drawn.contexts)
     _show(built, result, features, wanted)
-    _check(result, features, wanted, advice)
+    _check(result, features, wanted, reach, advice)
     if result.ess < FEWEST:
         built.display.warn(
             f"λ rests on {float(result.ess):.0f} effective samples of {len(features)}, as its "
             f"errors show. More of them (--fit-samples) make it surer."
         )
     return result
+
+
+def _fit(
+    features: jax.Array, moments: jax.Array, contexts: np.ndarray | None
+) -> tuple[MomentFit, tuple[jax.Array, jax.Array]]:
+    """λ; and the lowest and highest of each feature, of prompts on average over them."""
+    if contexts is None:
+        return fit_coefficients(features, moments), (features.min(axis=0), features.max(axis=0))
+    table, log_weights = _by_context(features, contexts)
+    result = fit_coefficients_over_contexts(table, moments, log_weights=log_weights)
+    return result, (table.min(axis=1).mean(axis=0), table.max(axis=1).mean(axis=0))
 
 
 def make_log_score(
@@ -77,13 +94,48 @@ def stack(features: Features, names: Sequence[str]) -> jnp.ndarray:
     return jnp.stack([jnp.asarray(features[name]) for name in names], axis=1)
 
 
-def _draw(built: Built, samples: int) -> list[str]:
+class _Drawn(NamedTuple):
+    """What λ is fitted to; contexts only where each has a Z of its own."""
+
+    prompts: list[Any]
+    texts: list[str]
+    contexts: np.ndarray | None
+
+
+def _draw(built: Built, samples: int) -> _Drawn:
     collector, params = built.collector, built.model.params
     batches = -(-samples // collector.samples)
     with built.display.counting("fit") as progress:
         advance = progress(batches)
         drawn = draw_batches(collector, params, built.rng_key, batches, advance=advance)
-    return [text for batch in drawn for text in collector.decode(batch.tokens, batch.where)]
+    texts = [text for batch in drawn for text in collector.decode(batch.tokens, batch.where)]
+    return _Drawn([""] * len(texts), texts, None)
+
+
+def _draw_prompted(built: Built, contexts: Contexts, samples: int) -> _Drawn:
+    """Continuations of the prompts to align on."""
+    collector, drawn = built.collector, []
+    batches = -(-samples // collector.samples)
+    with built.display.counting("fit") as progress:
+        advance = progress(batches)
+        for i in range(batches):
+            key = jax.random.fold_in(built.rng_key, i)
+            drawn.append(fetch(collector.draw(built.model.params, key)))
+            advance(i + 1)
+    texts = [text for batch in drawn for text in collector.decode(batch.tokens, batch.where)]
+    ids = np.concatenate([batch.contexts for batch in drawn])
+    prompts = given_of(contexts.training, ids, len(ids))
+    return _Drawn(prompts, texts, None if contexts.global_z else ids)
+
+
+def _by_context(features: jnp.ndarray, ids: np.ndarray) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Features ``[C, N, K]`` and log-weights ``[C, N]``, -inf where a prompt was drawn less often
+    than others."""
+    rows = [np.flatnonzero(ids == i) for i in np.unique(ids)]
+    most = max(map(len, rows))
+    chosen = np.stack([np.resize(some, most) for some in rows])
+    there = np.arange(most) < np.array([[len(some)] for some in rows])
+    return features[chosen], jnp.where(there, 0.0, -jnp.inf)
 
 
 def _show(
@@ -116,16 +168,20 @@ def _coefficient(value: float, error: float) -> str:
 
 
 def _check(
-    result: MomentFit, features: jnp.ndarray, wanted: Mapping[str, float], advice: str
+    result: MomentFit,
+    features: jnp.ndarray,
+    wanted: Mapping[str, float],
+    reach: tuple[jnp.ndarray, jnp.ndarray],
+    advice: str,
 ) -> None:
     """Whether the moments can be reached at all: each alone, and all together."""
     for i, (name, moment) in enumerate(wanted.items()):
         if result.unreachable[i]:
-            values = np.asarray(features[:, i])
+            low, high = (float(end[i]) for end in reach)
             raise RunError(
                 f"No distribution over these samples has a mean of {moment:g} of {name!r}, which "
-                f"is between {values.min():g} and {values.max():g} in all {len(values)} of them, "
-                f"and {values.mean():g} on average. {advice}"
+                f"is between {low:g} and {high:g} in all {len(features)} of them, and "
+                f"{float(features[:, i].mean()):g} on average. {advice}"
             )
     if not result.converged:
         left = ", ".join(

@@ -106,7 +106,24 @@ def load_prompts(
         RunError: if the file cannot be read, a line is no prompt, the chat template is missing or
             fails, a prompt is too long where that is refused, or nothing is left.
     """
-    prompts, left_out = read_prompt_file(path, column=column)
+    found = read_prompt_file(path, column=column)
+    return tokenize(path, *found, tokenizer, max_tokens, too_long, chat=chat, system=system)
+
+
+def tokenize(
+    source: Path,
+    prompts: Sequence[Prompt],
+    left_out: LeftOut,
+    tokenizer,
+    max_tokens: int,
+    too_long: TooLong,
+    *,
+    chat: bool,
+    system: str | None,
+) -> tuple[Prompts, list[str]]:
+    """`load_prompts` of those that have been read; ``source`` is where they are from, in
+    messages."""
+    path, left_out = source, dict(left_out)
     prompts = [
         _as_chat(prompt, system) if chat or prompt.messages else prompt for prompt in prompts
     ]

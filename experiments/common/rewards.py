@@ -54,10 +54,7 @@ def make_prompted_reward(
     """
     if ":" not in reward:
         return partial(reward_model.score_answers, load_model(reward, reward_folder, corpora))
-    users = of_prompts(load_function(reward, "--reward"), reward, prompts)
-    first = prompts[:2]
-    users(first, [" and a continuation"] * len(first))
-    return users
+    return load_prompted_scorer(reward, "--reward", prompts)
 
 
 def of_prompts(function: Callable, title: str, prompts: Sequence[Prompt]) -> PromptedRewards:
@@ -112,6 +109,19 @@ def load_scorer(name: str, flag: str) -> Rewards:
     """
     users = checked(load_function(name, flag), name)
     users(["a film .", "another film ."])
+    return users
+
+
+def load_prompted_scorer(name: str, flag: str, prompts: Sequence[Prompt]) -> PromptedRewards:
+    """The function of ``module:function`` as `of_prompts` takes it, called once on the first two
+    prompts.
+
+    Raises:
+        RunError: if it cannot be imported, asks for a column that is not there, or does not answer.
+    """
+    users = of_prompts(load_function(name, flag), name, prompts)
+    first = prompts[:2]
+    users(first, [" and a continuation"] * len(first))
     return users
 
 

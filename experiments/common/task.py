@@ -56,7 +56,7 @@ class Task(NamedTuple):
         the configuration is said by the first call, which takes no time.
     headlines: figures that it is about, first in tables and curves; none where the user names them,
         and each run's config.json has them.
-    make_contexts: (config, model) -> the prompts of a conditional target.
+    make_contexts: (config, model) -> the prompts of a conditional target; None for one without.
     make_stepper: (config, built) -> how to move, if not by samples of the policy.
     """
 
@@ -65,5 +65,5 @@ class Task(NamedTuple):
     title: Callable[[Any], str]
     make_target: Callable[[Any], Callable[[Built], TextTarget]]
     headlines: tuple[str, ...]
-    make_contexts: Callable[[Any, LanguageModel], Contexts] | None = None
+    make_contexts: Callable[[Any, LanguageModel], Contexts | None] | None = None
     make_stepper: Callable[[Any, Built], Stepper] | None = None

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
@@ -46,10 +45,13 @@ def constrained(config: Config) -> dict[str, float]:
 def make_target(config: Config, built: Built) -> TextTarget:
     """P(x) = a(x)·exp(λ·φ(x)), infinite λ standing for a hard constraint."""
     wanted = constrained(config)
-    features_of = partial(make_features, config)
+
+    def features_of(_: Sequence[str], texts: Sequence[str]) -> Features:
+        return make_features(config, texts)
+
     result = fit(built, features_of, wanted, samples=config.fit_samples, advice=ADVICE)
     return TextTarget(
-        lambda _, texts: make_features(config, texts),
+        features_of,
         make_log_score(list(wanted), result.coefficients),
         headline="balance",
         ratios={"share of women": ("woman", "gendered")},

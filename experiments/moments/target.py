@@ -7,10 +7,14 @@ from functools import partial
 import numpy as np
 
 from fjax.evaluation import Features, TextTarget
+from fjax.models import LanguageModel
+from fjax.rollouts import Contexts
 from fjax.runs import RunError
 
+from ..common import contexts
 from ..common.moments import fit, highest, make_log_score
-from ..common.rewards import Rewards, load_scorer
+from ..common.prompt_files import Prompt
+from ..common.rewards import PromptedRewards, load_prompted_scorer, load_scorer
 from ..common.task import Built, Task
 from .config import Config
 
@@ -20,8 +24,15 @@ ADVICE = (
 )
 """About a moment that is out of reach."""
 
-Scorers = Mapping[str, Rewards]
-"""module:function -> texts to numbers."""
+Scorers = Mapping[str, PromptedRewards]
+"""module:function -> (prompts, texts) to numbers."""
+
+
+def make_contexts(config: Config, model: LanguageModel) -> Contexts | None:
+    """The prompts to align on and to evaluate on, if there are any."""
+    if not config.has_prompts:
+        return None
+    return contexts.make_contexts(config, config.settings, model)
 
 
 def load_scorers(config: Config) -> Scorers:
@@ -34,12 +45,16 @@ def load_scorers(config: Config) -> Scorers:
         raise RunError(
             "Give a function of texts and its mean, such as --target mine:about_food --moment 0.5."
         )
-    return {name: load_scorer(name, "--target") for name in config.target}
+    if not config.has_prompts:
+        of_texts = {name: load_scorer(name, "--target") for name in config.target}
+        return {name: lambda _, texts, of=of: of(texts) for name, of in of_texts.items()}
+    prompts = contexts.read_all(config)
+    return {name: load_prompted_scorer(name, "--target", prompts) for name in config.target}
 
 
-def make_features(scorers: Scorers, texts: Sequence[str]) -> Features:
+def make_features(scorers: Scorers, prompts: Sequence[Prompt], texts: Sequence[str]) -> Features:
     """One number a text of each function, under its whole name, which no figure has."""
-    return {name: scorer(texts) for name, scorer in scorers.items()}
+    return {name: scorer(prompts, texts) for name, scorer in scorers.items()}
 
 
 def prepare(config: Config) -> Callable[[Built], TextTarget]:
@@ -51,8 +66,8 @@ def make_target(config: Config, scorers: Scorers, built: Built) -> TextTarget:
     """P(x) = a(x)·exp(λ·φ(x)), infinite λ standing for a hard constraint."""
     wanted, seen = config.wanted, {}
 
-    def features_of(texts: Sequence[str]) -> Features:
-        seen.update(make_features(scorers, texts))
+    def features_of(prompts: Sequence[Prompt], texts: Sequence[str]) -> Features:
+        seen.update(make_features(scorers, prompts, texts))
         return seen
 
     result = fit(built, features_of, wanted, samples=config.fit_samples, advice=ADVICE)
@@ -60,7 +75,7 @@ def make_target(config: Config, scorers: Scorers, built: Built) -> TextTarget:
     yes_or_no = {name for name, values in seen.items() if np.isin(values, (0, 1)).all()}
     coefficients = np.asarray(result.coefficients, float)
     return TextTarget(
-        lambda _, texts: _checked(yes_or_no, make_features(scorers, texts), texts),
+        lambda prompts, texts: _checked(yes_or_no, make_features(scorers, prompts, texts), texts),
         make_log_score(config.target, result.coefficients),
         headline=config.target[0],
         bound=config.target[0] if coefficients.tolist() == [np.inf] else None,
@@ -110,7 +125,10 @@ def _log_bound(coefficients: np.ndarray) -> float:
 def describe(config: Config) -> str:
     """The target in words."""
     means = (f"{moment:g} of {name}" for name, moment in config.wanted.items())
-    return f"p(x) ∝ a(x)·exp(λ·φ(x)), with a mean of {', '.join(means)}"
+    p, a, score = (
+        ("p(x|c)", "a(x|c)", "φ(c, x)") if config.has_prompts else ("p(x)", "a(x)", "φ(x)")
+    )
+    return f"{p} ∝ {a}·exp(λ·{score}), with a mean of {', '.join(means)}"
 
 
 def title(config: Config) -> str:
@@ -119,7 +137,8 @@ def title(config: Config) -> str:
         f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{moment:g}"
         for name, moment in config.wanted.items()
     )
-    return "-".join([*names, config.settings.title])
+    global_z = ["global-z"] if config.normalizer == "global" else []
+    return "-".join([*names, config.settings.title, *global_z])
 
 
-TASK = Task("moments", Config, title, prepare, ())
+TASK = Task("moments", Config, title, prepare, (), make_contexts)

@@ -63,7 +63,8 @@ class Config(PromptOptions):
                 f"--reward-weights are one a reward: got {len(self.reward_weights)} for the "
                 f"{len(self.reward)} of --reward."
             )
-        if self.prompts is None and self.settings.model != "built-in":
+        alone = self.prompts is None and self.prompt is None
+        if alone and self.settings.model != "built-in":
             raise ValueError(
                 "--prompts is needed for a model of your own: a .jsonl of prompts or "
                 "conversations, or a text file with one a line. The built-in ones are openings of "

@@ -2,6 +2,7 @@
 beside the one that has the moments exactly, and what is refused."""
 
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ def changes_its_mind(texts):
 def configured(target, moment, **options) -> Config:
     settings = Settings(model=str(TINY), samples=16, max_new_tokens=8)
     names = tuple(f"{HERE}:{name}" for name in target.split())
-    return Config(names, moment, **{"fit_samples": 512} | options, settings=settings)
+    given = {"target": names, "moment": moment, "fit_samples": 512}
+    return Config(**given | options, settings=settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,66 @@ def built():
 def target_of(built, target, moment):
     config = configured(target, moment)
     return make_target(config, load_scorers(config), built)
+
+
+def repeats(prompts, completions):
+    """Whether the last word of the prompt is said again."""
+    pairs = zip(prompts, completions, strict=True)
+    return [prompt.split()[-1] in text.split() for prompt, text in pairs]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "p.txt"
+    path.write_text("".join(f"w1 w{i}\n" for i in (9, 27, 5, 12, 8, 20, 33, 41)))
+    return path
+
+
+@pytest.mark.command
+def test_two_steps_on_prompts(monkeypatch, tmp_path, capsys, prompts):
+    target = "--target", f"{HERE}:repeats", f"{HERE}:has_w9", "--moment", 0.5, 0.4
+    given = "--prompts", prompts, "--prompts-per-step", 2, "--z-samples", 16, "--fit-samples", 512
+    ours = *SMALL, "--steps", 2, "--run-folder", tmp_path / "run"
+    assert run(monkeypatch, main, *target, *given, *ours) == 0
+    assert "moments, fitted to 512 samples" in " ".join(capsys.readouterr().out.split())
+    last = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert np.isfinite([last[-1][f"{HERE}:{name}"] for name in ("repeats", "has_w9")]).all()
+    assert np.isfinite(last[-1]["reverse_kl"])
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "moment"), [("per-context", (0.6, 4.0)), ("per-context", (1.0, 4.0)), ("global", (0.6, 4.0))]
+)  # fmt: skip
+def test_of_prompts_the_moments_are_met_on_average(normalizer, moment, prompts):
+    """By the weights of the very samples, normalised for each prompt, or for all together."""
+    config = configured("repeats evens", moment, prompts=prompts, prompts_per_step=2, normalizer=normalizer)  # fmt: skip
+    built, seen = build(TASK, config), []
+    scorers = {
+        name: lambda c, x, of=of: seen.append((c, x)) or of(c, x)
+        for name, of in load_scorers(config).items()
+    }
+    target = make_target(config, scorers, built)
+    asked, texts = seen[0]
+    assert len(texts) == 512
+    features = target.features(asked, texts)
+    weights = np.exp(target.log_score(np.zeros(512, np.float32), features).astype(float))
+    each = [np.array([c.given == prompt for c in asked]) for prompt in {c.given for c in asked}]
+    parts = each if normalizer == "per-context" else [np.ones(512, bool)]
+    known = [part for part in parts if weights[part].sum() > 0]
+    for values, wanted in zip(features.values(), moment, strict=True):
+        means = [weights[part] @ values[part] / weights[part].sum() for part in known]
+        assert np.mean(means) == pytest.approx(wanted, abs=1e-4)
+    assert len(each) == 6  # three of four of the file are to align on
+
+
+def test_one_prompt_is_aligned_and_evaluated_on():
+    config = configured("has_w9", (0.6,), prompt="w1 w27")
+    built = build(TASK, config)
+    contexts = built.collector.contexts
+    assert contexts.training.texts == contexts.unseen.texts == ["w1 w27"]
+    assert contexts.per_step == 1
+    target = make_target(config, load_scorers(config), built)
+    assert target.description.startswith("p(x|c) ∝ a(x|c)·exp(λ·φ(c, x)), with a mean of 0.6")
 
 
 @pytest.mark.command
@@ -139,7 +201,7 @@ def test_log_p_over_a_is_bounded_where_all_say_yes_or_no(built):
 
 
 def test_a_title_is_part_of_a_folders_name():
-    name = title(Config(("mine.some:f", "g:h"), (0.5, 12.0)))
+    name = title(Config(target=("mine.some:f", "g:h"), moment=(0.5, 12.0)))
     assert name == "mine-some-f-0.5-g-h-12-forward_kl"
 
 
@@ -203,4 +265,11 @@ def test_bad_input_is_named():
         (("a:f",), (float("nan"),), "--moment must be at least"),
     ):
         with pytest.raises(ValueError, match=message):
-            Config(target, moment)
+            Config(target=target, moment=moment)
+    for options, message in (
+        ({"prompt": " "}, "--prompt must not be empty"),
+        ({"prompt": "w1", "prompts": Path("p.txt")}, "Give one --prompt, or a file of --prompts"),
+        ({"chat": True}, "--chat goes with --prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            configured("has_w9", (0.5,), **options)
