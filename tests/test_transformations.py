@@ -94,6 +94,10 @@ CALLS = {
     targets.fit_coefficients: (
         lambda x, m: targets.fit_coefficients(x, m)._replace(steps=jnp.zeros(())), ("features", "moments")
     ),
+    moments.fit_coefficients_over_contexts: (
+        lambda x, m: moments.fit_coefficients_over_contexts(x.reshape(2, -1, K), m)._replace(steps=jnp.zeros(())),
+        ("features", "moments"),
+    ),
     estimators.effective_sample_size: (estimators.effective_sample_size, ("log_pi",)),
     estimators.pareto_k: (estimators.pareto_k, ("log_pi",)),
     estimators.estimate_log_z: (estimators.estimate_log_z, ("log_score", "log_q")),
@@ -245,7 +249,10 @@ def test_the_same_numbers_under_every_transformation(function):
 
     def both(*x):
         # a solution by iteration; its gradient is not offered
-        offered = function is not targets.fit_coefficients
+        offered = function not in (
+            targets.fit_coefficients,
+            moments.fit_coefficients_over_contexts,
+        )
         return call(*x), jax.grad(total)(*x) if offered else jnp.zeros(())
 
     compiled = jax.jit(both)
