@@ -486,6 +486,27 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
+        "fjax/models/llama/functions.py",
+        "tests/models/test_llama.py tests/models/test_relatives.py",
+        (
+            "keys are not turned by their positions",
+            "rotate(q_BxHxTxK, turned), rotate(k_BxNxSxK, turned)",
+            "rotate(q_BxHxTxK, turned), k_BxNxSxK",
+        ),
+        (
+            "new keys are written over the first ones of a cache",
+            "jax.lax.dynamic_update_slice_in_dim, start_index=length",
+            "jax.lax.dynamic_update_slice_in_dim, start_index=0",
+        ),
+        ("the gate is not an activation's", "gate * _linear", "jnp.ones_like(gate) * _linear"),
+    ),
+    *_of(
+        "fjax/models/rope.py",
+        "tests/models/test_rope.py tests/models/test_relatives.py",
+        ("pairs are mirrored, not turned", "first * cos - second", "first * cos + second"),
+        ("the ramp of llama3 upside down", "(1 - ramp) * omega", "ramp * omega"),
+    ),
+    *_of(
         "experiments/moments/target.py",
         "tests/experiments/test_moments.py",
         (

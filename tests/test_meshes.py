@@ -14,7 +14,7 @@ import fjax
 from fjax import rollouts, sharding
 from fjax._trees import name_leaves
 from fjax.log_probs import make_log_prob_fn
-from fjax.models import LanguageModel, gpt2
+from fjax.models import LanguageModel, gpt2, llama
 from fjax.models.sharded import on_mesh, shard_model
 from fjax.runs.memory import bytes_per_device
 from fjax.runs.programs import collective_bytes, compile_to_inspect, program_memory
@@ -102,6 +102,42 @@ def test_a_layout_takes_the_steps_of_one_device(layout, case, on_one_device):
     for path, leaf in name_leaves(state.params).items():
         there = name_leaves(shardings)[path]
         assert leaf.sharding.is_equivalent_to(there, leaf.ndim), path
+
+
+def test_a_llama_is_the_same_in_shards(x64):
+    """Blocks as a scan over fsdp, shared heads over tensor: log π, its gradient, and a cache."""
+    config = llama.LlamaConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8,
+        qkv_bias=True,
+        qk_norm=True,
+    )
+    params = jax.tree.map(lambda x: 8 * x, llama.init_params(config, jax.random.key(0)))
+    functions = [f(config, dtype=jnp.float64) for f in (llama.logits_fn, llama.decode_fn)]
+    cache_fn = partial(llama.init_cache, config, dtype=jnp.float64)
+    alone = LanguageModel(config, params, None, *functions, cache_fn)
+    mesh = sharding.make_mesh("data=2,fsdp=2,tensor=2")
+    model = shard_model(alone, mesh, rules=llama.RULES, gathers=True)
+    tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, 24)
+    where = jnp.arange(6)[None] >= jnp.array([[1], [2], [3], [4]])
+
+    def numbers(model):
+        total = lambda params: make_log_prob_fn(model.logits_fn)(params, tokens, where).sum()  # noqa: E731
+        return jax.value_and_grad(total)(model.params), model.decode_fn(
+            model.params, tokens, model.init_cache(4, 8), where
+        )
+
+    expected, found = (jax.jit(lambda m=m: numbers(m))() for m in (alone, model))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-9), found, expected)
+    queries = name_leaves(model.params)["layers_1/self_attn/q_proj/weight"]
+    assert queries.addressable_shards[0].data.shape == (8, 8)
+    with pytest.raises(ValueError, match="4 does not divide 2"):  # heads of keys, not of queries
+        shard_model(alone, sharding.make_mesh("data=2,tensor=4"), rules=llama.RULES)
 
 
 BLOCKS = gpt2.GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=16, n_head=2)

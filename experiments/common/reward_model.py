@@ -67,8 +67,8 @@ def train(corpora: Path, folder: Path) -> None:
             f"{len(apart.rows)} held out: "
             "too few for a reward model."
         )
-    limit = base.config.n_positions
-    params = {"transformer": base.params, "score": {"kernel": jnp.zeros((base.config.n_embd, 1))}}
+    limit = base.config.max_length
+    params = {"transformer": base.params, "score": {"kernel": jnp.zeros((base.config.width, 1))}}
     score_fn = gpt2.score_fn(base.config)
     steps = EPOCHS * (len(training.rows) // BATCH_SIZE)
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps + 1)
@@ -117,7 +117,7 @@ def _epochs(snippets: Snippets, limit: int) -> Iterator[tuple[np.ndarray, np.nda
 
 def accuracy(model: RewardModel, snippets: Snippets) -> float:
     """Share of snippets whose score has the sign of their label."""
-    rows = [row[: model.config.n_positions] for row in snippets.rows]
+    rows = [row[: model.config.max_length] for row in snippets.rows]
     return float(np.mean((score_rows(model, rows) > 0) == (snippets.labels > 0.5)))
 
 

@@ -1,9 +1,11 @@
 """transformers' torch models with random weights, family by family, and what differs from them.
 
 tests/models/test_relatives.py holds each difference below its bound; ``python -m
-tests.parity_table`` prints them all. Needs torch, which is imported on use.
+tests.parity_table`` prints them all. Needs torch, which is imported on use; with it, ``python -m
+tests.models.parity`` writes anew what is among the fixtures.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from fjax.models.base import family_of
 from fjax.models.families import FAMILIES
 from fjax.models.huggingface.tensors import named_tensors
 from fjax.sampling import greedy
-from tests.make_fixtures import EOS, make_tokenizer
+from tests.make_fixtures import EOS, FOLDER, make_tokenizer
 
 SHAPE = {
     "vocab_size": 61,
@@ -65,6 +67,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("qwen3", SHAPE | {"head_dim": 8}),
 }
 """Name -> transformers' model_type and its configuration."""
+
+COMMITTED = "Llama, tied, biases, llama3"
+"""The case whose folder and answers are among the fixtures."""
 
 BOUNDS = {
     "logits": 1e-4,
@@ -117,71 +122,59 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.arange(12)[None] >= np.array([[0], [2], [5], [7]])
 
 
-def compare(pair: Pair) -> dict[str, float]:
-    """Logits with and without padding, log-probabilities of a sequence, and their gradient."""
-    tokens, where = batch()
-    counted = np.arange(12)[None] >= np.array([[3], [5], [2], [11]])
-    expected = _torch_numbers(pair.theirs, tokens, where, counted)
-    log_prob_fn = make_log_prob_fn(pair.ours.logits_fn)
-
-    @jax.jit
-    def ours(params, tokens, where, counted):
-        log_pi, pull_back = jax.vjp(lambda params: log_prob_fn(params, tokens, counted), params)
-        plain = pair.ours.logits_fn(params, tokens)
-        padded = pair.ours.logits_fn(params, tokens, where)
-        return plain, padded, log_pi, pull_back(jnp.ones_like(log_pi))[0]
-
-    plain, padded, log_pi, gradient = ours(
-        pair.ours.params, jnp.asarray(tokens, jnp.int32), jnp.asarray(where), jnp.asarray(counted)
-    )
-    family = family_of(pair.ours.config, FAMILIES)
-    gradients = named_tensors(family, gradient)
-    assert gradients.keys() == expected["gradient"].keys()
-    return {
-        "logits": _largest(plain, expected["logits"]),
-        "logits behind padding": _largest(padded[where], expected["padded"][where]),
-        "log-probs": _largest(log_pi, expected["log_pi"]),
-        "gradient": max(
-            _largest(gradients[name], theirs) / np.abs(theirs).max()
-            for name, theirs in expected["gradient"].items()
-        ),
-    }
-
-
-def _torch_numbers(model, tokens, where, counted):
+def torch_numbers(model: Any, new_tokens: int = 8) -> dict[str, np.ndarray]:
+    """What torch computes of `batch`: logits with and without padding, log-probabilities of
+    sequences, the gradient of their sum, greedy decoding behind the padding."""
     import torch
 
+    tokens, where = batch()
     ids, mask = torch.tensor(tokens), torch.tensor(where.astype(int))
     logits = model(ids).logits
     log_probs = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
-    log_pi = (log_probs * torch.tensor(counted[:, 1:])).sum(-1)
+    log_pi = (log_probs * torch.tensor(counted()[:, 1:])).sum(-1)
     model.zero_grad()
     log_pi.sum().backward()
-    positions = (mask.cumsum(-1) - 1).clip(0)
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": EOS}
     with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clip(0)
         padded = model(ids, attention_mask=mask, position_ids=positions).logits
+        greedy_tokens = model.generate(ids, attention_mask=mask, **options)[:, 12:]
+    gradient = {f"gradient {name}": x.grad.numpy() for name, x in model.named_parameters()}
     return {
         "logits": logits.detach().numpy(),
         "padded": padded.numpy(),
         "log_pi": log_pi.detach().numpy(),
-        "gradient": {name: x.grad.numpy() for name, x in model.named_parameters()},
+        "greedy": greedy_tokens.numpy(),
+        **gradient,
     }
 
 
-def compare_greedy(pair: Pair, new_tokens: int = 8) -> float:
-    """Tokens that differ, behind prompts with padding."""
-    import torch
-
+def compare(model: LanguageModel, expected: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How far fjax is from `torch_numbers`."""
     tokens, where = batch()
-    expected = pair.theirs.generate(
-        torch.tensor(tokens),
-        attention_mask=torch.tensor(where.astype(int)),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=EOS,
-    )[:, 12:].numpy()
-    found = continue_greedily(pair.ours, tokens, where, new_tokens)
-    return float((found[:, : expected.shape[1]] != expected).sum())
+    log_prob_fn = make_log_prob_fn(model.logits_fn)
+
+    @jax.jit
+    def ours(params, tokens, where, counted):
+        log_pi, pull_back = jax.vjp(lambda params: log_prob_fn(params, tokens, counted), params)
+        plain = model.logits_fn(params, tokens)
+        padded = model.logits_fn(params, tokens, where)
+        return plain, padded, log_pi, pull_back(jnp.ones_like(log_pi))[0]
+
+    plain, padded, log_pi, gradient = ours(
+        model.params, jnp.asarray(tokens, jnp.int32), jnp.asarray(where), jnp.asarray(counted())
+    )
+    gradients = named_tensors(family_of(model.config, FAMILIES), gradient)
+    theirs = {key.removeprefix("gradient "): expected[key] for key in expected if " " in key}
+    assert gradients.keys() == theirs.keys()
+    found = continue_greedily(model, tokens, where, 8)[:, : expected["greedy"].shape[1]]
+    return {
+        "logits": _largest(plain, expected["logits"]),
+        "logits behind padding": _largest(padded[where], expected["padded"][where]),
+        "log-probs": _largest(log_pi, expected["log_pi"]),
+        "gradient": max(_largest(gradients[n], x) / np.abs(x).max() for n, x in theirs.items()),
+        "greedy": float((found != expected["greedy"]).sum()),
+    }
 
 
 def continue_greedily(
@@ -194,6 +187,11 @@ def continue_greedily(
     prompt = jnp.asarray(tokens, jnp.int32)
     found = draw(model.params, jax.random.key(0), prompt, cache, where=jnp.asarray(where))
     return np.asarray(found.tokens)
+
+
+def counted() -> np.ndarray:
+    """The tokens of the batch that count: completions of several lengths."""
+    return np.arange(12)[None] >= np.array([[3], [5], [2], [11]])
 
 
 def compare_written(pair: Pair, folder: Path) -> float:
@@ -232,12 +230,23 @@ def compare_all(name: str, folder: Path) -> dict[str, float]:
     """Every check of one family; the keys of `BOUNDS`."""
     pair = make_pair(name, folder / "theirs")
     return {
-        **compare(pair),
-        "greedy": compare_greedy(pair),
+        **compare(pair.ours, torch_numbers(pair.theirs)),
         "written": compare_written(pair, folder / "ours"),
         "reward": compare_reward(name, folder / "reward"),
     }
 
 
+def main() -> None:
+    """Writes one of them and what torch computes of it, for machines without torch."""
+    model = torch_model(COMMITTED)
+    model.save_pretrained(FOLDER / "tiny-llama")
+    make_tokenizer().save_pretrained(FOLDER / "tiny-llama")
+    np.savez_compressed(FOLDER / "tiny-llama-torch.npz", **torch_numbers(model))
+
+
 def _largest(found, expected) -> float:
     return float(np.abs(np.asarray(found) - expected).max())
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,14 @@ def test_the_numbers_are_those_of_torch(name, tmp_path):
     assert not {check: x for check, x in found.items() if not x <= parity.BOUNDS[check]}
 
 
+def test_committed_answers_of_torch():
+    """Needs no torch."""
+    model = from_pretrained(parity.FOLDER / "tiny-llama")
+    with np.load(parity.FOLDER / "tiny-llama-torch.npz") as expected:
+        found = parity.compare(model, dict(expected))
+    assert not {check: x for check, x in found.items() if not x <= parity.BOUNDS[check]}
+
+
 @pytest.mark.parametrize("family", KINDS, ids=lambda family: family.name)
 def test_what_a_file_does_not_say_is_what_transformers_takes(family):
     """Both with a window that is no shorter than the texts, which transformers may take it to be."""
