@@ -316,6 +316,48 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
+        "fjax/evaluation/exact.py",
+        "tests/evaluation/test_exact_contexts.py",
+        (
+            "a context's Z known from too few samples of its p",
+            "np.where(accepted >= each, log_z.value, -np.inf)",
+            "np.where(accepted >= 0, log_z.value, -np.inf)",
+        ),
+        (
+            "every batch continues the first contexts",
+            "drawn = _draw(collector, params, target, key, index=i % turn)",
+            "drawn = _draw(collector, params, target, key, index=0)",
+        ),
+    ),
+    *_of(
+        "experiments/common/prompts.py",
+        "tests/experiments/test_chat_prompts.py tests/experiments/test_prompts.py",
+        (
+            "a conversation begins with the start token twice",
+            "rows.append(row if prompt.messages else [start_id(tokenizer), *row])",
+            "rows.append([start_id(tokenizer), *row])",
+        ),
+        (
+            "end tokens inside a conversation refused",
+            "elif prompt.messages is None and tokenizer.eos_token_id in row:",
+            "elif tokenizer.eos_token_id in row:",
+        ),
+        (
+            "the start of a text kept where it is cut",
+            "return row[-most:]",
+            "return row[:most]",
+        ),
+    ),
+    *_of(
+        "fjax/runs/steps.py",
+        "tests/runs/test_steps.py",
+        (
+            "a step's features asked with the wrong prompts",
+            "target.features(given_of(training, contexts, len(texts)), texts)",
+            "target.features(given_of(training, contexts * 0, len(texts)), texts)",
+        ),
+    ),
+    *_of(
         "fjax/replay/draws.py",
         "tests/replay/test_gradient.py",
         (

@@ -4,11 +4,13 @@ of the same target."""
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from fjax.evaluation import Exact, TextTarget, draw_exact
+from fjax.evaluation import Exact, TextTarget, contexts_used, draw_exact, figures_of_target
 from fjax.hosts import agree, is_first
 from fjax.runs.exact import read_exact, write_exact
 from fjax.training._digests import digest_text
@@ -23,24 +25,23 @@ that no policy is trained on what it is measured by."""
 FEWEST = 30
 """Samples with which they are better than none."""
 
+MOST_UNKNOWN = 0.5
+"""Share of the prompts that figures may leave out, for want of exact samples of them."""
+
 
 def exact_of(
     config: Any, built: Built, target: TextTarget, digests: Mapping[str, str]
 ) -> Exact | None:
     """Samples of p, from the file of this target or fresh; None where there can be none.
 
-    That is with prompts, each of which has a p of its own, where log P/a has no known bound, where
-    they are not asked for, and where the draws brought too few, which is said.
+    That is where log P/a has no known bound, where they are not asked for, and where the draws
+    brought too few, which is said: with prompts, of more than half of those that are evaluated on.
 
     Raises:
         RunError: for a file that is damaged, or cannot be written.
     """
     settings: Settings = config.settings
-    if (
-        settings.exact_samples is None
-        or target.log_bound is None
-        or built.collector.contexts is not None
-    ):
+    if settings.exact_samples is None or target.log_bound is None:
         return None
     name = _target_digest(config, target, digests)
     path = settings.exact_folder / f"{name[:16]}.npz"
@@ -50,19 +51,44 @@ def exact_of(
         exact = _draw(built, target, settings.exact_samples)
         if is_first():
             write_exact(path, exact, target=name)
-    count = len(exact.scored.texts)
-    if count < FEWEST:
+    lack = _lack(settings, built, exact)
+    if lack:
         built.display.warn(
-            f"{exact.drawn:,} samples of the base model brought {count} exact samples of p, fewer "
-            f"than {FEWEST}: divergences are estimated by weights instead. More draws "
-            f"(--exact-draws) bring more."
+            f"{exact.drawn:,} samples of the base model brought {lack}: divergences are estimated "
+            f"by weights instead. More draws (--exact-draws) bring more."
         )
         return None
-    built.display.say(
-        f"Measured by {count} exact samples of p, drawn once from {exact.drawn:,} of the base "
-        f"model and kept in {path}: log Z = {exact.log_z.value:.3f} ± {exact.log_z.std_error:.3f}."
-    )
+    _say(built, exact, path)
     return exact
+
+
+def _lack(settings: Settings, built: Built, exact: Exact) -> str | None:
+    """Why they are no better than none, in words; None where they are."""
+    count = len(exact.scored.texts)
+    if count < FEWEST:
+        return f"{count} exact samples of p, fewer than {FEWEST}"
+    if exact.scored.contexts is not None:
+        used = np.asarray(exact.log_z.value)[
+            : contexts_used(built.collector, settings.eval_samples)
+        ]
+        unknown = np.mean(~np.isfinite(used))
+        if unknown > MOST_UNKNOWN:
+            return f"too few exact samples of p for {unknown:.0%} of the prompts"
+    return None
+
+
+def _say(built: Built, exact: Exact, path: Path) -> None:
+    count, log_z = len(exact.scored.texts), figures_of_target(exact)["log_z"]
+    of_each = ""
+    if exact.scored.contexts is not None:
+        known = np.isfinite(exact.log_z.value)
+        of_each = f" of {known.sum()} prompts"
+        if not known.all():
+            of_each += f" (of {(~known).sum()} there were too few; figures leave them out)"
+    built.display.say(
+        f"Measured by {count} exact samples of p{of_each}, drawn once from {exact.drawn:,} of the "
+        f"base model and kept in {path}: log Z = {log_z.value:.3f} ± {log_z.std_error:.3f}."
+    )
 
 
 def _draw(built: Built, target: TextTarget, samples: int) -> Exact:

@@ -148,7 +148,8 @@ class Settings:
     exact_samples: int | None = 256
     """Samples of the target itself to measure by, where they can be drawn: base samples that
     satisfy a constraint, or are accepted by a reward that has a bound. Then no figure rests on
-    weights that may be wrong. Drawn once for a target, and never trained on; None does without."""
+    weights that may be wrong. Drawn once for a target, and never trained on; with prompts shared
+    out among those that are evaluated on. None does without."""
     exact_draws: int = 32_768
     """Samples of the base model that they may take, at most."""
     exact_folder: Path = Path("runs/exact")

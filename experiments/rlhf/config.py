@@ -39,7 +39,9 @@ class Config(PromptOptions):
     """β, the price of a nat of KL from the base model: the smaller, the more the reward counts; at
     0 the target would be the best single answer."""
     reward_max: float | None = None
-    """The most that an answer can earn in all: a higher reward counts as this."""
+    """The most that an answer can earn in all: a higher reward counts as this. With it log P/a is
+    bounded, and exact samples of each prompt's target can be drawn to measure by, the sooner the
+    lower it is; without it divergences rest on weights."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = ASSETS

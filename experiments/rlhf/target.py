@@ -64,13 +64,10 @@ def make_target(config: Config) -> TextTarget:
         values = jnp.asarray(features["reward"])
         return np.asarray(reward_tilted(jnp.asarray(log_a), values, beta=config.beta))
 
+    bound = None if config.reward_max is None else config.reward_max / config.beta
     description = f"p(y|x) ∝ a(y|x)·exp(r(x, y)/{config.beta:g}), r = {_sum(config)}"
     return TextTarget(
-        features,
-        log_score,
-        headline="reward",
-        description=description,
-        log_bound=None if config.reward_max is None else config.reward_max / config.beta,
+        features, log_score, headline="reward", description=description, log_bound=bound
     )
 
 

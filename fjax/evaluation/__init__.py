@@ -10,12 +10,14 @@ from fjax.evaluation.scored import (
     Features,
     Scored,
     TextTarget,
+    contexts_used,
     draw_base,
     draw_batches,
     draw_scored,
     given_of,
     make_base,
     prompts_of,
+    references_of,
     score,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "Metric",
     "Scored",
     "TextTarget",
+    "contexts_used",
     "draw_base",
     "draw_batches",
     "draw_exact",
@@ -39,5 +42,6 @@ __all__ = [
     "make_base",
     "measure",
     "prompts_of",
+    "references_of",
     "score",
 ]

@@ -88,7 +88,7 @@ def evaluate(
         name -> `Estimate`, of Python's floats.
 
     Raises:
-        ValueError: for samples of p where there are contexts, or none of them.
+        ValueError: for samples of p with contexts and others without, or none of them.
     """
     options = {"exact": exact, "divergences": divergences, "metrics": metrics}
     return measure(collector, params, target, drawn, base, **options).figures
@@ -112,14 +112,17 @@ def measure(
         seen = base.scored if exact is not None else seen_by(collector, params, base.scored)
         other = together(other, seen)
     log_z = None if base is None else base.log_z
+    if exact is not None:
+        _check_exact(exact, mine)
+        log_z = _z_of(exact, mine)
     known_mine, known_other, known_z = _counted(mine, other, log_z)
     named, figures = tuple(divergences.items()), {}
     if exact is None:
         by_context = _weighed(known_mine, known_other, known_z, named)
     else:
-        _check_exact(exact, mine)
-        by_context = _from_halves(mine, seen_by(collector, params, exact.scored), exact, named)
-        figures["exact_samples"] = figure(float(len(exact.scored.texts)))
+        of_p = seen_by(collector, params, _of_contexts(exact.scored, known_mine))
+        by_context = _from_halves(known_mine, of_p, exact, known_z, named)
+        figures["exact_samples"] = figure(float(len(of_p.texts)))
     if log_z is not None:
         figures["known"] = estimate_mean_over_contexts(
             np.isfinite(log_z.value).astype(float)[:, None]
@@ -153,22 +156,48 @@ def _counted(
 
 
 def _check_exact(exact: Exact, mine: Scored) -> None:
-    if mine.contexts is not None:
+    if (mine.contexts is None) != (exact.scored.contexts is None):
         raise ValueError(
-            f"Samples of one p cannot measure {mine.num_contexts} contexts, each of which has its "
-            f"own: leave exact out."
+            f"Samples of p and of the policy must both be with contexts, or both without: the "
+            f"policy's are of {mine.num_contexts} contexts, those of p of "
+            f"{exact.scored.num_contexts}. Draw exact with the same collector, or leave it out."
         )
-    if not exact.scored.texts:
+    if not _of_contexts(exact.scored, mine).texts:
         raise ValueError(
             f"There is no sample of p: none of {exact.drawn} draws was accepted. Leave exact out, "
             f"or draw more."
         )
 
 
+def _z_of(exact: Exact, mine: Scored) -> Estimate | None:
+    """Of the policy's contexts, where there are some."""
+    if mine.contexts is None:
+        return None
+    ids = np.unique(mine.contexts)
+    numbers: list[Any] = [np.asarray(x)[ids] for x in exact.log_z]
+    return Estimate(*numbers)
+
+
+def _of_contexts(scored: Scored, mine: Scored) -> Scored:
+    """Those of the contexts that the policy's samples are of."""
+    if mine.contexts is None or scored.contexts is None:
+        return scored
+    return take(scored, np.flatnonzero(np.isin(scored.contexts, mine.contexts)))
+
+
 def _from_halves(
-    mine: Scored, of_p: Scored, exact: Exact, divergences: tuple[tuple[str, FDivergence], ...]
+    mine: Scored,
+    of_p: Scored,
+    exact: Exact,
+    log_z: Estimate | None,
+    divergences: tuple[tuple[str, FDivergence], ...],
 ) -> dict[str, Estimate]:
-    """Of the one context there is: name -> Estimate ``[1]``."""
+    """Name -> Estimate ``[C]``, or ``[1]`` of the one context there is."""
+    if log_z is not None:
+        mine_too = mine.log_pi, mine.log_a, mine.log_score
+        tables = (*map(mine.table, mine_too), *map(of_p.table, (of_p.log_pi, of_p.log_score)))
+        of_one = partial(_of_halves, log_z_shares=None, divergences=divergences)
+        return jax.vmap(of_one)(*map(jnp.asarray, tables), jax.tree.map(jnp.asarray, log_z))
     given = mine.log_pi, mine.log_a, mine.log_score, of_p.log_pi, of_p.log_score
     shares = jnp.asarray(exact.log_z_shares)
     log_z = Estimate(*map(jnp.asarray, exact.log_z))
@@ -262,16 +291,14 @@ def _mixture(mine, other):
 
 def _of_task(target: TextTarget, mine: Scored, other: Scored) -> dict[str, Estimate]:
     """Its ratios, its win rate and the means of its features."""
-    of_policy, of_base = (
-        {name: part.table(values) for name, values in part.features.items()}
-        for part in (mine, other)
-    )
+    of_policy = {name: mine.table(values) for name, values in mine.features.items()}
     ratios = target.ratios.items()
     figures = {
         name: estimate_ratio(of_policy[top], of_policy[bottom]) for name, (top, bottom) in ratios
     }
     if target.wins and len(other.log_score):
-        figures["win_rate"] = estimate_win_rate(of_policy[target.wins], of_base[target.wins])
+        of_base = other.table(other.features[target.wins])
+        figures["win_rate"] = estimate_win_rate(of_policy[target.wins], of_base)
     return figures | {
         name: estimate_mean_over_contexts(values) for name, values in of_policy.items()
     }

@@ -181,6 +181,12 @@ def draw_base(
     return make_base(*score(collector, target, drawn, batches * collector.samples))
 
 
+def contexts_used(collector: Collector, samples: int) -> int:
+    """How many contexts, from the first, an evaluation of so many samples continues; or 1."""
+    contexts = collector.contexts
+    return 1 if contexts is None else _turn(collector, samples) * contexts.per_step
+
+
 def _turn(collector: Collector, samples: int) -> int:
     """How many batches continue all the prompts of an evaluation.
 
@@ -214,9 +220,7 @@ def _ask(collector: Collector, target: TextTarget, batch: Batch) -> Scored:
     count = len(batch.log_a)
     prompts = prompts_of(unseen, batch.contexts, count)
     texts = collector.decode(batch.tokens, batch.where)
-    references = [""] * count
-    if unseen is not None and batch.contexts is not None:
-        references = [unseen.references[i] for i in batch.contexts]
+    references = references_of(unseen, batch.contexts, count)
     given = given_of(unseen, batch.contexts, count)
     features = ask(target, given, texts, share_of_rows(count), count)
     log_score = target.log_score(np.asarray(batch.log_a), features)
@@ -251,13 +255,25 @@ def given_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[Any]:
     return [prompts.given[i] for i in contexts]
 
 
+def references_of(prompts: Prompts | None, contexts: Any, rows: int) -> list[str]:
+    """How the source went on after each row's prompt; "" where unknown."""
+    if prompts is None or contexts is None:
+        return [""] * rows
+    return [prompts.references[i] for i in contexts]
+
+
 def make_base(of_policy: Scored, of_base: Scored) -> Base:
     """From samples that were drawn with the base model as the policy."""
     scored = together(of_policy, of_base)
     if scored.contexts is None:
         return Base(scored, None)
     log_weights = scored.table(scored.log_score - scored.log_a)
-    return Base(scored, jax.device_get(_log_means(jnp.asarray(log_weights))))
+    return Base(scored, log_means(jnp.asarray(log_weights)))
+
+
+def log_means(log_weights: jax.Array) -> Estimate:
+    """Log Z of each context, on the host, from log P/a of its samples of the base model."""
+    return jax.device_get(_log_means(log_weights))
 
 
 @jax.jit

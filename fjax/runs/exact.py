@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from fjax.estimators import Estimate
-from fjax.evaluation import Exact, Scored, TextTarget
+from fjax.evaluation import Exact, Scored, TextTarget, given_of, prompts_of, references_of
 from fjax.rollouts import Collector
 from fjax.runs.folder import RunError
 
 ARRAYS = ("tokens", "where", "finished", "log_a", "log_score", "log_z", "drawn", "target")
+CONTEXTS = "contexts"
+"""Which prompt each row continues, where there are some."""
 
 
 def write_exact(path: Path, exact: Exact, *, target: str) -> None:
@@ -29,6 +31,8 @@ def write_exact(path: Path, exact: Exact, *, target: str) -> None:
         RunError: if it cannot be written.
     """
     rows = {name: getattr(exact.scored, name) for name in ARRAYS[:5]}
+    if exact.scored.contexts is not None:
+        rows[CONTEXTS] = exact.scored.contexts
     numbers = {"log_z": np.asarray(exact.log_z, float), "drawn": exact.drawn, "target": target}
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -55,22 +59,26 @@ def read_exact(path: Path, collector: Collector, text_target: TextTarget, *, tar
             f"{path} has samples of another target ({str(kept['target'])[:16]}, not "
             f"{target[:16]}). Delete it, and they are drawn anew."
         )
+    if (CONTEXTS in kept) != (collector.contexts is not None):
+        raise RunError(f"{path} is of a target with other prompts. Delete it.")
     scored = _scored(kept, collector, text_target)
     _check_score(path, scored, text_target)
-    numbers: list[Any] = kept["log_z"].tolist()
+    log_z = kept["log_z"]
+    numbers: list[Any] = log_z.tolist() if log_z.ndim == 1 else [*log_z]
     return Exact(scored, Estimate(*numbers), int(kept["drawn"]))
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            kept = {name: arrays[name] for name in ARRAYS}
+            kept = {name: arrays[name] for name in (*ARRAYS, *({CONTEXTS} & {*arrays.files}))}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(
             f"{path} is damaged ({error}). Delete it, and the samples are drawn anew."
         ) from error
     rows = {len(kept[name]) if kept[name].ndim else None for name in ARRAYS[:5]}
-    if len(rows) > 1 or kept["log_z"].shape != (3,):
+    numbers = kept["log_z"].shape
+    if len(rows) > 1 or numbers[:1] != (3,) or len(numbers) != 1 + (CONTEXTS in kept):
         raise RunError(f"{path} is damaged: its arrays do not belong together. Delete it.")
     return kept
 
@@ -92,7 +100,9 @@ def _check_score(path: Path, scored: Scored, target: TextTarget) -> None:
 def _scored(kept: Mapping[str, np.ndarray], collector: Collector, target: TextTarget) -> Scored:
     tokens, where, finished, log_a, log_score = (kept[name] for name in ARRAYS[:5])
     n = len(tokens)
+    contexts, unseen = kept.get(CONTEXTS), collector.contexts and collector.contexts.unseen
     texts = collector.decode(tokens, where) if n else []
-    features = dict(target.features([""] * n, texts)) if n else {}
-    rows = tokens, where, finished, log_a, log_a, log_score
-    return Scored(*rows, None, [""] * n, texts, [""] * n, features)
+    features = dict(target.features(given_of(unseen, contexts, n), texts)) if n else {}
+    rows = tokens, where, finished, log_a, log_a, log_score, contexts
+    prompts, references = (of(unseen, contexts, n) for of in (prompts_of, references_of))
+    return Scored(*rows, prompts, texts, references, features)

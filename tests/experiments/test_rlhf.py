@@ -84,6 +84,28 @@ def test_two_steps_on_prompts(algorithm, monkeypatch, chatty, prompts, tmp_path,
     assert {r["prompt"] for r in read_jsonl(folder / "contexts.jsonl")} == {"w1 w3", "w2 w7"}
 
 
+def test_a_bounded_reward_is_measured_by_exact_samples_of_each_prompt(
+    monkeypatch, chatty, prompts, tmp_path, capsys
+):
+    """And p has a column of its own, the mean over prompts."""
+    given = ("--prompts", prompts, "--prompts-per-step", 2, "--z-samples", 8, "--beta", 0.5)
+    bounded = ("--reward", f"{HERE}:share", "--reward-max", 1)
+    model = [chatty if word == TINY else word for word in SMALL[:-2]]
+    exact = ("--exact-samples", 40, "--exact-folder", tmp_path / "exact")
+    ours = ("--steps", 1, "--run-folder", tmp_path / "run")
+    assert run(monkeypatch, main, *given, *bounded, *model, *exact, *ours) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Measured by 40 exact samples of p of 2 prompts, drawn once from" in printed
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    of_p = next(r for r in records if r["kind"] == "target")
+    first = next(r for r in records if r["kind"] == "evaluation")
+    assert of_p["exact_samples"] == first["exact_samples"] == 40
+    log_z = [r["log_z"] for r in read_jsonl(tmp_path / "run" / "contexts.jsonl") if r["step"] == 0]
+    np.testing.assert_allclose(np.mean(log_z), of_p["log_z"], rtol=1e-5)
+    # Rewards are of few samples; that p tilts towards them is in log Z, which is E_a[exp(r/β)].
+    assert 0 < of_p["log_z"] < 2
+
+
 def test_a_reward_is_given_what_its_signature_asks_for():
     """The completions alone; prompts, completions and columns; or all by their names."""
     messages = [{"role": "user", "content": "w2"}]

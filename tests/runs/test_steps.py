@@ -9,10 +9,12 @@ import optax
 import pytest
 
 import fjax
+from fjax import evaluation
 from fjax.rollouts import to_rollout
 from fjax.runs import online
 from fjax.runs.steps import as_record, proposal_gain, score_batch
 from tests.bigram import BASE, TARGET, collector, tuner
+from tests.test_rollouts import CONTEXTS
 
 
 def moved(direction: float):
@@ -110,3 +112,27 @@ def test_the_figures_of_a_step_are_numbers_of_the_host():
     texts = draws.decode(batch.tokens, batch.where)
     of_policy = ["w9" in text.split() for text in texts[:28]]
     assert means == {"satisfaction": pytest.approx(np.mean(of_policy))}
+
+
+@pytest.mark.parametrize("given", [None, [{"answer": i} for i in range(4)]])
+def test_a_target_is_asked_with_what_is_given_of_each_rows_prompt(given):
+    """Its text where nothing else is, in steps and in evaluations."""
+    contexts = CONTEXTS._replace(training=CONTEXTS.training._replace(given=given))
+    contexts = contexts._replace(unseen=contexts.training)
+    asked = []
+
+    def features(prompts, texts):
+        asked.append(list(prompts))
+        return TARGET.features(prompts, texts)
+
+    target, run = TARGET._replace(features=features), collector(samples=16, contexts=contexts)
+    batch = run.draw(BASE, jax.random.key(0))
+    score_batch(run, target, batch)
+    known = given or contexts.training.texts
+    assert asked[-1] == [known[i] for i in np.asarray(batch.contexts)]
+    assert len({*np.asarray(batch.contexts).tolist()}) == 2
+    scored, _ = evaluation.score(run, target, [jax.device_get(batch)], batch.from_policy)
+    rows = [*np.asarray(batch.contexts)]
+    order = sorted(rows[: batch.from_policy]) + sorted(rows[batch.from_policy :])
+    assert asked[-1] == [known[i] for i in order]
+    assert scored.prompts == [contexts.training.texts[i] for i in order[: batch.from_policy]]
