@@ -25,7 +25,7 @@ class Settings:
 
     model: FolderOrName = "built-in"
     """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a
-    name on the Hugging Face hub such as gpt2, distilgpt2, gpt2-xl."""
+    name on the Hugging Face hub: a GPT-2, Llama, Mistral, Qwen2, Qwen3 or Gemma."""
     prefix: str | None = None
     """What every text continues, in tasks without prompts of their own; only what follows it is
     scored."""

@@ -35,9 +35,10 @@ def from_pretrained(
 ) -> LanguageModel:
     """Loads a language model from a local folder or by its name on the Hugging Face hub.
 
-    Weights are read from ``model.safetensors``, or from the shards that
+    It is of the family that knows its ``model_type``: GPT-2, or Llama and its relatives; see
+    `fjax.models.FAMILIES`. Weights are read from ``model.safetensors``, or from the shards that
     ``model.safetensors.index.json`` lists, with or without the prefix of a model with a head
-    (``transformer.``), in whatever precision they are stored.
+    (``transformer.``, ``model.``), in whatever precision they are stored.
 
     A sequence ends at the tokenizer's end-of-sequence token, which is ``eos_id``, and at those that
     ``eos_token_id`` of generation_config.json names or, where that file names none, of config.json.
@@ -46,7 +47,7 @@ def from_pretrained(
     for the base model that it names with the adapters added to its weights.
 
     Args:
-        name_or_path: a folder, or a name such as ``gpt2``, ``gpt2-xl``, ``distilgpt2``.
+        name_or_path: a folder, or a name such as ``gpt2`` or ``HuggingFaceTB/SmolLM2-135M``.
         dtype: of the computation: bfloat16 on accelerators. Softmax and logits are float32 all the
             same.
         param_dtype: of the parameters. Keep float32 for training.
@@ -62,9 +63,10 @@ def from_pretrained(
     Raises:
         FileNotFoundError: if the folder, or a file in it, is not there, or the hub does not have or
             give it.
-        ValueError: if it is of no family, is a variant that computes something else, lacks tensors
-            or has others (named), or tensors that are no finite floats, or if its tokenizer has ids
-            that it has not; if the mesh does not divide its heads or a parameter; or for adapters
+        ValueError: if it is of no family (with those that there are), is a variant that computes
+            something else, is quantised or a reward model, lacks tensors or has others (named), or
+            tensors that are no finite floats, or if its tokenizer has ids that it has not; if the
+            mesh does not divide its heads or a parameter; or for adapters
             that `load_adapters` refuses.
 
     `save_pretrained` has an example that writes a folder and reads it.
