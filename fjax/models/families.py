@@ -12,6 +12,7 @@ _MODULES = (
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma",
 )
 
 FAMILIES: tuple[Family, ...] = tuple(

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral": ("mistral", SHAPE | {"sliding_window": 24, "num_key_value_heads": 1}),
     "Qwen2": ("qwen2", SHAPE | {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", SHAPE | {"head_dim": 8}),
+    "Gemma": ("gemma", SHAPE | {"head_dim": 6, "num_key_value_heads": 1}),
 }
 """Name -> transformers' model_type and its configuration."""
 

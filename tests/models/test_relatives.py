@@ -162,6 +162,10 @@ def without(folder, name):
             lambda f: write(f, tensors_of(f) | {"lm_head.weight": jnp.zeros((61, 8))}),
             "a lm_head.weight that differs from embed_tokens.weight",
         ),
+        (
+            lambda f: edit_config(f, model_type="gemma", use_bidirectional_attention=True),
+            "of no Gemma that fjax computes: it has use_bidirectional_attention",
+        ),
         (lambda f: edit_config(f, num_key_value_heads=3), "multiple of num_key_value_heads"),
         (lambda f: edit_config(f, num_hidden_layers="2"), "num_hidden_layers must be a whole"),
         (lambda f: edit_config(f, rms_norm_eps=None), "rms_norm_eps must be a number"),
@@ -207,6 +211,12 @@ def test_shards_of_half_precision_are_read(folder, dtype):
     again = tensors_of(folder / "again")
     assert {name: x.dtype for name, x in again.items()} == dict.fromkeys(tensors, dtype)
     assert_same(again, tensors)
+
+
+def test_the_gate_of_the_first_gemmas_is_the_approximation_whatever_they_say():
+    family = next(family for family in KINDS if family.name == "Gemma")
+    said = {"model_type": "gemma", "hidden_act": "gelu"}
+    assert family.read_config(said).hidden_act == "gelu_pytorch_tanh"
 
 
 def test_a_configuration_that_its_model_type_has_no_words_for_is_not_written(tmp_path):
