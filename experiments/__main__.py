@@ -8,7 +8,7 @@ from importlib import import_module
 TOOLS = {
     "compare": (".compare.__main__", "Any of these, over objectives and seeds."),
     "evaluate": (".tools.evaluate", "A saved model against any target."),
-    "generate": (".tools.generate", "Samples that all satisfy a constraint."),
+    "generate": (".tools.generate", "Samples nearer a target, by rejection."),
     "tabulate": (".tools.tabulate", "Runs as a table."),
     "bench": (".tools.bench", "Time of each phase on this machine."),
     "kl_gradients": (".tools.kl_gradients", "Which estimators of KL have its gradient."),

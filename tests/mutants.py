@@ -562,4 +562,23 @@ MUTANTS: tuple[Mutant, ...] = (
             "if len(yes_or_no) else None",
         ),
     ),
+    *_of(
+        "experiments/tools/quasi_rejection.py",
+        "tests/experiments/test_quasi_rejection.py",
+        (
+            "proposals of one prompt are scored as another's",
+            "given_of(unseen, batch.contexts, len(texts))",
+            "given_of(unseen, batch.contexts * 0, len(texts))",
+        ),
+        (
+            "Z from the proposals alone",
+            "log_score - np.asarray(batch.log_q),",
+            "(log_score - np.asarray(batch.log_q))[:n] * 0 + log_score[:n],",
+        ),
+        (
+            "twice as much is accepted",
+            "*logs, log_beta=found.log_beta)",
+            "*logs, log_beta=found.log_beta - 0.7)",
+        ),
+    ),
 )

@@ -1,6 +1,7 @@
 """The prompts of a task: what can be set of them, and how they become those to align on and those
 to evaluate on."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,15 @@ def _load(options: PromptOptions, path: Path, tokenizer) -> Prompts:
     for report in reports:
         print(report)
     return prompts
+
+
+def load_file(options: PromptOptions, path: Path, tokenizer) -> Prompts:
+    """The prompts of another file, as the options have it; what was left out is said.
+
+    Raises:
+        RunError: for whatever is wrong with it.
+    """
+    return _load(dataclasses.replace(options, prompts=path, prompt=None), path, tokenizer)
 
 
 def _keys(prompts: Prompts) -> list[str]:

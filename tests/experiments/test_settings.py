@@ -182,6 +182,7 @@ def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
             continue
         hints = typing.get_type_hints(config_of(command), include_extras=True)
         paths = [name for name, hint in hints.items() if takes_a_path(hint)]
+        paths = [name for name in paths if (command, name) != ("generate", "run")]  # no --word then
         given = [word for name in paths for word in (arguments.flag(name), "~/x")]
         with_prompts = ["--prompts", "~/p"] if command == "conditional" else []
         chosen = parse(config_of(command), command, (*others, *given, *with_prompts))
@@ -192,6 +193,7 @@ def test_home_is_expanded_wherever_a_path_is_taken(monkeypatch):
     everywhere = ("--task", "lexical_constraint", "--runs", "~/a", "~/b", "--folder", "~/c")
     chosen = parse(config_of("compare"), "compare", everywhere)
     assert chosen.runs == (Path("/home/me/a"), Path("/home/me/b"))
+    assert parse(config_of("generate"), "x", ("--run", "~/r")).run == Path("/home/me/r")
     chosen = parse(config_of("lexical_constraint"), "x", ("--model=~/m", "--run-folder=~/r"))
     assert chosen.settings.model == "/home/me/m"
     assert chosen.settings.run_folder == Path("/home/me/r")
