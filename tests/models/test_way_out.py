@@ -103,9 +103,7 @@ def test_ends_padding_and_chat_template_travel_along(aligned):
     assert (said.bos_token_id, said.eos_token_id, said.pad_token_id) == (EOS, [EOS, 3], 4)
     assert (said.do_sample, said.temperature, said.top_k, said.top_p) == (True, 1.0, 0, 1.0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(aligned.folder)
-    assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "w7"}], tokenize=False) == "w7 "
-    )
+    assert tokenizer.chat_template == TEMPLATE
 
 
 def test_its_card_has_what_the_run_measured(aligned):

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEARNING_RATE, BETAS, MAX_GRAD_NORM = 1e-5, (0.9, 0.98), 1.0
-"""Of Adam, and the norm that a longer gradient is scaled down to."""
+LEARNING_RATE, BETAS, MAX_GRAD_NORM = 1e-6, (0.9, 0.98), 1.0
+"""Of Adam, and the norm that a longer gradient is scaled down to. All updates are on the same rows:
+at a rate that is fit for one of many, a large model would soon draw nothing else."""
 
 
 class Work(NamedTuple):
