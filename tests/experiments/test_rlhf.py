@@ -68,7 +68,7 @@ def prompts(tmp_path_factory):
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("algorithm", ["fdpg", "rloo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
 def test_two_steps_on_prompts(algorithm, monkeypatch, chatty, prompts, tmp_path, capsys):
     folder = tmp_path / "run"
     given = ("--prompts", prompts, "--prompts-per-step", 2, "--z-samples", 16, "--beta", 0.5)
@@ -87,7 +87,8 @@ def test_two_steps_on_prompts(algorithm, monkeypatch, chatty, prompts, tmp_path,
 def test_a_bounded_reward_is_measured_by_exact_samples_of_each_prompt(
     monkeypatch, chatty, prompts, tmp_path, capsys
 ):
-    """And p has a column of its own, the mean over prompts."""
+    """By f-DPG, with the base model's share; and p has a column of its own, the mean over
+    prompts."""
     given = ("--prompts", prompts, "--prompts-per-step", 2, "--z-samples", 8, "--beta", 0.5)
     bounded = ("--reward", f"{HERE}:share", "--reward-max", 1)
     model = [chatty if word == TINY else word for word in SMALL[:-2]]
