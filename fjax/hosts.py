@@ -8,35 +8,54 @@ process all of this is a plain copy to the host.
 Source: jax.distributed; multi-controller JAX.
 """
 
-from typing import Any
+import atexit
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from fjax._peers import Peers, meet
 from fjax.types import PyTree
 
 __all__ = [
+    "abandon",
     "agree",
     "any_of",
-    "connect",
-    "fetch",
     "are_several",
+    "connect",
+    "end_if_lost",
+    "fetch",
+    "if_lost",
     "is_first",
     "join_rows",
     "own_part",
     "own_rows",
+    "say",
     "share_of_rows",
+    "write_for_all",
 ]
 
 HEARTBEAT = 30
-"""Seconds without a word from a process after which the others end."""
+"""Seconds without a word from a process after which JAX ends the others, if nothing else has."""
+
+WAIT = 300.0
+"""Seconds that the first process waits for the others to come."""
+
+_peers: list[Peers] = []
 
 
 def connect(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
     """Joins the processes of one run, before JAX computes anything.
+
+    From then on, where one is lost the others end within half a minute and say which.
 
     Args:
         coordinator: host:port of process 0. None for all three: as the environment says, which
@@ -45,18 +64,97 @@ def connect(
         process: the number of this one, from 0.
 
     Raises:
-        RuntimeError: if the environment is none of these, or the others do not come.
+        RuntimeError: if the environment is none of these, the others do not come, or they were told
+            something else.
     """
     try:
+        coordinator, processes, process = _as_the_environment_says(coordinator, processes, process)
+        peers = meet(coordinator, process, processes, timeout=WAIT)
+        # Its handler of SIGTERM would take the place of Python's.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise RuntimeError(
-            f"The processes of this run did not find one another: {lines[0]} Start as many as are "
-            f"said, each with the coordinator's host:port, their number, and its own, from 0."
+            f"The processes of this run did not find one another: {lines[0]}"
         ) from error
+    _peers.append(peers)
+    atexit.register(_end)  # before JAX waits for the others, as it does then
+
+
+def _as_the_environment_says(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> tuple[str, int, int]:
+    """What is not given, as JAX finds it."""
+    wait = int(WAIT)
+    coordinator, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        processes,
+        process,
+        None,
+        None,
+        wait,
+    )
+    if coordinator is None or processes is None or process is None:
+        raise ValueError(
+            "neither SLURM nor Open MPI, Kubernetes or Cloud TPU has started this one. Give each "
+            "the coordinator's host:port, their number, and its own, from 0."
+        )
+    return coordinator, processes, process
+
+
+@contextmanager
+def if_lost(advice: Callable[[], str]) -> Iterator[None]:
+    """Within it, this process says so and what ``advice`` gives before it ends for another's loss.
+
+    >>> with if_lost(lambda: "Start again."):
+    ...     pass
+    """
+    before = [peers.advice for peers in _peers]
+    for peers in _peers:
+        peers.advice = advice
+    yield
+    # Not after an error, for the loss may be what brought it about.
+    for peers, earlier in zip(_peers, before, strict=True):
+        peers.advice = earlier
+
+
+def end_if_lost() -> None:
+    """Ends this process if that is why something failed in it: another one is lost."""
+    for peers in _peers:
+        peers.end_if_lost()
+
+
+def abandon(status: int) -> int:
+    """The status; where there are other processes, ends this one with it at once, and so them.
+
+    They would wait for it for ever, and at its end it for them.
+
+    >>> abandon(2)
+    2
+    """
+    for peers in _peers:
+        peers.abandon()
+        _leave_at_once(status)
+    return status
+
+
+def _end() -> None:
+    """At the end of this process, which is a good one unless an error brought it about."""
+    if hasattr(sys, "last_value"):
+        end_if_lost()
+        abandon(1)
+    for peers in _peers:
+        peers.leave()
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def is_first() -> bool:
@@ -66,6 +164,16 @@ def is_first() -> bool:
     True
     """
     return not are_several() or jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line that all processes would print alike, once.
+
+    >>> say("done")
+    done
+    """
+    if is_first():
+        print(text)
 
 
 def are_several() -> bool:
@@ -184,3 +292,19 @@ def any_of(flag: int) -> int:
     if not are_several():
         return flag
     return int(multihost_utils.process_allgather(np.int64(flag)).max())
+
+
+def write_for_all(write: Callable[[], None], is_there: Callable[[], bool]) -> None:
+    """Writes what all processes have made alike, where it is not there yet.
+
+    The first writes; and then whoever does not see it, for that one has a disk of its own.
+
+    >>> write_for_all(lambda: print("written"), is_there=lambda: False)
+    written
+    """
+    if is_first() and not is_there():
+        write()
+    if are_several():
+        agree(True)
+        if not is_first() and not is_there():
+            write()

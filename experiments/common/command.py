@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
-from fjax.hosts import connect
+from fjax.hosts import abandon, connect, end_if_lost
 from fjax.runs import RunError
 from fjax.runs.endings import Interrupted, handled_by, interrupt, lasting_output
 from fjax.runs.memory import keep_freed_memory
@@ -64,12 +64,14 @@ def run(
                 f"--resume.",
                 file=sys.stderr,
             )
-            return signal.status
+            return abandon(signal.status)
         except Exception as error:
+            if not isinstance(error, RunError):
+                end_if_lost()
             said = _sentence(error)
             if said is None:
                 raise
-            return _fail(said)
+            return abandon(_fail(said))
 
 
 def _run(config: type[ConfigT], main: Callable[[ConfigT], int], name: str, computes: bool) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fjax.hosts import say
 from fjax.models import LanguageModel
 from fjax.rollouts import Contexts, Prompts
 from fjax.runs import RunError
@@ -138,7 +139,7 @@ def _load(options: PromptOptions, path: Path, tokenizer) -> Prompts:
         path, *found, tokenizer, *given, chat=options.chat, system=options.system
     )
     for report in reports:
-        print(report)
+        say(report)
     return prompts
 
 

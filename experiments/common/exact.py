@@ -4,6 +4,7 @@ of the same target."""
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from fjax.evaluation import Exact, TextTarget, contexts_used, draw_exact, figures_of_target
-from fjax.hosts import agree, is_first
+from fjax.hosts import any_of, write_for_all
 from fjax.runs.exact import read_exact, write_exact
 from fjax.training._digests import digest_text
 
@@ -45,12 +46,11 @@ def exact_of(
         return None
     name = _target_digest(config, target, digests)
     path = settings.exact_folder / f"{name[:16]}.npz"
-    if agree(path.is_file()):
-        exact = read_exact(path, built.collector, target, target=name)
-    else:
+    if any_of(not path.is_file()):
         exact = _draw(built, target, settings.exact_samples)
-        if is_first():
-            write_exact(path, exact, target=name)
+        write_for_all(partial(write_exact, path, exact, target=name), path.is_file)
+    else:
+        exact = read_exact(path, built.collector, target, target=name)
     lack = _lack(settings, built, exact)
     if lack:
         built.display.warn(

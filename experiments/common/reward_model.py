@@ -14,6 +14,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fjax
+from fjax.hosts import is_first, say, write_for_all
 from fjax.models import RewardModel, gpt2, load_reward_model, save_reward_model
 from fjax.runs import RunError
 
@@ -87,7 +88,7 @@ def train(corpora: Path, folder: Path) -> None:
     state = optimizer.init(params)
     params = jax.tree.map(jnp.copy, params)
     columns = TextColumn("reward model"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not is_first()) as bar:
         task = bar.add_task("reward model", total=steps)
         for tokens, lengths, labels in _epochs(training, limit):
             params, state, _ = step(params, state, tokens, lengths, labels)
@@ -95,11 +96,13 @@ def train(corpora: Path, folder: Path) -> None:
     model = RewardModel(base.config, params, base.tokenizer, score_fn)
     right, count = accuracy(model, apart), len(apart.rows)
     error = np.sqrt(right * (1 - right) / count)
-    print(
+    say(
         f"Reward model: {right:.1%} ± {error:.1%} of {count} held-out snippets are classified as "
         f"people did."
     )
-    save_reward_model(folder, params, base.config, base.tokenizer, text_format=TEXT_FORMAT)
+    given = folder, params, base.config, base.tokenizer
+    write = functools.partial(save_reward_model, *given, text_format=TEXT_FORMAT)
+    write_for_all(write, (folder / "config.json").is_file)
 
 
 def _epochs(snippets: Snippets, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

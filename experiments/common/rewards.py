@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fjax.hosts import any_of, say
 from fjax.models import RewardModel
 from fjax.runs import RunError
 
@@ -85,15 +86,15 @@ def load_model(reward: str, reward_folder: Path, corpora: Path) -> RewardModel:
         RunError: if it is none.
     """
     folder = reward_folder if reward == "sentiment" else Path(reward)
-    if reward == "sentiment" and not (folder / "config.json").is_file():
-        print(f"There is no reward model in {folder} yet; training it (once).")
+    if reward == "sentiment" and any_of(not (folder / "config.json").is_file()):
+        say(f"There is no reward model in {folder} yet; training it (once).")
         reward_model.train(corpora, folder)
     model = reward_model.load(folder)
     # of a version that did not write it down
     if model.text_format is None and reward == "sentiment":
         model = model._replace(text_format=reward_model.TEXT_FORMAT)
     if model.text_format is None:
-        print(
+        say(
             f"{folder} says no text_format in its config.json, so that texts are scored as they "
             f"are, without end tokens."
         )

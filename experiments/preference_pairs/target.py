@@ -14,6 +14,7 @@ from fjax import preferences
 from fjax.adapters import adapt
 from fjax.divergences import by_name
 from fjax.evaluation import Features, TextTarget
+from fjax.hosts import say
 from fjax.models import LanguageModel
 from fjax.rollouts import Contexts
 from fjax.runs import Progress, RunError, Stepper
@@ -95,7 +96,7 @@ def make_contexts(config: Config, model: LanguageModel) -> Contexts:
             config.unseen_prompts, model.tokenizer, max_tokens=longest(model)
         )
         for report in reports:
-            print(report)
+            say(report)
     check_positions(config.settings, model, unseen.tokens.shape[1])
     return Contexts(unseen, unseen, config.prompts_per_batch)
 

@@ -20,7 +20,7 @@ import jax
 
 import fjax
 from fjax._trees import count_numbers
-from fjax.hosts import agree, is_first
+from fjax.hosts import agree, is_first, say
 from fjax.runs.aim import Aim
 from fjax.sharding import devices_of
 from fjax.training import read_jsonl
@@ -411,7 +411,7 @@ def check_same(
 
 def _check_digests(folder: Path, old: Mapping[str, str] | None, new: Mapping[str, str]) -> None:
     if not isinstance(old, dict):
-        print(
+        say(
             f"{folder} was begun before fjax took digests: whether model, files and functions are "
             f"the same is not checked."
         )
@@ -458,7 +458,7 @@ def check_none_saved(folder: Path, eval_every: int, checkpoint_every: int) -> No
             f"resume=True (--resume)."
         )
     if taken:
-        print(
+        say(
             f"No checkpoint had been saved when the run was stopped at step {taken}: it begins "
             f"again."
         )

@@ -17,7 +17,7 @@ import numpy as np
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate
 from fjax.evaluation import Exact, Metric, TextTarget
-from fjax.hosts import are_several, fetch, is_first
+from fjax.hosts import are_several, fetch, if_lost, is_first
 from fjax.rollouts import Collector
 from fjax.runs import card, plots, report
 from fjax.runs import folder as folders
@@ -33,7 +33,7 @@ from fjax.runs.records import as_target_record
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
 from fjax.runs.rows import collapse
 from fjax.runs.running import Kept, Model, Run
-from fjax.runs.saving import at_once, is_stopping, save
+from fjax.runs.saving import after_loss, at_once, is_stopping, save
 from fjax.runs.steps import Progress, Stepper, drawn_by, online, steps_of
 from fjax.training import Checkpoints, Logger, Tuner
 from fjax.training._digests import digest_params
@@ -173,7 +173,8 @@ def align(
         nearest_first = partial(_distance_of, objective, kept)
         place = opened.checkpoints
         opening = Checkpoints(place, score=nearest_first, about=folders.identity(opened))
-        with graceful_stop() as stop, opening as checkpoints:
+        lost = if_lost(partial(after_loss, opened))
+        with graceful_stop() as stop, opening as checkpoints, lost:
             # nothing is lost yet
             with nullcontext() if are_several() else stop.obeyed_at_once():
                 given = opened, display, tuner, initial, checkpoints, schedule

@@ -40,7 +40,7 @@ def keep_freed_memory() -> bool:
 
 def device_memory() -> int:
     """Bytes of the device that arrays are made on."""
-    of_device = jax.devices()[0].memory_stats() or {}
+    of_device = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in of_device:
         return of_device["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,7 @@
-"""The saves of a run: when one is due, when a signal comes, and when there is no room for one."""
+"""The saves of a run: when one is due, when a signal comes, when there is no room for one.
+
+And which there is to go on from, when another process is lost.
+"""
 
 import time
 from collections.abc import Callable
@@ -7,7 +10,8 @@ from functools import partial
 
 import jax
 
-from fjax.hosts import any_of, are_several
+from fjax.hosts import any_of, are_several, is_first
+from fjax.runs.folder import OpenRun
 from fjax.runs.resume import as_tree
 from fjax.runs.running import Run
 from fjax.runs.steps import Progress
@@ -74,3 +78,21 @@ def _save_and_close(run: Run, progress: Progress, begun: float) -> None:
     run.checkpoints.close()
     (run.folder / LOCK_NAME).unlink(missing_ok=True)  # the kernel's goes with the process
     run.display.stopped(int(progress.state.step), run.folder)
+
+
+def after_loss(opened: OpenRun) -> str:
+    """How to go on when another process is lost, and this one ends without another word.
+
+    The first gives back what it has locked, which nobody on another host could take over.
+    """
+    if is_first():
+        for folder in (opened.path, opened.checkpoints):
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+    place = opened.checkpoints
+    saved = [int(path.name) for path in place.glob("*") if path.name.isdecimal()]
+    what = (
+        f"The newest checkpoint in {place} is of step {max(saved)}."
+        if saved
+        else ("No checkpoint had been saved.")
+    )
+    return f"{what} To go on, give the same command with --resume, to one process or to several."

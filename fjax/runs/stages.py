@@ -34,7 +34,7 @@ from fjax.runs.folder import RunError
 from fjax.runs.memory import device_memory
 from fjax.runs.steps import Progress, Stepper, as_numbers, as_record, on_host, score_batch
 from fjax.runs.text import count
-from fjax.sharding import jit_update
+from fjax.sharding import jit_update, replicate
 from fjax.training import Rollout, Tuner
 from fjax.types import Array, Float, Int, Params, PRNGKeyArray
 
@@ -166,7 +166,7 @@ def staged(
         copy = jax.tree.map(jnp.copy, state.params)
         zero = jnp.zeros((), jnp.int32)
         at = Staged(replay, zero, zero, copy, jnp.asarray(jnp.inf), zero)
-        return Progress(state, copy, None, at)
+        return replicate(Progress(state, copy, None, at))
 
     def step(progress: Progress, number: int) -> tuple[Progress, dict]:
         at = progress.staged
@@ -175,7 +175,7 @@ def staged(
         progress, record = move(given, progress, jax.random.fold_in(rng_key, number))
         state = progress.state._replace(step=jnp.asarray(number + 1, jnp.int32))
         record["stage"] = int(at.stage) + 1
-        return _next_stage(given, progress._replace(state=state)), record
+        return replicate(_next_stage(given, progress._replace(state=state))), record
 
     base_samples = collector.samples - collector.policy_samples
     return Stepper(

@@ -1,93 +1,176 @@
-"""Two processes of four devices each do what one process with one device does."""
+"""Two processes of four devices each do what one process with one device does; and what becomes of
+them when one is told to stop, or is lost."""
 
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from experiments.common.settings import Settings
+from tests.test_peers import free_port
 
 from .commands import TINY
+from .processes import ended, start
 
-ROOT = Path(__file__).parents[2]
-ARGUMENTS = (
-    "--model", TINY, "--word", "w9", "--steps", 3, "--samples", 16, "--base-fraction", 0.5, "--eval-samples", 16,
-    "--max-new-tokens", 4, "--eval-every", 3, "--exact-samples", None,
+SIZES = (
+    "--model", TINY, "--samples", 16, "--base-fraction", 0.5, "--eval-samples", 16, "--max-new-tokens", 4,
+)  # fmt: skip
+MESH = ("--mesh", "data=4,fsdp=2")
+REWARDED = (
+    "sentiment_reward", *SIZES, "--reward", "tests.experiments.processes:reward", "--steps", 4, "--eval-every", 2,
+    "--checkpoint-every", 1,
+)  # fmt: skip
+STAGED = (
+    "lexical_constraint", *SIZES, "--word", "w9", "--stages", "forward_kl:32:5", "jensen_shannon:16:5",
+    "--minibatch-size", 16, "--eval-every", 3, "--exact-samples", 8, "--exact-draws", 32,
 )  # fmt: skip
 
 
-def start(folder, *arguments, devices=1):
-    command = [sys.executable, "-m", "experiments.lexical_constraint", *ARGUMENTS, *arguments]
-    virtual = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [str(word) for word in (*command, "--run-folder", folder)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def slurm(process, job):
+    """What srun gives a process of two on one host."""
+    host, number = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}, str(process)
+    return host | {"SLURM_JOB_ID": str(job), "SLURM_PROCID": number, "SLURM_LOCALID": number}
 
 
-def finish(*processes):
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return said
+def open_mpi(process, job):
+    """The same of mpirun, up to Open MPI 4."""
+    uri, size = f"{job * 2**12}.0;tcp://127.0.0.1:34911", {"OMPI_COMM_WORLD_SIZE": "2"}
+    ranks = {f"OMPI_COMM_WORLD_{name}": str(process) for name in ("RANK", "LOCAL_RANK")}
+    return size | ranks | {"OMPI_MCA_orte_hnp_uri": uri}
 
 
-def free_port():
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        return there.getsockname()[1]
+def start_both(folder, command, *arguments, second):
+    """By address; the second process in an environment of its own."""
+    where = (*MESH, "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2)
+    given = (*command, *arguments, *where, "--run-folder", folder)
+    return [
+        start(f"{folder}.log{i}", *given, "--process", i, devices=4, **(second if i else {}))
+        for i in range(2)
+    ]
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
 
 
 def numbers(folder):
-    """Step and evaluation records without what a clock says."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    """All records without what a clock says, and what no two sums agree on where weights are equal."""
+    records = map(json.loads, read(folder / "metrics.jsonl").splitlines())
     return [
-        {k: float(v) for k, v in record.items() if k not in ("kind", "seconds")}
+        {k: float(v) for k, v in record.items() if k not in ("kind", "seconds", "pareto_k")}
         for record in records
     ]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of one process, and of two, which resume what one of them began; what they printed."""
-    folder = tmp_path_factory.mktemp("hosts")
-    one, two = folder / "one", folder / "two"
-    finish(start(one))
-    where = "--mesh", "data=4,fsdp=2", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2
-    both = [start(two, *where, "--process", i, devices=4) for i in range(2)]
-    return one, two, finish(*both)
-
-
-@pytest.mark.command
-def test_two_processes_do_what_one_does(runs):
-    one, two, _ = runs
-    for ours, theirs in zip(numbers(two), numbers(one), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    for name in ("samples.jsonl",):
-        assert (two / name).read_text(encoding="utf-8") == (one / name).read_text(encoding="utf-8")
-    mine, other = (load_file(folder / "model" / "model.safetensors") for folder in (two, one))
+def assert_same(ours, theirs):
+    """Of two runs: every figure but for rounding, every sample, the model."""
+    for mine, other in zip(numbers(ours), numbers(theirs), strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    assert read(ours / "samples.jsonl") == read(theirs / "samples.jsonl")
+    mine, other = (load_file(folder / "model" / "model.safetensors") for folder in (ours, theirs))
     for name, tensor in other.items():
         np.testing.assert_allclose(mine[name], tensor, atol=1e-2, err_msg=name)
 
 
-def test_the_first_process_alone_speaks_and_writes(runs):
-    _, two, (first, second) = runs
-    assert "Everything is written to" in first
-    assert not re.search("satisfaction|written", second)
-    assert json.loads((two / "config.json").read_text(encoding="utf-8"))["devices"] == ["cpu"] * 8
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a run that was never interrupted, and of one of which the second process was
+    told to stop, then killed; and what was said."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    one, two = folder / "one", folder / "two"
+    whole = start(f"{one}.log", *REWARDED, "--run-folder", one)
+    assert ended(whole) == [0], read(folder / "one.log")
+
+    # The reward is asked as it is loaded, for each evaluation, and for each step.
+    stopped = ended(*start_both(two, REWARDED, second={"FJAX_TEST_SIGNAL": "15@4"}))
+    said = [read(folder / f"two.log{i}") for i in range(2)]
+    assert stopped == [128 + 15, 128 + 15], said
+
+    first, second = start_both(two, REWARDED, "--resume", second={"FJAX_TEST_SIGNAL": "9@3"})
+    assert ended(second) == [-9], read(folder / "two.log1")
+    since = time.monotonic()
+    (status,) = ended(first)
+    seconds, lost = time.monotonic() - since, read(folder / "two.log0")
+    assert status == 75, lost
+
+    left = start(f"{folder / 'two.log'}", *REWARDED, "--run-folder", two, "--resume")
+    assert ended(left) == [0], read(folder / "two.log")
+    return one, two, said, lost, seconds
+
+
+@pytest.mark.command
+def test_whatever_happens_to_one_the_run_is_the_same(interrupted):
+    """One step and an evaluation each of two processes, stopped and killed, of one process."""
+    one, two, *_ = interrupted
+    assert_same(two, one)
+
+
+def test_a_signal_to_one_of_them_stops_and_saves_both(interrupted):
+    _, _, (first, second), *_ = interrupted
+    assert "Stopped and saved at step 2." in first
+    assert not re.search("Stopped|written|reward", second)  # the first alone speaks
+
+
+def test_one_that_is_killed_ends_the_other_with_a_sentence(interrupted):
+    _, two, _, lost, seconds = interrupted
+    assert seconds < 60
+    *_, last = lost.strip().splitlines()
+    assert last == (
+        f"Process 1 of 2 (counted from 0) no longer answers. The newest checkpoint in {two}/checkpoints "
+        f"is of step 3. To go on, give the same command with --resume, to one process or to several."
+    )
+    assert "Traceback" not in lost
     assert not (two / "lock").exists()
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """Folders of a run in stages by one process, and by two that SLURM has started."""
+    folder = tmp_path_factory.mktemp("staged")
+    runs, processes = [folder / "one", folder / "two"], []
+    for i in (None, 0, 1):
+        run = runs[0 if i is None else 1]
+        there = "--run-folder", run, "--exact-folder", folder / f"exact-{run.name}"
+        more = {} if i is None else slurm(i, os.getpid()) | {"devices": 4}
+        given = STAGED if i is None else (*STAGED, *MESH, "--distributed")
+        processes.append(start(f"{run}.log{i or 0}", *given, *there, **more))
+    said = [read(path) for path in folder.glob("*.log*")]
+    assert ended(*processes) == [0, 0, 0], said
+    return runs
+
+
+def test_a_replay_is_the_same_on_several_hosts(staged):
+    one, two = staged
+    assert_same(two, one)
+    kept = [
+        sorted(path.name for path in one.parent.glob(f"exact-{name}/*")) for name in ("one", "two")
+    ]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 1
+    assert json.loads(read(two / "config.json"))["devices"] == ["cpu"] * 8
+    assert not (two / "lock").exists()
+
+
+def test_open_mpi_starts_them_too(tmp_path):
+    """They meet; and what all have made alike is written once on each disk."""
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    environments = (open_mpi(i, os.getpid() + 1) for i in range(2))
+    both = [
+        start(log, "connect_alone", tmp_path, **environment)
+        for log, environment in zip(logs, environments, strict=True)
+    ]
+    assert ended(*both) == [0, 0], [*map(read, logs)]
+    assert [read(log).splitlines()[-1] for log in logs] == [
+        f"process {i} of 2, 1" for i in range(2)
+    ]
+    assert read(tmp_path / "shared") == "0"
+    assert [read(tmp_path / f"own-{i}") for i in range(2)] == ["0", "1"]
 
 
 @pytest.mark.parametrize(

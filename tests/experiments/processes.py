@@ -1,0 +1,82 @@
+"""Commands in processes of their own, side by side as on several hosts. They are forked from one
+that has imported everything but not begun to compute, for imports take half of such a process."""
+
+import atexit
+import multiprocessing
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import jax
+
+from fjax import hosts
+from fjax.runs.plots import STYLE
+
+LIMIT = 240.0
+"""Seconds within which a process must end; one that hangs is noticed, too."""
+
+calls = 0
+
+
+def reward(texts):
+    """How often a text has w9. At one of its calls, the process that is told to is sent a signal."""
+    global calls
+    calls += 1
+    number, at = map(int, os.environ.get("FJAX_TEST_SIGNAL", "0@0").split("@"))
+    if calls == at:
+        os.kill(os.getpid(), number)
+    return [float(text.count("w9")) for text in texts]
+
+
+def connect_alone():
+    """A command that does no more, and writes what all have, once on a disk that they share."""
+    hosts.connect()
+    folder, process = Path(sys.argv[1]), jax.process_index()
+    print(f"process {process} of {jax.process_count()}, {hosts.any_of(process)}")
+    for path in (folder / "shared", folder / f"own-{process}"):
+        hosts.write_for_all(lambda path=path: append(path, f"{process}"), path.exists)
+    return 0
+
+
+def append(path, text):
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def start(log, name, *arguments, devices=1, **environment):
+    """A process with so many devices that runs the command, or the function, of that name."""
+    context = multiprocessing.get_context("forkserver")
+    tasks = ("lexical_constraint", "sentiment_reward")
+    context.set_forkserver_preload([__name__, *(f"experiments.{task}.__main__" for task in tasks)])
+    words = [str(word) for word in arguments]
+    process = context.Process(target=_go, args=(Path(log), name, words, devices, environment))
+    process.start()
+    return process
+
+
+def _go(log, name, words, devices, environment):
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8")
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    os.environ.update(environment)
+    STYLE.update({"savefig.dpi": 30, "figure.constrained_layout.use": False})
+    jax.config.update("jax_num_cpu_devices", devices)
+    sys.argv = [name, *words]
+    here = name in globals()
+    status = (globals()[name] if here else import_module(f"experiments.{name}.__main__").main)()
+    atexit._run_exitfuncs()  # a forked process does not of itself
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def ended(*processes):
+    """Their exit statuses, -9 after SIGKILL."""
+    until = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(until - time.monotonic(), 0))
+    found = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return found
