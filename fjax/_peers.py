@@ -47,8 +47,10 @@ class Peers:
             threading.Thread(target=self._listen, args=(number, connection), daemon=True).start()
 
     def leave(self) -> None:
-        """Tells the others that this process has come to its end, and well."""
-        self._over = True
+        """Tells the others that this process has come to its end, and well.
+
+        It still listens: at its very end JAX waits for them.
+        """
         _tell(self._connections.values(), WELL)
 
     def abandon(self) -> None:

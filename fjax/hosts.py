@@ -31,6 +31,7 @@ __all__ = [
     "connect",
     "end_if_lost",
     "fetch",
+    "from_first",
     "if_lost",
     "is_first",
     "join_rows",
@@ -281,6 +282,20 @@ def agree(value: int) -> int:
     if not are_several():
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def from_first(text: str) -> str:
+    """What the first process has, in all.
+
+    >>> from_first("steps")
+    'steps'
+    """
+    if not are_several():
+        return text
+    given = np.frombuffer(text.encode(), np.uint8)
+    row = np.zeros(agree(len(given)), np.uint8)
+    row[: len(given)] = given[: len(row)]
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).decode()
 
 
 def any_of(flag: int) -> int:

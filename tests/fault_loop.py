@@ -27,7 +27,7 @@ import optax
 import fjax
 from fjax.estimators import known_log_z
 from fjax.runs import align, read_metrics
-from fjax.runs.folder import MODEL, current_step, is_begun
+from fjax.runs.reading import MODEL, current_step, is_begun
 from fjax.runs.stages import Stage, staged
 from tests import bigram
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fjax.runs import RunError
-from fjax.runs.folder import (
-    MAY_CHANGE,
+from fjax.runs.folder import MAY_CHANGE, check_same
+from fjax.runs.reading import (
     by_step,
-    check_same,
     current_step,
     is_begun,
     is_finished,

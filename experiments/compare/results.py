@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fjax.runs import RunError
-from fjax.runs.folder import MAY_CHANGE, by_step, of_target, read_config, read_metrics
+from fjax.runs.folder import MAY_CHANGE
+from fjax.runs.reading import by_step, of_target, read_config, read_metrics
 
 from .plan import Place
 

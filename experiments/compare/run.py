@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fjax.runs import RunError
 from fjax.runs.aim import read_aim
-from fjax.runs.folder import is_begun, is_finished, locked, write_text
+from fjax.runs.folder import locked, write_text
+from fjax.runs.reading import is_begun, is_finished
 
 from ..common.command import called
 from ..tasks import TASKS

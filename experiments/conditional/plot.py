@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 
 from fjax.runs import RunError
-from fjax.runs.folder import read_config, read_contexts
 from fjax.runs.plots import STYLE, per_context
+from fjax.runs.reading import read_config, read_contexts
 
 from ..common.arguments import check_output
 from ..common.command import run

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from fjax.runs.folder import read_config, read_evaluations
 from fjax.runs.names import title_of
+from fjax.runs.reading import read_config, read_evaluations
 
 from ..common.command import run
 from ..compare.results import label_of

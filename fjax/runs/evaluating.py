@@ -16,7 +16,7 @@ from fjax.evaluation import (
     make_base,
     measure,
 )
-from fjax.runs.folder import RunError
+from fjax.runs.reading import RunError
 from fjax.runs.records import as_record, keep_samples
 from fjax.runs.running import EVALUATION_KEY, NO_STEP, Run
 from fjax.runs.saving import at_once

@@ -11,7 +11,7 @@ import numpy as np
 from fjax.estimators import Estimate
 from fjax.evaluation import Exact, Scored, TextTarget, given_of, prompts_of, references_of
 from fjax.rollouts import Collector
-from fjax.runs.folder import RunError
+from fjax.runs.reading import RunError
 
 ARRAYS = ("tokens", "where", "finished", "log_a", "log_score", "log_z", "drawn", "target")
 CONTEXTS = "contexts"

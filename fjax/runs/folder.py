@@ -1,17 +1,14 @@
-"""The folder of a run, read here and nowhere else.
-
-It is chosen, checked before any work is done, and never written over.
-"""
+"""The folder of a run: opened, checked before any work is done, and never written over."""
 
 import json
 import math
 import os
-import re
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +17,32 @@ import jax
 
 import fjax
 from fjax._trees import count_numbers
-from fjax.hosts import agree, is_first, say
+from fjax.hosts import agree, from_first, is_first, say
 from fjax.runs.aim import Aim
+from fjax.runs.reading import (  # noqa: F401 - they were here before
+    ADAPTERS,
+    CHECKPOINTS,
+    CONTEXTS,
+    METRICS,
+    MODEL,
+    SAMPLES,
+    RunError,
+    by_step,
+    current_step,
+    is_begun,
+    is_finished,
+    last_step,
+    of_target,
+    read_config,
+    read_contexts,
+    read_evaluations,
+    read_figures,
+    read_json,
+    read_metrics,
+    read_records,
+    read_samples,
+)
 from fjax.sharding import devices_of
-from fjax.training import read_jsonl
 from fjax.training._lock import LOCK_NAME, FolderLock
 from fjax.types import Params
 
@@ -45,12 +64,12 @@ MAY_CHANGE = {
 }
 """What a resumed run may be given differently: none of it changes a step that was taken."""
 
-METRICS, SAMPLES, CONTEXTS = "metrics.jsonl", "samples.jsonl", "contexts.jsonl"
-CHECKPOINTS, MODEL, ADAPTERS = "checkpoints", "model", "adapters"
 
-
-class RunError(Exception):
-    """Something the user can put right; command lines print it without a traceback."""
+OWN = {
+    *("distributed", "coordinator", "processes", "process"),
+    *("run_folder", "exact_folder", "reward_folder", "corpora", "model", "start"),
+}
+"""What each of several processes may be given differently: its number, and where it finds what."""
 
 
 class OpenRun(NamedTuple):
@@ -105,9 +124,10 @@ def open_run(
 
     Raises:
         RunError: if it is in use, holds another run, there is nothing to resume, or it cannot be
-            written.
+            written; of several processes, if they were given different things, or not all see it.
     """
     path, config = Path(folder), dict(config or {})
+    _check_alike(config, digests or {})
     if not is_first():
         with _open_aside(path, config, digests or {}, resume) as opened:
             yield opened
@@ -149,7 +169,29 @@ def _open_aside(
                 if (path / name).exists():
                     shutil.copy(path / name, own / name)
         agree(True)
+        if not (path / LOCK_NAME).exists():
+            raise RunError(
+                f"{path.absolute()} on {socket.gethostname()} is not the run folder that the first "
+                f"process has opened. Give all processes one that their hosts share (--run-folder)."
+            )
         yield OpenRun(own, config, digests, resume, "", path)
+
+
+def _check_alike(config: Mapping[str, object], digests: Mapping[str, str]) -> None:
+    """Whether all processes do the same: they would wait for one another for ever."""
+    mine = {name: value for name, value in config.items() if name not in OWN}
+    mine = json.loads(json.dumps(mine | {f"contents of {k}": v for k, v in digests.items()}))
+    first = json.loads(from_first(json.dumps(mine)))
+    differing = [
+        f"{name}: {first.get(name)!r} there, {mine.get(name)!r} here"
+        for name in {**first, **mine}
+        if first.get(name) != mine.get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"This process was given something else than the first one ({'; '.join(differing)}). "
+            f"Give all of them the same command, but for --process."
+        )
 
 
 def describe_run(run: OpenRun, aim: Aim = Aim(), *, params: Params = ()) -> None:
@@ -176,163 +218,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    """The JSON object in a file of ours, with at least these keys.
-
-    Raises:
-        OSError: if there is none to be read.
-        RunError: if it is damaged.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out."
-        ) from error
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing or not isinstance(found, dict):
-        raise RunError(
-            f"{path} is damaged: it has no {' and no '.join(missing) or 'object in it'}."
-        )
-    return found
-
-
-def read_records(path: Path, *keys: str) -> list[dict]:
-    """The records of a file of JSON lines of ours, each with at least these keys.
-
-    Raises:
-        OSError: if there is none to be read.
-        RunError: if it is damaged.
-    """
-    try:
-        records = read_jsonl(path)
-    # the second of a line that is no object
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}). Put it back from a copy, or leave its folder out."
-        ) from error
-    _check_keys(path, records, keys)
-    return records
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run's steps and evaluations, in the order in which they were written.
-
-    Raises:
-        RunError: if it is damaged, or there is none.
-    """
-    with _of_a_run(folder):
-        records = read_records(folder / METRICS, "kind", "step")
-        found = [record for record in records if record["kind"] == "evaluation"]
-        _check_keys(folder / METRICS, found, ("samples", "seconds"))
-        return records
-
-
-def read_config(folder: Path, *keys: str) -> dict:
-    """What a run was begun with.
-
-    Raises:
-        RunError: if it is damaged, or there is none.
-    """
-    with _of_a_run(folder):
-        return read_json(folder / "config.json", *keys)
-
-
-@contextmanager
-def _of_a_run(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{folder} is no run folder: {error.strerror}: {error.filename}.") from error
-
-
-def by_step(records: Sequence[dict], kind: str) -> dict[int, dict]:
-    """The records of a kind, "step" or "evaluation", by step and in its order.
-
-    Where a resumed run repeated one, the later, which is the one that went on.
-    """
-    found = {record["step"]: record for record in records if record["kind"] == kind}
-    return dict(sorted(found.items()))
-
-
-def read_evaluations(folder: Path) -> list[dict]:
-    """The evaluations of a run, the first (the base model's) to the last.
-
-    Raises:
-        RunError: if there is none.
-    """
-    found, _ = read_figures(folder)
-    return found
-
-
-def read_figures(folder: Path) -> tuple[list[dict], dict | None]:
-    """The evaluations of a run, and figures of samples of p itself, None where it had none.
-
-    Raises:
-        RunError: if there is no evaluation.
-    """
-    records = read_metrics(folder)
-    found = by_step(records, "evaluation")
-    if not found:
-        raise RunError(f"{folder} has no evaluation yet.")
-    return list(found.values()), of_target(records)
-
-
-def of_target(records: Sequence[dict]) -> dict | None:
-    """Figures of samples of p itself, among the records of a run; None where it had none."""
-    return next(iter(by_step(records, "target").values()), None)
-
-
-def read_samples(folder: Path) -> list[dict]:
-    """Texts of all evaluations, each with its step and features."""
-    with _of_a_run(folder):
-        return read_records(folder / SAMPLES, "step", "text")
-
-
-def read_contexts(folder: Path) -> list[dict]:
-    """Means of each prompt, of those whose Z is known; [] for a run without prompts."""
-    path = folder / CONTEXTS
-    records = read_records(path, "step", "prompt", "log_z") if path.is_file() else []
-    known = [record for record in records if math.isfinite(record["log_z"])]
-    return known or records
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether there is something to resume."""
-    return (folder / "config.json").is_file()
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run has come to its end.
-
-    The aligned model is the last thing that it writes but its pictures.
-    """
-    return is_begun(folder) and (folder / MODEL).is_dir()
-
-
-def current_step(folder: Path) -> int:
-    """The step of the last record of a run that may be going on.
-
-    Its file may be long, so only its end is read.
-    """
-    path = folder / METRICS
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**15))
-        found = re.findall(rb'"step": (\d+),', file.read())
-    return int(found[-1]) if found else 0
-
-
-def _check_keys(path: Path, records: list[dict], keys: Sequence[str]) -> None:
-    for record in records:
-        missing = [key for key in keys if key not in record]
-        if missing:
-            raise RunError(
-                f"{path} is damaged: a record has no {' and no '.join(missing)} ({record!s:.100})."
-            )
 
 
 def check_space(folder: Path, trained: Params, exported: Params) -> None:
@@ -462,22 +347,6 @@ def check_none_saved(folder: Path, eval_every: int, checkpoint_every: int) -> No
             f"No checkpoint had been saved when the run was stopped at step {taken}: it begins "
             f"again."
         )
-
-
-def last_step(folder: Path) -> int:
-    """Of metrics.jsonl; 0 if there is none.
-
-    Raises:
-        RunError: if the file is damaged.
-    """
-    path = folder / METRICS
-    records = read_metrics(folder) if path.is_file() else []
-    try:
-        return max(
-            (int(record["step"]) for record in records if record["kind"] == "step"), default=0
-        )
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged: a step is no number ({error}).") from error
 
 
 def _check_writable(folder: Path) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from fjax.runs.folder import METRICS, OpenRun, RunError, write_text
+from fjax.runs.folder import OpenRun, write_text
+from fjax.runs.reading import METRICS, RunError
 from fjax.training import FanOut, JsonlLogger, Logger, TensorBoardLogger, WandbLogger
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}

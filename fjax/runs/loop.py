@@ -26,9 +26,18 @@ from fjax.runs.display import Display
 from fjax.runs.distance import check_bound, distances
 from fjax.runs.endings import AskedToStop, graceful_stop
 from fjax.runs.evaluating import evaluate_now, measure_policy
-from fjax.runs.folder import OpenRun, RunError, by_step, describe_run, read_metrics
+from fjax.runs.folder import OpenRun, describe_run
 from fjax.runs.loggers import check_loggers, open_loggers
 from fjax.runs.names import title_of
+from fjax.runs.reading import (
+    ADAPTERS,
+    CHECKPOINTS,
+    MODEL,
+    RunError,
+    by_step,
+    of_target,
+    read_metrics,
+)
 from fjax.runs.records import as_target_record
 from fjax.runs.resume import Schedule, as_tree, begin_at, check_schedule, forget_later
 from fjax.runs.rows import collapse
@@ -325,7 +334,7 @@ def _finish(
         plots.write(run.folder, run.aim)
         report.write(run.folder)
     records = read_metrics(run.folder)
-    evaluations, of_p = by_step(records, "evaluation"), folders.of_target(records)
+    evaluations, of_p = by_step(records, "evaluation"), of_target(records)
     check = check_bound(after, run.target.bound)
     seconds = time.monotonic() - begun
     run.display.summary(evaluations, after, of_p, run.aim, check, run.folder, seconds)
@@ -340,8 +349,8 @@ def _finish(
 
 def _export(run: Run, params: Params, trained: Params) -> None:
     """The aligned model, and before it the adapters; what a killed export left is deleted."""
-    adapters = folders.ADAPTERS, run.save_trained, trained
-    for name, write, tree in (adapters, (folders.MODEL, run.model.save, params)):
+    adapters = ADAPTERS, run.save_trained, trained
+    for name, write, tree in (adapters, (MODEL, run.model.save, params)):
         for left in run.folder.glob(f".{name}-*"):
             shutil.rmtree(left, ignore_errors=True)
         if write is not None:
@@ -372,7 +381,7 @@ def _nearest_params(run: Run, progress: Progress, step: int) -> tuple[int, Param
 def _not_finite(run: Run, step: int) -> str:
     return (
         f"The gradient of step {step} was not finite. The parameters were left as they were and "
-        f"saved in {run.folder / folders.CHECKPOINTS}. To go on: lower the learning rate "
+        f"saved in {run.folder / CHECKPOINTS}. To go on: lower the learning rate "
         f"(--learning-rate); and where the divergence is infinite since the target is 0 somewhere, "
         f"as reverse KL is, bound f' with clip=(-8, 8) (--clip -8 8), smooth the target, or take "
         f"another divergence (--divergence)."

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fjax.runs.folder import RunError
+from fjax.runs.reading import RunError
 
 
 def _numbers(base: Path, title: str) -> dict[int, Path]:

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from fjax.runs.aim import Aim
-from fjax.runs.folder import by_step, of_target, read_contexts, read_metrics
 from fjax.runs.names import title_of
+from fjax.runs.reading import by_step, of_target, read_contexts, read_metrics
 from fjax.runs.rows import FEW
 
 DRAWN = "samples drawn"

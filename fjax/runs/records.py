@@ -8,7 +8,7 @@ import numpy as np
 
 from fjax.estimators import Estimate
 from fjax.evaluation import Evaluation, Exact, figures_of_target
-from fjax.runs.folder import CONTEXTS, SAMPLES
+from fjax.runs.reading import CONTEXTS, SAMPLES
 from fjax.runs.steps import as_numbers
 from fjax.training import JsonlLogger
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fjax.runs import rows
 from fjax.runs.aim import Aim, read_aim
-from fjax.runs.folder import read_config, read_figures, read_samples, write_text
+from fjax.runs.folder import write_text
+from fjax.runs.reading import read_config, read_figures, read_samples
 from fjax.runs.records import spread
 from fjax.runs.rows import Record
 from fjax.runs.text import on_one_line, pieces

@@ -13,7 +13,8 @@ import numpy as np
 from fjax.rollouts import Batch
 from fjax.runs import folder as folders
 from fjax.runs.display import Display
-from fjax.runs.folder import OpenRun, RunError, read_metrics
+from fjax.runs.folder import OpenRun
+from fjax.runs.reading import CONTEXTS, METRICS, SAMPLES, RunError, last_step, read_metrics
 from fjax.runs.steps import Progress, Stepper
 from fjax.training import Checkpoints, JsonlLogger
 from fjax.types import Params
@@ -64,7 +65,7 @@ def begin_at(
     restored = _restore(place, like, checkpoints, step)
     _set_later_aside(display, checkpoints, step)
     progress = _from_tree(restored, progress)
-    step, known = int(progress.state.step), folders.last_step(opened.path)
+    step, known = int(progress.state.step), last_step(opened.path)
     if known < step:
         display.warn(
             f"metrics.jsonl ends at step {known}, the checkpoint is of step {step}: what was "
@@ -132,10 +133,10 @@ def forget_later(folder: Path, step: int, schedule: Schedule) -> None:
     """
     ended = 0 < step < schedule.steps and step % schedule.eval_every > 0
     try:
-        for path in (folder / folders.SAMPLES, folder / folders.CONTEXTS):
+        for path in (folder / SAMPLES, folder / CONTEXTS):
             if path.exists():
                 JsonlLogger(path, after_step=step - ended if step else -1).close()
-        path = folder / folders.METRICS
+        path = folder / METRICS
         if ended and path.exists():
             of_step = (r for r in read_metrics(folder) if r["step"] == step)
             taken = [record for record in of_step if record["kind"] == "step"]

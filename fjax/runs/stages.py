@@ -30,8 +30,8 @@ from fjax.replay import (
     weights_by_ess,
 )
 from fjax.rollouts import Collector, to_rollout
-from fjax.runs.folder import RunError
 from fjax.runs.memory import device_memory
+from fjax.runs.reading import RunError
 from fjax.runs.steps import Progress, Stepper, as_numbers, as_record, on_host, score_batch
 from fjax.runs.text import count
 from fjax.sharding import jit_update, replicate

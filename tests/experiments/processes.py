@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from fjax import hosts
+from fjax.runs import RunError, open_run
 from fjax.runs.plots import STYLE
 
 LIMIT = 240.0
@@ -37,6 +38,21 @@ def connect_alone():
     print(f"process {process} of {jax.process_count()}, {hosts.any_of(process)}")
     for path in (folder / "shared", folder / f"own-{process}"):
         hosts.write_for_all(lambda path=path: append(path, f"{process}"), path.exists)
+    return 0
+
+
+def open_alone():
+    """A command that opens its run folder, with what it was given."""
+    hosts.connect()
+    try:
+        with open_run(sys.argv[1], {"seed": sys.argv[2]}):
+            pass
+    except RunError as error:
+        print(error)
+        return hosts.abandon(2)
+    except Exception:  # of gloo
+        hosts.end_if_lost()
+        raise
     return 0
 
 

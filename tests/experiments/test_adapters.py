@@ -21,7 +21,8 @@ from experiments.lexical_constraint.__main__ import main
 from fjax.adapters import merge_attached
 from fjax.models import load_adapters
 from fjax.runs import Display, RunError
-from fjax.runs.folder import check_same, read_config
+from fjax.runs.folder import check_same
+from fjax.runs.reading import read_config
 from fjax.training import Checkpoints
 
 from .commands import SMALL, TINY, run

@@ -30,7 +30,8 @@ from fjax.evaluation import Evaluation, Scored
 from fjax.evaluation.figures import figure
 from fjax.runs.aim import Aim
 from fjax.runs.display import Display, hardware
-from fjax.runs.folder import OpenRun, RunError, describe_run, write_text
+from fjax.runs.folder import OpenRun, describe_run, write_text
+from fjax.runs.reading import RunError
 
 from .commands import SMALL, TINY, run
 

@@ -157,20 +157,42 @@ def test_a_replay_is_the_same_on_several_hosts(staged):
     assert not (two / "lock").exists()
 
 
+def by_mpirun(folder, command, *arguments):
+    """Statuses of two processes, each with arguments of its own, and what they said last."""
+    logs = [folder / f"log{i}" for i in range(2)]
+    both = [
+        start(logs[i], command, *arguments[i], **open_mpi(i, os.getpid() + 1)) for i in range(2)
+    ]
+    return ended(*both), [read(log).splitlines()[-1] for log in logs]
+
+
 def test_open_mpi_starts_them_too(tmp_path):
     """They meet; and what all have made alike is written once on each disk."""
-    logs = [tmp_path / f"log{i}" for i in range(2)]
-    environments = (open_mpi(i, os.getpid() + 1) for i in range(2))
-    both = [
-        start(log, "connect_alone", tmp_path, **environment)
-        for log, environment in zip(logs, environments, strict=True)
-    ]
-    assert ended(*both) == [0, 0], [*map(read, logs)]
-    assert [read(log).splitlines()[-1] for log in logs] == [
-        f"process {i} of 2, 1" for i in range(2)
-    ]
+    statuses, said = by_mpirun(tmp_path, "connect_alone", [tmp_path], [tmp_path])
+    assert statuses == [0, 0], said
+    assert said == [f"process {i} of 2, 1" for i in range(2)]
     assert read(tmp_path / "shared") == "0"
     assert [read(tmp_path / f"own-{i}") for i in range(2)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "seed", "why"),
+    [
+        (
+            "run",
+            1,
+            "This process was given something else than the first one (seed: '0' there, '1' here)",
+        ),
+        ("another", 0, "is not the run folder that the first process has opened"),
+    ],
+)
+def test_what_one_process_is_given_otherwise_ends_both(folder, seed, why, tmp_path):
+    statuses, said = by_mpirun(
+        tmp_path, "open_alone", [tmp_path / "run", 0], [tmp_path / folder, seed]
+    )
+    assert statuses == [75, 2], said
+    assert why in said[1]
+    assert said[0] == "Process 1 of 2 (counted from 0) has ended early, and says itself why."
 
 
 @pytest.mark.parametrize(

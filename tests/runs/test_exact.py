@@ -9,7 +9,7 @@ import pytest
 from fjax.evaluation import draw_exact
 from fjax.runs import RunError, align, read_metrics
 from fjax.runs.exact import read_exact, write_exact
-from fjax.runs.folder import by_step
+from fjax.runs.reading import by_step
 from tests import bigram
 from tests.runs.test_loop import DIVERGENCES, SIZES
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fjax.runs import RunError, evaluating, loop, read_metrics, steps
-from fjax.runs.folder import is_finished
+from fjax.runs.reading import is_finished
 from fjax.training import Checkpoints
 from fjax.training._record import sealed
 from tests import bigram, fault_loop

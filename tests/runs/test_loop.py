@@ -27,7 +27,7 @@ from fjax.runs import (
     read_metrics,
 )
 from fjax.runs.aim import Aim
-from fjax.runs.folder import is_finished, read_config, read_samples
+from fjax.runs.reading import is_finished, read_config, read_samples
 from fjax.training import Checkpoints, TrainState, ppo_tuner
 from tests import bigram
 from tests.experiments.commands import TINY
