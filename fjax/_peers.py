@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 LOST = 75
@@ -42,9 +43,12 @@ class Peers:
         self._one_loses, self._one_ends = threading.Lock(), threading.Lock()
         self.advice: Callable[[], str] = lambda: ""
         """What to do once one is lost, asked for only then."""
-        for number, connection in connections.items():
+        for connection in connections.values():
             _keep_alive(connection)
-            threading.Thread(target=self._listen, args=(number, connection), daemon=True).start()
+        listen = partial(threading.Thread, target=self._listen, daemon=True)
+        self._listeners = [listen(args=pair) for pair in connections.items()]
+        for listener in self._listeners:
+            listener.start()
 
     def leave(self) -> None:
         """Tells the others that this process has come to its end, and well.
@@ -54,10 +58,13 @@ class Peers:
         _tell(self._connections.values(), WELL)
 
     def abandon(self) -> None:
-        """Tells the others that it ends, and that they cannot go on."""
+        """Tells the others that they cannot go on without it, and waits until they have ended."""
         self._over = True
         said = f"{self._name(self._process)} has ended early, and says itself why."
         _tell(self._connections.values(), said)
+        until = time.monotonic() + 2 * GRACE
+        for listener in self._listeners:
+            listener.join(max(until - time.monotonic(), 0))
 
     def end_if_lost(self, within: float = GRACE) -> None:
         """Ends this process if another one is lost, or is found to be within so many seconds."""
@@ -66,19 +73,21 @@ class Peers:
 
     def _listen(self, number: int, connection: socket.socket) -> None:
         said = _hear(connection)
-        if said == WELL:
-            connection.close()
-        else:
-            self._lose(said or f"{self._name(number)} no longer answers.")
+        if not said:
+            # With the first process JAX's own service is gone, and ends this one in no time.
+            said, grace = f"{self._name(number)} no longer answers.", GRACE if number else 0.0
+            self._lose(said, grace)
+        elif said != WELL:
+            self._lose(said, GRACE)
 
-    def _lose(self, said: str) -> None:
+    def _lose(self, said: str, grace: float) -> None:
         with self._one_loses:
             if self._over or self._lost:
                 return
             self._lost = said
         _tell(self._connections.values(), said)
         self._heard.set()
-        time.sleep(GRACE)
+        time.sleep(grace)
         if not self._over:
             self._end()
 

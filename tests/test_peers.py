@@ -38,10 +38,14 @@ def part(*peers):
     """Once nothing more is to be heard."""
     for each in peers:
         each._over = True
+    for each in peers:
         for connection in each._connections.values():
             with suppress(OSError):  # it is closed already
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
+    for each in peers:
+        for listener in each._listeners:
+            listener.join(10)
 
 
 # pytest hears of every thread that is ended by an exception.
@@ -84,11 +88,15 @@ def test_one_that_gives_up_says_so(ends, capfd):
 
 
 def test_nobody_is_missed_who_took_leave(ends):
-    first, second = all_meet((0, 2), (1, 2))
+    """Nor are those missed who have not yet."""
+    first, second, third = all_meet((0, 3), (1, 3), (2, 3))
     second.leave()
-    part(second)
+    third.leave()
+    for each in (first, second, third):
+        each.end_if_lost(within=0.1)
+    part(second)  # it ends
     first.end_if_lost(within=0.3)
-    part(first)
+    part(first, third)
     assert ends.empty()
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from fjax import _markdown
 from fjax.runs.aim import Aim, read_aim
-from fjax.runs.folder import MODEL, read_config, read_figures, read_samples, write_text
+from fjax.runs.folder import write_text
 from fjax.runs.names import title_of
+from fjax.runs.reading import MODEL, read_config, read_figures, read_samples
 from fjax.runs.records import spread
 from fjax.runs.rows import Record, before_and_after
 from fjax.runs.text import on_one_line

@@ -4,6 +4,7 @@ that has imported everything but not begun to compute, for imports take half of 
 import atexit
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from importlib import import_module
@@ -54,6 +55,16 @@ def open_alone():
         hosts.end_if_lost()
         raise
     return 0
+
+
+def lose_the_first():
+    """A command of which the first process dies while the others wait."""
+    hosts.connect()
+    with hosts.if_lost(lambda: "Begin again."):
+        hosts.agree(1)
+        if hosts.is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(LIMIT)
 
 
 def append(path, text):
