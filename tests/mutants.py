@@ -581,4 +581,34 @@ MUTANTS: tuple[Mutant, ...] = (
             "*logs, log_beta=found.log_beta - 0.7)",
         ),
     ),
+    *_of(
+        "fjax/runs/card.py",
+        "tests/runs/test_card.py",
+        (
+            "a card with the figures of the last step",
+            'next(record for record in evaluations if record["step"] == step)',
+            "evaluations[-1]",
+        ),
+        (
+            "a card written over somebody's own",
+            "theirs = path.is_file() and MARK not in",
+            "theirs = False and MARK not in",
+        ),
+    ),
+    *_of(
+        "fjax/_markdown.py",
+        "tests/training/test_logging.py tests/runs/test_card.py",
+        ("texts that may end a cell", r"[\\`*_\[\]|]", r"[\\`*_\[\]]"),
+    ),
+    *_of(
+        "fjax/models/huggingface/save.py",
+        "tests/models/test_way_out.py",
+        ("an export that draws from the fifty likeliest", '"top_k": 0,', '"top_k": 50,'),
+    ),
+    *_of(
+        "experiments/common/arguments.py",
+        "tests/experiments/test_trl_flags.py",
+        ("a flag of ours that is taken for TRL's", "and theirs not in ours", "and ours"),
+        ("a flag of theirs with underscores", '.replace("_", "-")\n        if', "\n        if"),
+    ),
 )

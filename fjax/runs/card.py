@@ -27,7 +27,7 @@ MARK = "<!-- Made by fjax of its run, and made again with it; without this line 
 SHOWN = 8
 """Samples of the first and of the last evaluation, beside one another."""
 
-NEW_TOKENS = 40
+NEW_TOKENS = 20
 """Where the run does not say how long its samples are."""
 
 

@@ -1,6 +1,8 @@
 """The way out: the folder that a run leaves opens in transformers and says there what it said
 here."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +17,7 @@ from fjax.sampling import greedy, sample
 from tests.make_fixtures import EOS, make_tokenizer
 from tests.models.folders import TINY
 
+ROOT = Path(__file__).parents[2]
 WORD, TOKENS, TEMPLATE = 9, 8, "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
@@ -111,3 +114,14 @@ def test_its_card_has_what_the_run_measured(aligned):
     measured = aligned.result.figures["satisfaction"]
     assert f"| satisfaction | {aligned.before['satisfaction']:.3f} ± " in text
     assert f" | {measured.value:.3f} ± {measured.std_error:.3f} |" in text
+
+
+def test_the_code_of_the_card_and_of_the_page_runs(aligned, theirs, monkeypatch, capsys):
+    monkeypatch.chdir(aligned.folder)
+    page = ROOT / "docs/how-to/serve.md"
+    for path in (aligned.folder / "README.md", page):
+        (code,) = path.read_text().split("```python\n")[1:]
+        code, names = code.split("```")[0], {"MODEL": str(aligned.folder)}
+        exec(compile(code.replace("=40", f"={TOKENS}"), str(path), "exec"), names)
+        assert names["rows"].shape[1] > 1
+    assert re.search(r"w\d+", capsys.readouterr().out)
