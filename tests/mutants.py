@@ -610,5 +610,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/experiments/test_trl_flags.py",
         ("a flag of ours that is taken for TRL's", "and theirs not in ours", "and ours"),
         ("a flag of theirs with underscores", '.replace("_", "-")\n        if', "\n        if"),
+        "experiments/common/prompts.py",
+        "tests/experiments/test_conversations.py",
+        (
+            "what a template writes behind the end of a turn counts",
+            "return ids[: found[0] + 1] if found else",
+            "return ids if found else",
+        ),
+    ),
+    *_of(
+        "experiments/preference_pairs/data.py",
+        "tests/experiments/test_conversations.py tests/experiments/test_preference_data.py",
+        (
+            "an answer that was cut off ends all the same",
+            "*(after if ended else after[:-1])",
+            "*after",
+        ),
     ),
 )

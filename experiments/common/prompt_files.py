@@ -122,7 +122,7 @@ def _json_lines(path: Path, column: str | None) -> Iterator[Prompt]:
         if name is None:
             raise RunError(_no_column(path, number, row, column))
         given = row.pop(name)
-        wrong = _what_is_wrong(given)
+        wrong = what_is_wrong(given)
         if wrong:
             raise RunError(f"Line {number} of {path}: {name!r} {wrong}")
         yield Prompt(given, row, number, None if isinstance(given, str) else given)
@@ -141,7 +141,7 @@ def _no_column(path: Path, number: int, row: Mapping[str, Any], column: str | No
     )
 
 
-def _what_is_wrong(given: Any) -> str | None:
+def what_is_wrong(given: Any) -> str | None:
     """With what should be a text or a conversation; None where nothing is."""
     if isinstance(given, str):
         return None

@@ -71,8 +71,10 @@ def _characters(tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def read_prompts(path: Path, tokenizer, *, max_tokens: int) -> tuple[Prompts, list[str]]:
-    """`load_prompts` for whoever wants no more of a prompt than its text."""
+    """`load_prompts` for whoever wants no more of a prompt than its text; conversations stay."""
     prompts, reports = load_prompts(path, tokenizer, max_tokens=max_tokens)
+    if any(prompt.messages for prompt in prompts.given or []):
+        return prompts, reports
     return prompts._replace(given=None), reports
 
 
@@ -213,14 +215,50 @@ def _check_template(tokenizer, title: str) -> None:
         )
 
 
+def answer_ids(
+    tokenizer, messages: Messages, answer: str, ends: Sequence[int], title: str
+) -> list[int]:
+    """Token ids of the assistant's answer to a conversation, behind those of `chat_ids`: what the
+    chat template writes of it, up to the token of ``ends`` that ends the turn, which is the last.
+
+    Raises:
+        RunError: if there is no template, it fails, or writes the conversation otherwise once it is
+            answered; or if the answer spells an end token.
+    """
+    _check_template(tokenizer, title)
+    before = _rendered(tokenizer, messages, title, add_generation_prompt=True)
+    whole = [*messages, {"role": "assistant", "content": answer}]
+    after = _rendered(tokenizer, whole, title)
+    if not after.startswith(before):
+        raise RunError(
+            f"The chat template writes {title} otherwise once it is answered, so that it cannot be "
+            f"told which tokens are the answer's. Give such pairs as texts."
+        )
+    ids = _ids(tokenizer, after.removeprefix(before))
+    found = [i for i, token in enumerate(ids) if token in ends]
+    if len(found) > 1:
+        raise RunError(
+            f"An answer to {title} spells an end token, {tokenizer.decode(ids[found[0]])!r}: "
+            f"{answer!r:.100}. Leave it out of the text; the chat template puts one behind it."
+        )
+    return ids[: found[0] + 1] if found else [*ids, ends[0]]
+
+
 def _template(tokenizer, messages: Messages, title: str, **turn: bool) -> list[int]:
+    return _ids(tokenizer, _rendered(tokenizer, messages, title, **turn))
+
+
+def _ids(tokenizer, rendered: str) -> list[int]:
+    return tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
+
+
+def _rendered(tokenizer, messages: Messages, title: str, **turn: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **turn)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **turn)
     except Exception as error:  # a template is a program, which may fail in any way
         raise RunError(
             f"The chat template fails on {title}, {type(error).__name__}: {error!s:.300}"
         ) from error
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _cut(path: Path, prompt: Prompt, row: list[int], tokenizer, most: int) -> list[int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,21 @@ def make_prompted_reward(
     if ":" not in reward:
         return partial(reward_model.score_answers, load_model(reward, reward_folder, corpora))
     return load_prompted_scorer(reward, "--reward", prompts)
+
+
+def make_answer_reward(
+    reward: str, reward_folder: Path, corpora: Path, prompts: Sequence[Prompt]
+) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
+    """(prompts, completions) -> rewards: of texts of both together, as `make_reward` has it, where
+    all prompts are texts; as `make_prompted_reward` where there are conversations."""
+    if any(prompt.messages for prompt in prompts):
+        return make_prompted_reward(reward, reward_folder, corpora, prompts)
+    of_texts = make_reward(reward, reward_folder, corpora)
+
+    def rewards(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        return of_texts([c + x for c, x in zip(prompts, completions, strict=True)])
+
+    return rewards
 
 
 def of_prompts(function: Callable, title: str, prompts: Sequence[Prompt]) -> PromptedRewards:

@@ -39,13 +39,15 @@ class Config:
     """β of the loss, the price of a nat of KL from the base: the smaller, the further the model
     goes."""
     pairs: Path = BUILT_IN
-    """JSON lines with "prompt", "chosen" and "rejected". Built in: continuations of the base model
+    """JSON lines with "prompt", "chosen" and "rejected", texts or lists of messages {"role",
+    "content"}, which go through the tokenizer's chat template; of whole conversations as "chosen"
+    and "rejected" the common beginning is the prompt. Built in: continuations of the base model
     ranked by the built-in reward (see make_pairs)."""
     skip_bad_lines: bool = False
     """Leave bad lines of --pairs out, and count them, instead of stopping at the first."""
     unseen_prompts: Path | None = None
-    """A text file of prompts to evaluate on, one a line. Built in: openings of film-review
-    sentences that no pair has."""
+    """A text file of prompts to evaluate on, one a line, or JSON lines, as for rlhf. Built in:
+    openings of film-review sentences that no pair has."""
     prompts_per_batch: int = 16
     """Prompts that an evaluation continues at once; each gets --samples divided by this."""
     pairs_per_step: int = 64

@@ -14,7 +14,9 @@ import numpy as np
 from fjax.runs import RunError
 from fjax.training import PairBatch
 
-from ..common.prompts import token_ids
+from ..common.prompt_files import Messages, Prompt
+from ..common.prompts import answer_ids, chat_ids, start_id, token_ids
+from .conversations import prompt_and_answers
 
 SHOWN = 5
 """Bad lines that a report names; there may be thousands."""
@@ -26,17 +28,23 @@ Score = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pair(NamedTuple):
-    """A prompt and two continuations, which bring the space between with them.
+    """A prompt and two continuations, which bring the space between with them; or a conversation
+    and two answers of the assistant.
 
     ended: whether the text ended there, rather than being cut off; its end-of-sequence token counts
     only then.
     """
 
-    prompt: str
+    prompt: str | Messages
     chosen: str
     rejected: str
     chosen_ended: bool = True
     rejected_ended: bool = True
+
+    @property
+    def shown(self) -> str:
+        """The prompt as a text."""
+        return Prompt(self.prompt).text
 
 
 def as_line(pair: Pair) -> str:
@@ -49,7 +57,8 @@ def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
     """The pairs of a file of JSON lines, and a report of the lines that were left out.
 
     Each line is an object with the texts "prompt", "chosen" and "rejected", and perhaps
-    "chosen_ended" and "rejected_ended", true or false. Other keys are not looked at.
+    "chosen_ended" and "rejected_ended", true or false; or with conversations in their place, see
+    `prompt_and_answers`. Other keys are not looked at.
 
     Raises:
         RunError: if the file cannot be read, is empty, has a bad line (unless those are skipped),
@@ -84,6 +93,13 @@ def read_pairs(path: Path, *, skip_bad: bool) -> tuple[list[Pair], list[str]]:
 def _parse(line: bytes) -> Pair:
     """The pair of a line; a ValueError says what is wrong with it, as the rest of a sentence."""
     found = _object(line)
+    for name in ("chosen", "rejected"):
+        if name not in found:
+            raise ValueError(f'has no "{name}"')
+    prompt: str | Messages | None = None
+    if any(_is_messages(found.get(name)) for name in ("prompt", "chosen", "rejected")):
+        prompt, found["chosen"], found["rejected"] = prompt_and_answers(found)
+        found["prompt"] = "a conversation"
     for name in ("prompt", "chosen", "rejected"):
         if name not in found:
             raise ValueError(f'has no "{name}"')
@@ -102,7 +118,12 @@ def _parse(line: bytes) -> Pair:
             )
     if found["chosen"] == found["rejected"]:
         raise ValueError('has the same text as "chosen" and "rejected"')
-    return Pair(**{name: found[name] for name in Pair._fields if name in found})
+    pair = Pair(**{name: found[name] for name in Pair._fields if name in found})
+    return pair if prompt is None else pair._replace(prompt=prompt)
+
+
+def _is_messages(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
 
 
 def _object(line: bytes) -> dict:
@@ -131,7 +152,12 @@ def _once(items: list[tuple[str, object]]) -> dict:
 
 
 def to_batch(
-    pairs: Sequence[Pair], tokenizer, score: Score, *, max_tokens: int
+    pairs: Sequence[Pair],
+    tokenizer,
+    score: Score,
+    *,
+    max_tokens: int,
+    ends: Sequence[int] = (),
 ) -> tuple[PairBatch, list[str]]:
     """All pairs as arrays of one width, a multiple of 8, and a report of those that are too long.
 
@@ -143,11 +169,13 @@ def to_batch(
         score: of the base model, compiled.
         max_tokens: longest row: start token, prompt, continuation and end; at most the model's
             positions.
+        ends: the model's end tokens; the tokenizer's if none are given.
 
     Raises:
-        RunError: if all are too long.
+        RunError: if all are too long, or the chat template is missing or fails on a conversation.
     """
-    both = _rows(pairs, tokenizer, "chosen"), _rows(pairs, tokenizer, "rejected")
+    ends = tuple(ends) or (tokenizer.eos_token_id,)
+    both = [_rows(pairs, tokenizer, side, ends) for side in ("chosen", "rejected")]
     lengths = np.max([[len(row) for row, _ in rows] for rows in both], axis=0)
     kept = np.flatnonzero(lengths <= max_tokens)
     long = len(pairs) - len(kept)
@@ -164,17 +192,26 @@ def to_batch(
     return batch, [f"{report} and were left out."] if long else []
 
 
-def _rows(pairs: Sequence[Pair], tokenizer, side: str) -> list[tuple[list[int], int]]:
+def _rows(
+    pairs: Sequence[Pair], tokenizer, side: str, ends: Sequence[int]
+) -> list[tuple[list[int], int]]:
     """(start token, prompt, continuation and end; how many of these come before the continuation)
-    of each pair."""
-    end = tokenizer.eos_token_id
-    prompts = token_ids(tokenizer, [pair.prompt for pair in pairs])
-    continuations = token_ids(tokenizer, [getattr(pair, side) for pair in pairs])
-    ended = [getattr(pair, f"{side}_ended") for pair in pairs]
-    return [
-        ([end, *prompt, *continuation, *[end] * last], 1 + len(prompt))
-        for prompt, continuation, last in zip(prompts, continuations, ended, strict=True)
-    ]
+    of each pair. A chat template brings its own start."""
+    texts = [pair for pair in pairs if isinstance(pair.prompt, str)]
+    prompts = iter(token_ids(tokenizer, [pair.shown for pair in texts]))
+    continuations = iter(token_ids(tokenizer, [getattr(pair, side) for pair in texts]))
+    rows = []
+    for pair in pairs:
+        if isinstance(pair.prompt, str):
+            before = [start_id(tokenizer), *next(prompts)]
+            after = [*next(continuations), tokenizer.eos_token_id]
+        else:
+            title = f"the pair of {pair.shown!r:.80}"
+            before = chat_ids(tokenizer, pair.prompt, title)
+            after = answer_ids(tokenizer, pair.prompt, getattr(pair, side), ends, title)
+        ended = getattr(pair, f"{side}_ended")
+        rows.append(([*before, *(after if ended else after[:-1])], len(before)))
+    return rows
 
 
 def _padded(rows: list[tuple[list[int], int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,11 +3,11 @@ python -m experiments.preference_pairs.make_pairs --help.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,12 @@ from ..common.arguments import FolderOrName, check_numbers, check_output
 from ..common.build import check_positions, load_model
 from ..common.command import run
 from ..common.prompts import openings, read_prompts
-from ..common.rewards import Rewards, make_reward
+from ..common.rewards import make_answer_reward
 from ..common.settings import ASSETS, Settings
 from .data import Pair, as_line
+
+Reward = Callable[[Sequence[Any], Sequence[str]], np.ndarray]
+"""(prompts, continuations) -> one number each."""
 
 ROWS = 256
 """Continuations that are drawn at once, about."""
@@ -56,7 +59,8 @@ class Config:
     model: FolderOrName = "built-in"
     """The base model: built-in, a local folder, or a name on the Hugging Face hub."""
     prompts: Path | None = None
-    """A text file of prompts, one a line. Built in: openings of held-out film-review sentences,
+    """A text file of prompts, one a line, or JSON lines with texts or conversations, as for rlhf;
+    of these the pairs are conversations. Built in: openings of held-out film-review sentences,
     those that experiments train on."""
     max_prompt_tokens: int = 32
     """Longer prompts of a file are left out, and counted."""
@@ -68,7 +72,7 @@ class Config:
     """Longest continuation, in tokens; one that has not ended by then is marked as cut off."""
     reward: FolderOrName = "sentiment"
     """sentiment, the folder of a reward model, or module:function, a Python function from a list of
-    texts (prompt and continuation) to one number each."""
+    texts (prompt and continuation) to one number each; of conversations as for rlhf."""
     reward_folder: Path = Path("runs/sentiment-reward-model")
     """Where the built-in reward model is kept; trained when it is not there."""
     corpora: Path = ASSETS
@@ -94,7 +98,7 @@ class Answer(NamedTuple):
 
 
 def draw_answers(
-    config: Config, model: LanguageModel, prompts: Prompts, reward: Rewards
+    config: Config, model: LanguageModel, prompts: Prompts, reward: Reward
 ) -> Iterator[list[Answer]]:
     """The continuations of each prompt in turn, as many as its pairs need."""
     each, count = config.group * config.pairs_per_prompt, len(prompts.texts)
@@ -102,7 +106,7 @@ def draw_answers(
         model.decode_fn,
         model.init_cache,
         max_new_tokens=config.max_new_tokens,
-        eos_id=model.eos_id,
+        eos_id=model.eos_ids or model.eos_id,
     )
     decode, at_once = make_decode(model.tokenizer), max(1, ROWS // each)
     rng_key = jax.random.key(config.seed)
@@ -115,7 +119,8 @@ def draw_answers(
         drawn = draw(model.params, rng_key, tokens, where, row_ids, each=each)
         samples = fjax.Samples(*(x[: each * (count - first)] for x in jax.device_get(drawn)))
         texts = decode(samples.tokens, samples.where)
-        rewards = reward([prompts.texts[ids[i // each]] + text for i, text in enumerate(texts)])
+        asked = prompts.texts if prompts.given is None else prompts.given
+        rewards = reward([asked[ids[i // each]] for i in range(len(texts))], texts)
         answers = [
             Answer(*row)
             for row in zip(texts, samples.finished.tolist(), rewards.tolist(), strict=True)
@@ -157,7 +162,8 @@ def make_pairs(config: Config) -> int:
     model = load_model(settings)
     prompts, reports = _prompts(config, model)
     check_positions(settings, model, prompts.tokens.shape[1])
-    reward = make_reward(config.reward, config.reward_folder, config.corpora)
+    asked = prompts.given or []
+    reward = make_answer_reward(config.reward, config.reward_folder, config.corpora, asked)
     console = Console(width=None if sys.stdout.isatty() else 110)
     for report in reports:
         console.print(report, style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -183,7 +189,8 @@ def _prompts(config: Config, model: LanguageModel) -> tuple[Prompts, list[str]]:
 def _write(config: Config, prompts: Prompts, answers: Sequence[Sequence[Answer]]) -> str:
     """Writes the pairs; returns what they are like."""
     rng, lines, rewards = np.random.default_rng(config.seed), [], []
-    for prompt, some in zip(prompts.texts, answers, strict=True):
+    asked = prompts.texts if prompts.given is None else [c.given for c in prompts.given]
+    for prompt, some in zip(asked, answers, strict=True):
         for i in range(0, len(some), config.group):
             labelled = label(config, some[i : i + config.group], rng)
             if labelled is not None:

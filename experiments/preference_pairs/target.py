@@ -3,6 +3,7 @@ prompts."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,9 @@ from fjax.targets import reward_tilted
 from fjax.training import preference_tuner
 
 from ..common.build import check_positions, longest, make_optimizer
+from ..common.prompt_files import read_prompt_file
 from ..common.prompts import openings, read_prompts
-from ..common.rewards import make_reward
+from ..common.rewards import make_answer_reward
 from ..common.task import Built, Task
 from .config import Config
 from .data import batch_at, read_pairs, to_batch
@@ -48,7 +50,7 @@ def make_stepper(config: Config, built: Built) -> Stepper:
     settings, model = built.settings, built.model
     pairs, reports = read_pairs(config.pairs, skip_bad=config.skip_bad_lines)
     to_evaluate = built.collector.contexts.unseen.texts if built.collector.contexts else []
-    unseen = set(to_evaluate) & {pair.prompt.strip() for pair in pairs}
+    unseen = set(to_evaluate) & {pair.shown.strip() for pair in pairs}
     if unseen:
         raise RunError(
             f"{len(unseen)} prompts to evaluate on are in {config.pairs} too, {min(unseen)!r} "
@@ -56,7 +58,9 @@ def make_stepper(config: Config, built: Built) -> Stepper:
             "--unseen-prompts."
         )
     score = partial(jax.jit(fjax.make_log_prob_fn(model.logits_fn)), model.params)
-    batch, more = to_batch(pairs, model.tokenizer, score, max_tokens=longest(model))
+    batch, more = to_batch(
+        pairs, model.tokenizer, score, max_tokens=longest(model), ends=model.eos_ids
+    )
     for report in [*reports, *more]:
         built.display.warn(report)
     epoch = len(batch.chosen_tokens) // config.pairs_per_step
@@ -103,10 +107,12 @@ def make_contexts(config: Config, model: LanguageModel) -> Contexts:
 
 def make_target(config: Config) -> TextTarget:
     """P_c(x) = a(x|c)·exp(r(c, x)/β), and the win rate by that reward."""
-    reward = make_reward(config.reward, config.reward_folder, config.corpora)
+    path = config.unseen_prompts
+    asked = [] if path is None else read_prompt_file(path)[0]
+    reward = make_answer_reward(config.reward, config.reward_folder, config.corpora, asked)
 
-    def features(prompts: Sequence[str], texts: Sequence[str]) -> Features:
-        values = reward([prompt + text for prompt, text in zip(prompts, texts, strict=True)])
+    def features(prompts: Sequence[Any], texts: Sequence[str]) -> Features:
+        values = reward(prompts, texts)
         return {"reward": values, "positive": (values > 0).astype(np.float32)}
 
     def log_score(log_a: np.ndarray, features: Features) -> np.ndarray:
