@@ -61,7 +61,7 @@ def page(folder: Path, step: int, about: FrontMatter | None = None) -> str:
         MARK,
         f"# {folder.resolve().name}",
         _said(first, last, aim, of_p),
-        _made(config, aim, last),
+        _made(config, aim, last, about or {}),
         _figures(first, last, of_p, aim),
         f"## Samples\n\n{_samples(samples, first['step'], step)}",
         _use(samples, config),
@@ -83,12 +83,13 @@ def _said(first: Record, last: Record, aim: Aim, of_p: Record | None) -> str:
     return _markdown.as_text(on_one_line(" ".join([*wanted, reached])))
 
 
-def _made(config: Mapping, aim: Aim, last: Record) -> str:
+def _made(config: Mapping, aim: Aim, last: Record, about: FrontMatter) -> str:
     """By what, for how long, and from what, as a list."""
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     devices = ", ".join(dict.fromkeys(config["devices"]))
     lines = {
         "Base model": Path(str(config["model"])).name if "model" in config else "",
+        "Licence": f"{about['license']}, as the base model's" if "license" in about else "",
         "Minimised": title_of(aim.objective),
         "Algorithm": str(config.get("algorithm", "")),
         "Seed": str(config.get("seed", "")),

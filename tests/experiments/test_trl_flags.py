@@ -7,6 +7,7 @@ import pytest
 from experiments.common import arguments
 from experiments.common.trl_flags import TRL_FLAGS
 from experiments.lexical_constraint.__main__ import main
+from experiments.pretrain.config import Config as Pretrain
 from experiments.rlhf.config import Config as Rlhf
 from experiments.tasks import TASKS
 
@@ -40,9 +41,13 @@ def test_a_flag_of_theirs_is_answered_and_not_taken(given, monkeypatch, capsys):
     assert "Unrecognized" not in error
 
 
-def test_a_flag_that_a_command_has_is_its_own(monkeypatch, capsys):
-    """TRL's beta is β here too, where there is a reward; --temperature is nobody's."""
+def test_a_flag_that_a_command_has_is_its_own():
+    """TRL's beta is β here too, where there is a reward; of all commands one has a weight decay, and
+    none a temperature."""
     assert arguments.parse(Rlhf, "x", ("--beta", "0.5")).beta == 0.5
+    assert arguments.parse(Pretrain, "x", ("--weight-decay", "0.5")).weight_decay == 0.5
+    with pytest.raises(ValueError, match=r"no --weight-decay here, .* p itself is what holds"):
+        arguments.parse(Rlhf, "x", ("--weight-decay", "0.5"))
     with pytest.raises(ValueError, match=r"no --temperature here, .* at temperature 1: p is made"):
         arguments.parse(Rlhf, "x", ("--temperature", "0.7"))
 

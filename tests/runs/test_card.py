@@ -71,6 +71,9 @@ def test_what_a_model_wrote_is_no_markup(folder):
 
 def test_the_hub_reads_its_front_matter(folder):
     card.write(folder, 5, {"base_model": "me/base", "license": "apache-2.0"})
+    text = (folder / "model" / "README.md").read_text()
+    assert "**Licence.** apache-2.0, as the base model's" in text
+    assert "Licence" not in card.page(folder, 5)
     assert metadata_load(folder / "model" / "README.md") == {
         "base_model": "me/base",
         "license": "apache-2.0",
