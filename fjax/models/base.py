@@ -24,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "PretrainedModel",
     "RewardModel",
+    "check_flags",
     "check_numbers",
     "check_sizes",
     "family_of",
@@ -188,6 +189,13 @@ def check_numbers(config: Any, *names: str, below: float = math.inf) -> None:
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not number or not 0 <= value < below:
             raise ValueError(f"{name} must be a number from 0 to less than {below}, got {value!r}.")
+
+
+def check_flags(config: Any, *names: str) -> None:
+    """ValueError if one of these fields is neither True nor False."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(config, name)!r:.80}.")
 
 
 class Family(NamedTuple):

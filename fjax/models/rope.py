@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fjax.models.base import check_numbers
+from fjax.models.base import check_flags, check_numbers
 from fjax.models.causal import wide
 from fjax.types import Array
 
@@ -65,7 +65,11 @@ class Rope:
         numbers = [name for name in _fields() if name not in ("rope_type", "truncate")]
         given = [name for name in numbers if getattr(self, name) is not None]
         check_numbers(self, *given)
-        for name in ("rope_theta", "factor", "original_max_position_embeddings"):
+        check_flags(self, "truncate")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}.")
+        positive = "factor", "original_max_position_embeddings", "low_freq_factor", "beta_slow"
+        for name in positive:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name} must be positive, got 0.")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):

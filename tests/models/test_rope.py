@@ -119,8 +119,13 @@ def test_the_length_before_is_the_models_where_nothing_else_is_said():
         ({"rope_scaling": {"type": "linear"}}, "rope_type='linear' lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be positive"),
+        ({"rope_parameters": {**RECIPES["yarn"], "truncate": 1}}, "truncate must be True or False"),
         ({"rope_parameters": [1]}, "must be an object"),
-        ({"rope_theta": 0}, "rope_theta must be positive"),
+        ({"rope_theta": 1}, "rope_theta must be above 1, got 1"),
+        (
+            {"rope_scaling": {**RECIPES["llama3"], "low_freq_factor": 0}},
+            "low_freq_factor must be po",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fjax.models import causal
-from fjax.models.base import check_numbers, check_sizes
+from fjax.models.base import check_flags, check_numbers, check_sizes
 from fjax.models.rope import Rope, read_rope, write_rope
 
 __all__ = ["LlamaConfig", "read_config", "refuse_window", "write_config"]
@@ -65,9 +65,7 @@ class LlamaConfig:
         given = [n for n in ("num_key_value_heads", "head_dim") if getattr(self, n) is not None]
         check_sizes(self, *given)
         check_numbers(self, "rms_norm_eps", "initializer_range", "norm_offset", "embedding_scale")
-        for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.80}.")
+        check_flags(self, "tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads where no head_dim is said, "

@@ -27,7 +27,8 @@ def _norm(config: LlamaConfig, params: Params, x: Array) -> Array:
     """
     raised = x.astype(causal.wide(x.dtype))
     size = jnp.mean(jnp.square(raised), axis=-1, keepdims=True) + config.rms_norm_eps
-    scale = (params["weight"] + config.norm_offset).reshape(*(1,) * (x.ndim - 1), -1)
+    scale = params["weight"].astype(raised.dtype) + config.norm_offset
+    scale = scale.reshape(*(1,) * (x.ndim - 1), -1)
     return (raised * jax.lax.rsqrt(size) * scale).astype(x.dtype)
 
 
@@ -52,6 +53,7 @@ def _attention(config, params, x_BxTxD, turned, mask_BxTxS, cached, length):
     )
     q_BxHxTxK, k_BxNxSxK = rotate(q_BxHxTxK, turned), rotate(k_BxNxSxK, turned)
     if cached is not None:
+        # Kept as they were turned: positions count real tokens, so that of a column never changes.
         append = partial(jax.lax.dynamic_update_slice_in_dim, start_index=length, axis=2)
         k_BxNxSxK = append(cached[0], k_BxNxSxK.astype(cached[0].dtype))
         v_BxNxSxK = append(cached[1], v_BxNxSxK.astype(cached[1].dtype))
