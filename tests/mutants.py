@@ -610,6 +610,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/experiments/test_trl_flags.py",
         ("a flag of ours that is taken for TRL's", "and theirs not in ours", "and ours"),
         ("a flag of theirs with underscores", '.replace("_", "-")\n        if', "\n        if"),
+    ),
+    *_of(
         "experiments/common/prompts.py",
         "tests/experiments/test_conversations.py",
         (
