@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -54,6 +55,9 @@ AXES = ("data", "fsdp", "tensor")
 
 ROWS = PartitionSpec(("data", "fsdp"))
 """Of a batch: its rows are sharded over both axes."""
+
+LARGE = 2**26
+"""Bytes of arrays that an update closes over from which on they are arguments; see `jit_update`."""
 
 Rules = Sequence[tuple[str, tuple[PartitionSpec, ...]]]
 """(regular expression, partition specs) pairs. The first pair whose expression is found in a leaf's
@@ -319,17 +323,45 @@ def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[An
 
     On a mesh the new state keeps the shardings of the old one. Left to itself, XLA would choose
     others for small arrays, and compile the next step anew.
+
+    An update may close over arrays, as that of adapters does over the base model. Large ones become
+    arguments of the program: of a constant XLA keeps copies, and computes with it while it compiles.
     """
     programs: dict[Any, Callable] = {}
 
     def apply(state, *args):
-        leaves = jax.tree.leaves(state)
-        key = tuple(leaf.sharding for leaf in leaves) if any(map(_is_on_mesh, leaves)) else None
+        key = _signature(state, args)
         if key not in programs:
-            programs[key] = jit_for(update, state)
+            programs[key] = _compiled(update, state, *args)
         return programs[key](state, *args)
 
     return apply
+
+
+def _signature(state: PyTree, args: PyTree) -> tuple:
+    """What a program is compiled for: the structure, shapes and dtypes, and on a mesh the places of
+    the state."""
+    leaves, structure = jax.tree.flatten((state, args))
+    kinds = tuple(jax.typeof(leaf) for leaf in leaves)
+    on_mesh = any(map(_is_on_mesh, jax.tree.leaves(state)))
+    places = tuple(leaf.sharding for leaf in jax.tree.leaves(state)) if on_mesh else None
+    return structure, kinds, places
+
+
+def _compiled(update: Callable, state: PyTree, *args: PyTree) -> Callable:
+    program = jit_for(update, state)
+    traced = program.trace(state, *args)  # once: the call that follows takes it from there
+    arrays = traced.jaxpr.consts
+    if sum(array.nbytes for array in arrays) < LARGE:
+        return program
+    structure = jax.tree.structure(traced.out_info)
+
+    def of_arrays(state, arrays, *args):
+        fn = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr.jaxpr, arrays))
+        return structure.unflatten(fn(*jax.tree.leaves((state, args))))
+
+    program = jit_for(of_arrays, state)
+    return lambda state, *args: program(state, arrays, *args)
 
 
 def jit_for(update: Callable[..., tuple[Any, Any]], state: PyTree) -> Any:

@@ -155,8 +155,6 @@ def make_trained(settings: Settings, params: Params) -> Trained:
     """
     if settings.lora_rank is None:
         return Trained(params)
-    # As constants of the compiled step, 100M parameters would take 8 s and 1.4 GB to compile.
-    jax.config.update("jax_use_simplified_jaxpr_constants", True)
     key = jax.random.fold_in(jax.random.key(settings.seed), ADAPTERS_KEY)
     pattern = settings.trainable or ""
     try:

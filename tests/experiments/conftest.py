@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 
 from experiments.lexical_constraint.__main__ import main
@@ -19,14 +18,6 @@ def small_pictures():
         monkeypatch.setitem(STYLE, "savefig.dpi", 30)
         monkeypatch.setitem(STYLE, "figure.constrained_layout.use", False)
         yield
-
-
-@pytest.fixture(autouse=True)
-def constants_as_before():
-    """A run of adapters turns on how their base model is compiled, for the whole process."""
-    before = jax.config.jax_use_simplified_jaxpr_constants
-    yield
-    jax.config.update("jax_use_simplified_jaxpr_constants", before)
 
 
 class Finished(NamedTuple):
