@@ -325,7 +325,7 @@ def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[An
     others for small arrays, and compile the next step anew.
 
     An update may close over arrays, as that of adapters does over the base model. Large ones become
-    arguments of the program: of a constant XLA keeps copies, and computes with it while it compiles.
+    arguments of the program: of constants XLA keeps copies, and computes with them as it compiles.
     """
     programs: dict[Any, Callable] = {}
 
@@ -339,8 +339,7 @@ def jit_update(update: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[An
 
 
 def _signature(state: PyTree, args: PyTree) -> tuple:
-    """What a program is compiled for: the structure, shapes and dtypes, and on a mesh the places of
-    the state."""
+    """What a program is compiled for: structure, shapes and dtypes; on a mesh the places, too."""
     leaves, structure = jax.tree.flatten((state, args))
     kinds = tuple(jax.typeof(leaf) for leaf in leaves)
     on_mesh = any(map(_is_on_mesh, jax.tree.leaves(state)))
