@@ -45,10 +45,10 @@ class PromptOptions:
     """Prompts a step; each gets --samples divided by this."""
     max_prompt_tokens: int = 32
     """Longest prompt, in tokens; of a conversation all that the chat template makes count."""
-    prompts_too_long: TooLong = "drop"
-    """What becomes of longer ones: drop leaves them out, and counts them; cut takes the end of a
-    text, and less of the oldest messages of a conversation; refuse ends the run before it
-    begins."""
+    prompts_too_long: TooLong | None = None
+    """What becomes of longer ones: drop, as without it, leaves them out, and counts them; cut takes
+    the end of a text, and less of the oldest messages of a conversation; refuse ends the run before
+    it begins."""
     normalizer: Literal["per-context", "global"] = "per-context"
     """per-context: each prompt has its own Z_c. global: one Z for all, as if prompts and
     continuations had one joint target; the prompts where the target is easy then take over. To see
@@ -134,7 +134,7 @@ def _load(options: PromptOptions, path: Path, tokenizer) -> Prompts:
         found = read_prompt_file(path, column=options.prompt_column)
     else:
         found = [Prompt(options.prompt, number=1)], {}
-    given = options.max_prompt_tokens, options.prompts_too_long
+    given = options.max_prompt_tokens, options.prompts_too_long or "drop"
     prompts, reports = tokenize(
         path, *found, tokenizer, *given, chat=options.chat, system=options.system
     )

@@ -59,7 +59,9 @@ def other_run(record: Mapping[str, Any], about: Mapping[str, Any] | None) -> str
     there, here = record.get("about"), as_plain(about)
     if there is None or here is None:
         return None
-    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+    # What is not there at all was off then.
+    asked = {name: value for name, value in here.items() if name in there or value}
+    names = [name for name in {**asked, **there} if there.get(name) != here.get(name)]
     differing = [f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names]
     return f"is of another run ({_first(differing)})" if differing else None
 

@@ -12,14 +12,16 @@ import pytest
 from experiments.common.build import load_model, make_collector
 from experiments.common.prompt_files import read_prompt_file
 from experiments.common.prompts import encode
-from experiments.common.settings import Settings
+from experiments.common.settings import Settings, as_json
 from experiments.conditional.__main__ import main
 from experiments.conditional.config import Config
 from experiments.conditional.predicates import repeats, turns
 from experiments.conditional.target import TASK, make_target
 from fjax.rollouts import Contexts, Prompts, to_rollout
 from fjax.runs import RunError
+from fjax.runs.folder import check_same
 from fjax.training import read_jsonl
+from fjax.training._record import other_run
 
 from .commands import SMALL, TINY, build, run
 
@@ -210,6 +212,22 @@ def test_a_predicate_is_given_the_columns_that_it_names(tmp_path):
     assert built_in(asked, ["w1", "a Film"])["satisfaction"].tolist() == [0.0, 1.0]
     with pytest.raises(RunError, match="asks for 'answer', which 2 of 2 prompts have not"):
         make_target(Config(prompts=path, predicate=f"{HERE}:has_answer"))
+
+
+def test_a_run_from_before_there_were_conversations_goes_on(tmp_path):
+    """By its folder and by its checkpoints: what there was not was off."""
+    new = ("chat", "system", "prompt", "prompt_column", "prompts_too_long")
+    values = as_json(Config())
+    old = {k: v for k, v in values.items() if k not in new}
+    assert len(old) == len(values) - len(new)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_same(tmp_path, values)
+    assert other_run({"about": old}, values) is None
+    chat = as_json(Config(prompts=Path("p.txt"), chat=True)) | {"prompts": None}
+    with pytest.raises(RunError, match="chat: None there, True now"):
+        check_same(tmp_path, chat)
+    assert "chat: None there, True here" in str(other_run({"about": old}, chat))
+    assert "chat: True there" in str(other_run({"about": chat}, values))
 
 
 @pytest.mark.parametrize(
