@@ -125,33 +125,50 @@ def tokenize(
 ) -> tuple[Prompts, list[str]]:
     """`load_prompts` of those that have been read; ``source`` is where they are from, in
     messages."""
-    path, left_out = source, dict(left_out)
-    prompts = [
-        _as_chat(prompt, system) if chat or prompt.messages else prompt for prompt in prompts
-    ]
-    long: list[int] = left_out.setdefault(f"longer than {max_tokens} tokens", [])
-    unknown = left_out.setdefault(f"read as {tokenizer.eos_token!r} by the tokenizer, in part", [])
-    kept, rows, cut = [], [], []
-    for prompt, row in zip(prompts, _token_rows(path, prompts, tokenizer), strict=True):
-        if len(row) > max_tokens and too_long == "cut":
-            cut.append(prompt.number)
-            row = _cut(path, prompt, row, tokenizer, max_tokens)
-        if len(row) > max_tokens:
-            _check_may_drop(path, prompt, len(row), max_tokens, too_long)
+    prompts = [_as_chat(p, system) if chat or p.messages else p for p in prompts]
+    if system and not any(prompt.messages for prompt in prompts):
+        raise RunError(f"--system is for conversations, and {source} has none: add --chat.")
+    kept, rows, said = _fitting(source, prompts, left_out, tokenizer, max_tokens, too_long)
+    reports = [f"{source}, {what}: {_count(numbers)}." for what, numbers in said.items() if numbers]
+    if not kept:
+        raise RunError(
+            f"There is no prompt in {source}. {' '.join(reports)} Give a text file with "
+            f"{form(source)}."
+        )
+    references = [str(prompt.columns.get("reference") or "") for prompt in kept]
+    texts = [prompt.text for prompt in kept]
+    return Prompts(texts, *_padded(rows, tokenizer), references, kept), reports
+
+
+def _fitting(
+    path: Path,
+    prompts: Sequence[Prompt],
+    left_out: LeftOut,
+    tokenizer,
+    most: int,
+    too_long: TooLong,
+) -> tuple[list[Prompt], list[list[int]], LeftOut]:
+    """Those that can be prompts, all tokens of each, and which lines were left out or cut."""
+    long, unknown, cut, kept, rows = [], [], [], [], []
+    for prompt, whole in zip(prompts, _token_rows(path, prompts, tokenizer), strict=True):
+        shorten = too_long == "cut" and len(whole) > most
+        row = _cut(path, prompt, whole, tokenizer, most) if shorten else whole
+        if len(row) > most:
+            _check_may_drop(path, prompt, len(row), most, too_long)
             long.append(prompt.number)
         elif prompt.messages is None and tokenizer.eos_token_id in row:
             unknown.append(prompt.number)
         else:
             kept.append(prompt)
             rows.append(row if prompt.messages else [start_id(tokenizer), *row])
-    reports = _reports(path, left_out, {f"cut to {max_tokens} tokens": cut})
-    if not kept:
-        raise RunError(
-            f"There is no prompt in {path}. {' '.join(reports)} Give a text file with {form(path)}."
-        )
-    references = [str(prompt.columns.get("reference") or "") for prompt in kept]
-    texts = [prompt.text for prompt in kept]
-    return Prompts(texts, *_padded(rows, tokenizer), references, kept), reports
+            cut += [prompt.number] if shorten else []
+    why = {
+        **left_out,
+        f"longer than {most} tokens": long,
+        f"read as {tokenizer.eos_token!r} by the tokenizer, in part": unknown,
+    }
+    said = {f"left out as {name}": numbers for name, numbers in why.items()}
+    return kept, rows, said | {f"cut to {most} tokens": cut}
 
 
 def _as_chat(prompt: Prompt, system: str | None) -> Prompt:
@@ -283,11 +300,6 @@ def _check_may_drop(path: Path, prompt: Prompt, tokens: int, most: int, too_long
             f"{most}. Raise that, or leave such prompts out or cut them: --prompts-too-long drop "
             f"or cut."
         )
-
-
-def _reports(path: Path, left_out: LeftOut, cut: LeftOut) -> list[str]:
-    said = {f"left out as {why}": numbers for why, numbers in left_out.items()} | cut
-    return [f"{path}, {what}: {_count(numbers)}." for what, numbers in said.items() if numbers]
 
 
 def _count(numbers: list[int]) -> str:

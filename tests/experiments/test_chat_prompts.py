@@ -115,6 +115,8 @@ def test_texts_are_what_a_user_says_by_option(tokenizer, written):
     prompts, _ = load_prompts(path, tokenizer, max_tokens=99, chat=True, system="w5")
     assert [p.given for p in prompts.given] == ["w1", own]  # as the file has them
     assert prompts.texts[0] == "w1"
+    with pytest.raises(RunError, match=r"--system is for conversations, and .*: add --chat"):
+        load_prompts(written({"prompt": "w1"}), tokenizer, max_tokens=99, system="w5")
 
 
 def test_too_long_prompts_are_dropped_cut_or_refused(tokenizer, written):
@@ -128,7 +130,10 @@ def test_too_long_prompts_are_dropped_cut_or_refused(tokenizer, written):
         load(3, "refuse")
     prompts, reports = load(3, "cut")
     assert rows(prompts) == [[START, *w(2, 3, 4)], [START, *w(5)]]
-    assert reports[0] == f"{path}, left out as longer than 3 tokens: 1 line (3)."
+    assert reports == [
+        f"{path}, left out as longer than 3 tokens: 1 line (3).",
+        f"{path}, cut to 3 tokens: 1 line (1).",
+    ]
     whole = len(rows(load(99, "drop")[0])[2])
     prompts, reports = load(whole - 4, "cut")
     cut = rows(prompts)[2]
