@@ -122,8 +122,7 @@ def _sample(record: Mapping) -> str:
 
 def _use(samples: Sequence[Mapping], config: Mapping) -> str:
     prompt = next((json.dumps(r["prompt"]) for r in samples if "prompt" in r), None)
-    start = prompt or "tokenizer.bos_token or tokenizer.eos_token"
-    options = "" if prompt else ", add_special_tokens=False"
+    text = f"start + {prompt}" if prompt else "start"
     chat = "  # or what apply_chat_template makes of a conversation" if prompt else ""
     return f"""## Use
 
@@ -133,7 +132,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this one
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer({start}, return_tensors="pt"{options}){chat}
+start = tokenizer.bos_token or tokenizer.eos_token
+text = {text}{chat}
+prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
 rows = model.generate(**prompt, max_new_tokens={config.get("max_new_tokens", NEW_TOKENS)})
 print(tokenizer.decode(rows[0], skip_special_tokens=True))
 ```

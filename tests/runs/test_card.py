@@ -59,6 +59,7 @@ def test_it_says_how_the_model_was_made_and_is_used(folder):
         assert line in text
     assert "/home/me" not in text
     assert "max_new_tokens=9" in text
+    assert '\ntext = start + "It is"  # or' in text
     (code,) = text.split("```python\n")[1:]
     compile(code.split("```")[0], "card", "exec")
 
