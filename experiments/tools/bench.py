@@ -47,15 +47,23 @@ class Config:
         python -m experiments bench --phases overlap --scoring-ms 500
         python -m experiments bench --against torch --model my_folder \\
             --samples 16 --max-new-tokens 32
+        python -m experiments bench --against lora lora_merged --model my_folder \\
+            --samples 16 --max-new-tokens 32
     """
 
     phases: tuple[Phase, ...] = ("draw", "filter", "step")
     """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an
     alignment step, in parts. overlap: a step whose texts are scored elsewhere, with and without
     drawing the next batch meanwhile."""
-    against: tuple[Literal["torch"], ...] = ()
-    """In place of --phases: a step of f-DPG in float32 by fjax, and by torch and transformers, in
-    turn on the same tokens, each in a process of its own; and whether their losses are the same."""
+    against: tuple[Literal["torch", "lora", "lora_merged"], ...] = ()
+    """In place of --phases: a step of f-DPG in float32 by fjax, and by others in turn on the same
+    tokens, each in a process of its own; and whether their losses are the same. torch: by torch and
+    transformers. lora: of adapters, with one copy of the weights. lora_merged: of adapters that are
+    added up into a second copy, to draw and to score."""
+    lora_rank: int = 8
+    """Of adapters."""
+    trainable: str | None = None
+    """Only matrices whose path has this regular expression in it have adapters."""
     rows: int = 256
     """Rows of logits, for draw and filter."""
     vocabulary: int = 2560
@@ -216,7 +224,8 @@ def show(console: Console, title: str, seconds: dict[str, list[float]]) -> None:
 def bench_sides(config: Config, console: Console) -> int:
     """A step in its phases, beside others' on the same rows."""
     folder = str(BUILT_IN) if config.model == "built-in" else config.model
-    work = Work(folder, config.samples, config.max_new_tokens)
+    sizes = config.samples, config.max_new_tokens
+    work = Work(folder, *sizes, config.lora_rank, config.trainable)
     with processes.start(("fjax", *config.against), work) as sides:
         tokens = sides["fjax"].ask("draw")
         rows = rows_of(tokens, *sides["fjax"].ask("score", tokens))
@@ -232,8 +241,9 @@ def bench_sides(config: Config, console: Console) -> int:
             for name in sides:
                 medians[name] += statistics.median(seconds[name])
         peaks = {name: side.ask("memory") for name, side in sides.items()}
-    show_sides(console, work, medians, losses, peaks)
-    check_same(losses)
+        numbers = {name: side.ask("numbers") for name, side in sides.items()}
+    show_sides(console, work, medians, losses, peaks, numbers)
+    check_same(losses, numbers)
     return 0
 
 
@@ -243,29 +253,37 @@ def show_sides(
     seconds: dict[str, float],
     losses: dict[str, list[float]],
     peaks: dict[str, int],
+    numbers: dict[str, tuple[int, int]],
 ) -> None:
     """A whole step of each."""
     table = Table(title="a step: the sum of the medians", title_justify="left")
     table.add_column("side")
-    for heading in ("seconds", "tokens/s", "most memory, MiB", "loss", "after an update"):
+    for heading in ("trained", "seconds", "tokens/s", "most memory, MiB", "loss", "after"):
         table.add_column(heading, justify="right")
     for name, whole in seconds.items():
         rate = work.samples * work.new_tokens / whole
         shown = (f"{loss:.5f}" for loss in losses[name])
-        table.add_row(name, f"{whole:.2f}", f"{rate:.0f}", f"{peaks[name] / 2**20:.0f}", *shown)
+        trained, there = numbers[name]
+        share = f"{trained / there:.2%}"
+        table.add_row(
+            name, share, f"{whole:.2f}", f"{rate:.0f}", f"{peaks[name] / 2**20:.0f}", *shown
+        )
     console.print(table)
 
 
-def check_same(losses: dict[str, list[float]]) -> None:
-    """Whether all sides descend the same loss by the same gradient: it is as large at first, and
-    after an update.
+def check_same(losses: dict[str, list[float]], numbers: dict[str, tuple[int, int]]) -> None:
+    """Whether all sides descend the same loss by the same gradient: it is as large at first and,
+    where as many numbers are trained, after an update.
 
     Raises:
         RunError: if not, to 1e-4 of it.
     """
-    first, *others = losses.values()
-    if not all(np.allclose(other, first, rtol=1e-4, atol=0) for other in others):
-        raise RunError(f"The sides do not compute the same, so times say nothing: {losses}.")
+    first = {count: losses[name] for name, (count, _) in reversed(numbers.items())}
+    start = next(iter(losses.values()))[0]
+    for name, (count, _) in numbers.items():
+        expected = [start, first[count][1]]
+        if not np.allclose(losses[name], expected, rtol=1e-4, atol=0):
+            raise RunError(f"The sides do not compute the same, so times say nothing: {losses}.")
 
 
 def bench(config: Config) -> int:

@@ -72,10 +72,32 @@ def test_torch_takes_the_same_step(monkeypatch):
     rows = rows_of(tokens, *log_probs)
     losses = {name: [side.update(*rows) for _ in range(2)] for name, side in
               (("fjax", ours), ("torch", theirs))}  # fmt: skip
-    bench.check_same(losses)
+    numbers = {"fjax": ours.numbers(), "torch": theirs.numbers()}
+    assert numbers["fjax"] == numbers["torch"]
+    bench.check_same(losses, numbers)
     assert losses["fjax"][0] != pytest.approx(losses["fjax"][1], rel=1e-4)
     with pytest.raises(RunError, match="do not compute the same"):
-        bench.check_same(losses | {"torch": losses["torch"][::-1]})
+        bench.check_same(losses | {"torch": losses["torch"][::-1]}, numbers)
+
+
+def test_adapters_take_the_same_step_merged_or_not():
+    """From the loss of the whole model, which Adam then moves less."""
+    work = Work(str(TINY), 4, 6, lora_rank=2)
+    sides = {
+        "fjax": with_fjax.make(work),
+        "lora": with_fjax.make(work, lora_merge=False),
+        "lora_merged": with_fjax.make(work, lora_merge=True),
+    }
+    tokens = sides["fjax"].draw()
+    rows = rows_of(tokens, *sides["fjax"].score(tokens))
+    losses = {name: [side.update(*rows) for _ in range(2)] for name, side in sides.items()}
+    numbers = {name: side.numbers() for name, side in sides.items()}
+    bench.check_same(losses, numbers)
+    assert numbers["lora"][0] < numbers["fjax"][0] == numbers["lora"][1]
+    assert losses["lora"][1] != pytest.approx(losses["fjax"][1], rel=1e-4)
+    for name in ("lora", "lora_merged"):
+        np.testing.assert_allclose(sides[name].score(tokens)[0], rows.log_q, atol=1e-4)
+        assert abs(sides[name].score(tokens)[1] - rows.log_q).max() > 1e-4
 
 
 @pytest.mark.command

@@ -14,8 +14,13 @@ from fjax.runs import RunError
 
 from .work import Work
 
-MODULES = {"fjax": "with_fjax", "torch": "with_torch"}
-"""Side -> the module that makes it."""
+SIDES = {
+    "fjax": ("with_fjax", {}),
+    "lora": ("with_fjax", {"lora_merge": False}),
+    "lora_merged": ("with_fjax", {"lora_merge": True}),
+    "torch": ("with_torch", {}),
+}
+"""Side -> the module that makes it, and how."""
 
 
 class Worker:
@@ -76,7 +81,8 @@ def _serve(connection: Connection, name: str, work: Work) -> None:
             return
         try:
             if side is None:
-                side = import_module(f".{MODULES[name]}", __package__).make(work)
+                module, options = SIDES[name]
+                side = import_module(f".{module}", __package__).make(work, **options)
             answer = _peak() if phase == "memory" else getattr(side, phase)(*given)
             connection.send((True, answer))
         except Exception as error:

@@ -8,20 +8,26 @@ import numpy as np
 import optax
 
 import fjax
+from fjax._trees import count_numbers
+from fjax.adapters import adapt
 from fjax.estimators import known_log_z
 from fjax.models import LanguageModel
 from fjax.runs.memory import keep_freed_memory
 from fjax.training import Rollout
 from fjax.types import Params
 
+from ...common.build import make_trained
+from ...common.settings import Settings
+from ...common.task import Trained
 from .work import BETAS, LEARNING_RATE, MAX_GRAD_NORM, Side, Work
 
 
-def make(work: Work) -> Side:
-    """All parameters are trained."""
+def make(work: Work, *, lora_merge: bool | None = None) -> Side:
+    """All parameters are trained; or adapters, added up to draw and to score, or never."""
     keep_freed_memory()  # as every command does, before JAX computes anything
     model = fjax.from_pretrained(work.model)
-    log_prob_fn = fjax.make_log_prob_fn(model.logits_fn, start=1)
+    trained = _trained(work, model.params, lora_merge)
+    log_prob_fn = fjax.make_log_prob_fn(adapt(model.logits_fn, trained.in_training), start=1)
     optimizer = optax.chain(
         optax.clip_by_global_norm(MAX_GRAD_NORM),
         optax.adam(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1]),
@@ -35,23 +41,34 @@ def make(work: Work) -> Side:
     )
     step = jax.jit(tuner.update, donate_argnums=0)
     # a copy, since an update takes the arrays of its state for its own
-    held = [tuner.init(jax.tree.map(jnp.copy, model.params))]
-    draw_rows, log_prob_fn = jax.jit(partial(_draw, model, work)), jax.jit(log_prob_fn)
+    held = [tuner.init(jax.tree.map(jnp.copy, trained.initial))]
+    draw_rows = jax.jit(partial(_draw, model, work))
+    score_rows = jax.jit(fjax.make_log_prob_fn(model.logits_fn, start=1))
     where = np.arange(1 + work.new_tokens)[None, :].repeat(work.samples, 0) > 0
 
     def draw() -> np.ndarray:
-        return np.asarray(draw_rows(held[0].params, jax.random.key(0)))
+        return np.asarray(draw_rows(trained.policy_of(held[0].params), jax.random.key(0)))
 
     def score(tokens: np.ndarray) -> np.ndarray:
-        both = (model.params, held[0].params)
-        return np.stack([log_prob_fn(params, tokens, where) for params in both])
+        both = (model.params, trained.policy_of(held[0].params))
+        return np.stack([score_rows(params, tokens, where) for params in both])
 
     def update(tokens: np.ndarray, log_score: np.ndarray, log_q: np.ndarray) -> float:
         rollout = Rollout(*map(jnp.asarray, (tokens, where, log_q, log_score)))
         held[0], info = step(held[0], rollout)
         return float(jax.block_until_ready((held[0], info))[1].loss)
 
-    return Side(draw, score, update)
+    def numbers() -> tuple[int, int]:
+        return count_numbers(trained.initial), count_numbers(model.params)
+
+    return Side(draw, score, update, numbers)
+
+
+def _trained(work: Work, params: Params, lora_merge: bool | None) -> Trained:
+    if lora_merge is None:
+        return Trained(params)
+    settings = Settings(lora_rank=work.lora_rank, trainable=work.trainable, lora_merge=lora_merge)
+    return make_trained(settings, params)
 
 
 def _draw(model: LanguageModel, work: Work, params: Params, rng_key: jax.Array) -> jax.Array:

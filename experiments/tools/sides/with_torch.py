@@ -65,4 +65,8 @@ def make(work: Work) -> Side:
         optimizer.step()
         return loss.item()
 
-    return Side(draw, score, update)
+    def numbers() -> tuple[int, int]:
+        there = sum(parameter.numel() for parameter in policy.parameters())
+        return there, there
+
+    return Side(draw, score, update, numbers)

@@ -17,11 +17,15 @@ class Work(NamedTuple):
         model: a folder, or a name on the hub.
         samples: rows.
         new_tokens: that each is long; none ends before.
+        lora_rank: of adapters, where they are trained.
+        trainable: which matrices have them, as on the command line.
     """
 
     model: str
     samples: int
     new_tokens: int
+    lora_rank: int = 8
+    trainable: str | None = None
 
 
 class Side(NamedTuple):
@@ -33,11 +37,13 @@ class Side(NamedTuple):
         score: (tokens) -> ``[2, N]``, log a and log π of each row, without a gradient.
         update: (tokens, log_score, log_q) -> the loss before it. f-DPG with Jensen–Shannon:
             gradient, its norm clipped, Adam.
+        numbers: () -> how many are trained, and how many the model has.
     """
 
     draw: Callable[[], np.ndarray]
     score: Callable[[np.ndarray], np.ndarray]
     update: Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+    numbers: Callable[[], tuple[int, int]]
 
 
 class Rows(NamedTuple):
