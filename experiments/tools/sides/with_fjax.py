@@ -13,6 +13,7 @@ from fjax.adapters import adapt
 from fjax.estimators import known_log_z
 from fjax.models import LanguageModel
 from fjax.runs.memory import keep_freed_memory
+from fjax.sharding import jit_update
 from fjax.training import Rollout
 from fjax.types import Params
 
@@ -39,7 +40,7 @@ def make(work: Work, *, lora_merge: bool | None = None) -> Side:
         baseline=0.0,
         log_z=known_log_z(),
     )
-    step = jax.jit(tuner.update, donate_argnums=0)
+    step = jit_update(tuner.update)
     # a copy, since an update takes the arrays of its state for its own
     held = [tuner.init(jax.tree.map(jnp.copy, trained.initial))]
     draw_rows = jax.jit(partial(_draw, model, work))
