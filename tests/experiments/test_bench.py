@@ -80,8 +80,9 @@ def test_torch_takes_the_same_step(monkeypatch):
         bench.check_same(losses | {"torch": losses["torch"][::-1]}, numbers)
 
 
-def test_adapters_take_the_same_step_merged_or_not():
+def test_adapters_take_the_same_step_merged_or_not(monkeypatch):
     """From the loss of the whole model, which Adam then moves less."""
+    monkeypatch.setattr(with_fjax, "LEARNING_RATE", 1e-3)
     work = Work(str(TINY), 4, 6, lora_rank=2)
     sides = {
         "fjax": with_fjax.make(work),
