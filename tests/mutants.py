@@ -1,30 +1,9 @@
 """What `tests/mutate.py` breaks: mathematics, sampler, tuners and rollouts, each with the tests
 that must notice."""
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """One line of code, and what becomes of it.
-
-    Attributes:
-        what: is broken, in words.
-        path: of the file.
-        before: what stands there, exactly once.
-        after: what is put in its place.
-        tests: files that must notice, separated by spaces.
-    """
-
-    what: str
-    path: str
-    before: str
-    after: str
-    tests: str
-
-
-def _of(path: str, tests: str, *breaks: tuple[str, str, str]) -> list[Mutant]:
-    return [Mutant(what, path, before, after, tests) for what, before, after in breaks]
-
+from tests.mutant import Mutant
+from tests.mutant import of as _of
+from tests.mutants_of_hosts import OF_HOSTS
 
 MUTANTS: tuple[Mutant, ...] = (
     *_of(
@@ -629,4 +608,5 @@ MUTANTS: tuple[Mutant, ...] = (
             "*after",
         ),
     ),
+    *OF_HOSTS,
 )
