@@ -33,10 +33,14 @@ def reward(texts):
 
 
 def connect_alone():
-    """A command that does no more, and writes what all have, once on a disk that they share."""
+    """A command that does no more, hears a signal all the same, and writes what all have, once on a
+    disk that they share."""
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
     hosts.connect()
+    os.kill(os.getpid(), signal.SIGTERM)
     folder, process = Path(sys.argv[1]), jax.process_index()
-    print(f"process {process} of {jax.process_count()}, {hosts.any_of(process)}")
+    print(f"process {process} of {jax.process_count()}, {hosts.any_of(process)}, {heard}")
     for path in (folder / "shared", folder / f"own-{process}"):
         hosts.write_for_all(lambda path=path: append(path, f"{process}"), path.exists)
     return 0
