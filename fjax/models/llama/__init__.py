@@ -2,7 +2,7 @@
 
 RMS norms, rotary positions, heads that share keys and values, a gated MLP. What relatives do
 otherwise is a few fields of one configuration, so each is a file like `fjax.models.qwen2`, which
-says what its config.json means, and a line in `fjax.models.families`.
+says what its config.json means, and a line in ``fjax/models/families.py``.
 
 Names in the tree of parameters are those of the Hugging Face checkpoint, and weights keep its
 ``[out, in]`` layout: ``layers_3/mlp/up_proj/weight`` is ``model.layers.3.mlp.up_proj.weight``.
