@@ -75,17 +75,18 @@ class Peers:
         said = _hear(connection)
         if not said:
             # With the first process JAX's own service is gone, and ends this one in no time.
-            said, grace = f"{self._name(number)} no longer answers.", GRACE if number else 0.0
-            self._lose(said, grace)
+            grace = GRACE if number else 0.0
+            self._lose(number, f"{self._name(number)} no longer answers.", grace)
         elif said != WELL:
-            self._lose(said, GRACE)
+            self._lose(number, said, GRACE)
 
-    def _lose(self, said: str, grace: float) -> None:
+    def _lose(self, number: int, said: str, grace: float) -> None:
+        """What is heard from one is passed on to the others."""
         with self._one_loses:
             if self._over or self._lost:
                 return
             self._lost = said
-        _tell(self._connections.values(), said)
+        _tell((x for other, x in self._connections.items() if other != number), said)
         self._heard.set()
         time.sleep(grace)
         if not self._over:

@@ -13,8 +13,8 @@ OF_HOSTS = (
         ),
         (
             "what is heard is not passed on",
-            "_tell(self._connections.values(), said)\n        self._heard.set()",
-            "self._heard.set()",
+            "if other != number), said)",
+            "if other == number), said)",
         ),
         (
             "two of one number",

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.common.settings import Settings
+from fjax.training._lock import FolderLock
 from tests.test_peers import free_port
 
 from .commands import TINY
@@ -193,6 +194,21 @@ def test_what_one_process_is_given_otherwise_ends_both(folder, seed, why, tmp_pa
     assert statuses == [75, 2], said
     assert why in said[1]
     assert "Process 1 of 2 (counted from 0) has ended early, and says itself why.\n" in said[0]
+
+
+def test_a_folder_that_a_living_process_has_is_refused_to_all(tmp_path):
+    """By the first, which waits until the others have said so, for JAX's service goes with it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = FolderLock(folder)
+    statuses, said = by_mpirun(tmp_path, "open_alone", [folder, 0], [folder, 0])
+    lock.release()
+    assert statuses == [2, 75], said
+    assert f"{folder} is in use by process {os.getpid()} on host" in said[0]
+    assert said[1].endswith(
+        "Process 0 of 2 (counted from 0) has ended early, and says itself why.\n"
+    )
+    assert "Check failure" not in said[1]
 
 
 def test_the_first_may_be_the_one_that_is_lost(tmp_path):
