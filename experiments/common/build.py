@@ -61,7 +61,6 @@ def run_task(task: Task, config: Any) -> int:
         RunError: for whatever the user can put right.
     """
     settings: Settings = config.settings
-    check_prompts(task, settings)
     if settings.dry_run:
         from .dry_run import dry_run  # which is made of what is here
 
@@ -71,7 +70,7 @@ def run_task(task: Task, config: Any) -> int:
     display.say("Loading the model.")
     model = load_model(settings)
     begun = None if settings.start is None else load_aligned(settings, model, settings.start)
-    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
+    contexts = contexts_of(task, config, model)
     built = make_built(settings, model, contexts, display, begun=begun)
     values, title = as_json(config) | describe_trained(settings, built), task.title(config)
     folder, ours = choose_folder(settings, task.name, title)
@@ -118,18 +117,21 @@ def run_task(task: Task, config: Any) -> int:
     return result.status
 
 
-def check_prompts(task: Task, settings: Settings) -> None:
-    """That a task that has prompts is not given one more for all.
+def contexts_of(task: Task, config: Any, model: LanguageModel) -> Contexts | None:
+    """The prompts of a run that has some.
 
     Raises:
-        RunError: if it is.
+        RunError: if they cannot be used, or one more is given that all texts continue.
     """
+    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
     for name in ("prefix", "instruction"):
-        if getattr(settings, name) is not None and (task.make_contexts or task.make_stepper):
+        given = getattr(config.settings, name) is not None
+        if given and (contexts is not None or task.make_stepper is not None):
             raise RunError(
-                f"--{name} is what all texts continue in tasks without prompts; {task.name} has "
-                f"prompts of its own. Leave it out."
+                f"--{name} is what all texts continue where there are no prompts; this run of "
+                f"{task.name} has some. Leave it out."
             )
+    return contexts
 
 
 def make_built(

@@ -20,7 +20,7 @@ from fjax.sharding import devices_of, jit_for
 from fjax.training import Rollout, Tuner
 from fjax.types import Params, PyTree
 
-from .build import load_model, make_trained, make_tuner, stage_tuner
+from .build import contexts_of, load_model, make_trained, make_tuner, stage_tuner
 from .settings import Settings
 from .task import Task, Trained
 
@@ -37,7 +37,7 @@ def dry_run(task: Task, config: Any, display: Display) -> int:
     if task.make_stepper is not None:
         raise RunError(f"--dry-run is for tasks that draw samples; {task.name} reads pairs.")
     model = load_model(settings)
-    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
+    contexts = contexts_of(task, config, model)
     initial = jax.eval_shape(lambda base: _trained(settings, base).initial, model.params)
     tuner = _tuner(settings, model, contexts, Trained(initial))
     state = _placed(model, jax.eval_shape(tuner.init, initial))

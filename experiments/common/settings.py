@@ -27,8 +27,7 @@ class Settings:
     """The model to align: built-in (3.8M parameters, film-review sentences), a local folder, or a
     name on the Hugging Face hub: a GPT-2, Llama, Mistral, Qwen2, Qwen3 or Gemma."""
     prefix: str | None = None
-    """What every text continues, in tasks without prompts of their own; only what follows it is
-    scored."""
+    """What every text continues, where there are no prompts; only what follows it is scored."""
     instruction: str | None = None
     """The same for a model that answers: what a user asks of it, by its chat template. Its answers
     are the texts."""

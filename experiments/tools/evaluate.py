@@ -19,7 +19,13 @@ from fjax.runs.records import as_record, as_target_record
 from fjax.runs.running import EVALUATION_KEY, NO_STEP
 
 from ..common.arguments import FolderOrName, check_output
-from ..common.build import load_aligned, load_model, make_built, reported_divergences
+from ..common.build import (
+    contexts_of,
+    load_aligned,
+    load_model,
+    make_built,
+    reported_divergences,
+)
 from ..common.command import run
 from ..common.exact import exact_of
 from ..common.inputs import input_digests
@@ -71,8 +77,7 @@ def run_evaluate(config: Config) -> int:
     make_target, display = task.make_target(config.task), Display()
     base = load_model(settings)
     aligned = load_aligned(settings, base, config.aligned)
-    contexts = None if task.make_contexts is None else task.make_contexts(config.task, base)
-    built = make_built(settings, base, contexts, display)
+    built = make_built(settings, base, contexts_of(task, config.task, base), display)
     target, collector, samples = make_target(built), built.collector, settings.eval_samples
     rng_key = jax.random.fold_in(jax.random.key(settings.seed), EVALUATION_KEY)
     known = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.common.build import load_model, make_built
+from experiments.common.build import contexts_of, load_model, make_built
 from experiments.common.task import Built, Task
 from fjax.runs import Display
 
@@ -51,8 +51,7 @@ def build(task: Task, config: Any) -> Built:
     """All that a run of a task does before its first sample: whatever is wrong is raised here."""
     task.make_target(config)
     model = load_model(config.settings)
-    contexts = None if task.make_contexts is None else task.make_contexts(config, model)
-    built = make_built(config.settings, model, contexts, Display())
+    built = make_built(config.settings, model, contexts_of(task, config, model), Display())
     if task.make_stepper is not None:
         task.make_stepper(config, built)
     return built

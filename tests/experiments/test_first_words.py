@@ -5,7 +5,6 @@ import pytest
 
 from experiments.common.build import load_model, prompt_of
 from experiments.common.settings import Settings
-from experiments.conditional.__main__ import main as conditional
 from experiments.moments.__main__ import main
 from fjax.runs import RunError
 from fjax.training import read_jsonl
@@ -67,5 +66,6 @@ def test_what_is_refused(monkeypatch, capsys):
     assert "both say what comes first" in " ".join(capsys.readouterr().err.split())
     assert run(monkeypatch, main, *target, *SMALL, "--instruction", "w2") == 2
     assert "has no chat template" in " ".join(capsys.readouterr().err.split())
-    assert run(monkeypatch, conditional, *SMALL, "--prefix", "w1") == 2
-    assert "conditional has prompts of its own" in " ".join(capsys.readouterr().err.split())
+    more = "--prompt", "w3", "--prefix", "w1"
+    assert run(monkeypatch, main, *target, *SMALL, *more) == 2
+    assert "this run of moments has some" in " ".join(capsys.readouterr().err.split())
