@@ -55,4 +55,6 @@ def _list_commands(name: str, tasks: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fjax.runs.endings import leave
+
+    leave(main())

@@ -27,5 +27,13 @@ def _commands():
         return import_module("experiments.__main__")
 
 
+def program() -> None:
+    """`main` as a process of its own."""
+    status = main()
+    if status > 128:  # of a signal, to a command that has all it needs installed
+        import_module("fjax.runs.endings").leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

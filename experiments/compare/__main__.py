@@ -1,7 +1,8 @@
 """Command line: python -m experiments.compare --help."""
 
-import sys
 from functools import partial
+
+from fjax.runs.endings import leave
 
 from ..common.command import run
 from .config import Config
@@ -10,4 +11,4 @@ from .run import main as compare
 main = partial(run, Config, compare, name="compare")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

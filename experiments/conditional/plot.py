@@ -3,7 +3,6 @@ python -m experiments.conditional.plot --help.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import tyro
 
 from fjax.runs import RunError
+from fjax.runs.endings import leave
 from fjax.runs.plots import STYLE, per_context
 from fjax.runs.reading import read_config, read_contexts
 
@@ -129,4 +129,4 @@ def draw(config: Config) -> int:
 main = partial(run, Config, draw, name="conditional.plot", computes=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

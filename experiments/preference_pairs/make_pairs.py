@@ -19,6 +19,7 @@ import fjax
 from fjax.models import LanguageModel
 from fjax.rollouts import Prompts, make_decode, make_sample_fn
 from fjax.runs import RunError
+from fjax.runs.endings import leave
 from fjax.runs.folder import write_text
 
 from ..common.arguments import FolderOrName, check_numbers, check_output
@@ -218,4 +219,4 @@ def _write(config: Config, prompts: Prompts, answers: Sequence[Sequence[Answer]]
 main = partial(run, Config, make_pairs, name="preference_pairs.make_pairs")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

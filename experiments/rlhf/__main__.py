@@ -1,6 +1,6 @@
-"""Command line: python -m experiments.conditional --help."""
+"""Command line: python -m experiments.rlhf --help."""
 
-import sys
+from fjax.runs.endings import leave
 
 from ..common.build import main_of
 from .target import TASK
@@ -8,4 +8,4 @@ from .target import TASK
 main = main_of(TASK)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

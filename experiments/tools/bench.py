@@ -22,6 +22,7 @@ from fjax import rollouts
 from fjax.evaluation import TextTarget
 from fjax.runs import RunError, online
 from fjax.runs.display import hardware
+from fjax.runs.endings import leave
 from fjax.sampling import categorical, top_k, top_p
 
 from ..common.arguments import FolderOrName, check_numbers
@@ -311,4 +312,4 @@ def bench(config: Config) -> int:
 main = partial(run, Config, bench, name="bench")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

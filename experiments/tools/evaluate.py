@@ -1,7 +1,6 @@
 """How near any saved model is to any target: python -m experiments evaluate --help."""
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from fjax.evaluation import draw_base, draw_scored, make_base, measure
 from fjax.runs import Display
 from fjax.runs.aim import aim_of
 from fjax.runs.distance import check_bound
+from fjax.runs.endings import leave
 from fjax.runs.folder import write_text
 from fjax.runs.records import as_record, as_target_record
 from fjax.runs.running import EVALUATION_KEY, NO_STEP
@@ -112,4 +112,4 @@ def run_evaluate(config: Config) -> int:
 main = partial(run, Config, run_evaluate, name="evaluate")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -22,6 +22,7 @@ from fjax.estimators import Estimate, over_contexts
 from fjax.rejection import RejectionEstimate
 from fjax.rollouts import Collector
 from fjax.runs import RunError
+from fjax.runs.endings import leave
 from fjax.runs.text import on_one_line
 from fjax.training import JsonlLogger
 
@@ -320,4 +321,4 @@ def _show_costs(console: Console, found: list[Cost]) -> None:
 main = partial(run, Config, generate, name="generate")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

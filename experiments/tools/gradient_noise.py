@@ -2,7 +2,6 @@
 python -m experiments gradient_noise --help.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from fjax.runs.endings import leave
 from fjax.runs.folder import write_text
 
 from ..common.arguments import check_numbers, check_output
@@ -180,4 +180,4 @@ makes this page.
 main = partial(run, Config, gradient_noise, name="gradient_noise")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -4,7 +4,6 @@ python -m experiments kl_gradients --help.
 Nothing is sampled: each loss form is summed over every sequence of a small space, in float64.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax import divergences, enumeration, policy_gradients
+from fjax.runs.endings import leave
 from fjax.runs.folder import write_text
 
 from ..common.arguments import check_numbers, check_output
@@ -275,4 +275,4 @@ makes this page; `tests/test_catalogue_gradients.py::test_26_*` asserts it to 1e
 main = partial(run, Config, kl_gradients, name="kl_gradients")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,7 +1,6 @@
 """Runs beside one another as a Markdown table: python -m experiments tabulate --help."""
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from fjax.runs.endings import leave
 from fjax.runs.names import title_of
 from fjax.runs.reading import read_config, read_evaluations
 
@@ -82,4 +82,4 @@ def _cell(value: float, error: float) -> str:
 main = partial(run, Config, run_tabulate, name="tabulate", computes=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,6 +10,7 @@ it for minutes, where a machine that is taken away leaves seconds. So within `gr
 thread listens as well, and saves where the main one cannot.
 """
 
+import atexit
 import io
 import math
 import os
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 10.0
@@ -51,6 +53,21 @@ def leave_at_once(number: int, _: object) -> None:
     with suppress(OSError):
         os.write(2, f"Interrupted at once ({signal.Signals(number).name}).\n".encode())
     os._exit(128 + number)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process as ``sys.exit`` does; after a signal without taking Python apart.
+
+    What it had begun may still be computed in a thread of XLA's, and a process that is taken apart
+    around that dies of it, though everything is saved.
+    """
+    if status > 128:
+        atexit._run_exitfuncs()  # other hosts are told that this end is a good one
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def interrupt(number: int, _: object) -> None:
