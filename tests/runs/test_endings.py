@@ -68,3 +68,20 @@ def test_an_interruption_that_is_lost_ends_the_process_all_the_same():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stderr) == (143, "Interrupted at once (SIGTERM).\n")
+
+
+@pytest.mark.parametrize("status", [0, 2, 143])
+def test_a_stopped_command_is_not_taken_apart(status):
+    """What is registered for the end is done all the same, and what was printed is there; what
+    frees the modules is not."""
+    code = (
+        "import atexit, sys\nfrom fjax.runs import endings\natexit.register(print, 'told')\n"
+        "class Held:\n    def __del__(self, write=sys.stderr.write): write('taken apart')\n"
+        "held = Held()\nprint('said', end=' ')\n"
+        f"endings.leave({status})\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (status, "said told\n")
+    assert ended.stderr == ("" if status == 143 else "taken apart")
