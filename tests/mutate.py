@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("fjax", "experiments", "tests", "docs", "pyproject.toml", "README.md", "Makefile")
-LIMIT = 600  # seconds; a mutant that hangs is noticed too
+LIMIT = 600  # seconds; a mutant that hangs is noticed too, and said to, for a busy machine is slow
 
 
 def apply(mutant: Mutant, root: Path) -> None:
@@ -38,8 +39,8 @@ def apply(mutant: Mutant, root: Path) -> None:
     path.write_text(source.replace(mutant.before, mutant.after), encoding="utf-8")
 
 
-def is_noticed(mutant: Mutant) -> bool:
-    """Whether a test fails."""
+def fate_of(mutant: Mutant) -> str:
+    """What became of it: killed by a test, hung for longer than the limit, or SURVIVED."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
@@ -69,12 +70,12 @@ def is_noticed(mutant: Mutant) -> bool:
                 command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT, text=True
             )
         except subprocess.TimeoutExpired:
-            return True
+            return "hung"
     if done.returncode not in (0, 1):  # nothing collected, say: neither noticed nor survived
         raise RuntimeError(
             f"{mutant}: pytest could not run its tests.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
-    return done.returncode == 1
+    return "killed" if done.returncode else "SURVIVED"
 
 
 def main(chosen: list[str]) -> int:
@@ -82,15 +83,16 @@ def main(chosen: list[str]) -> int:
     mutants = [
         m for m in MUTANTS if not chosen or any(word in f"{m.path} {m.what}" for word in chosen)
     ]
-    survivors, begun = [], time.monotonic()
+    fates, begun = Counter(), time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, noticed in zip(mutants, pool.map(is_noticed, mutants), strict=True):
-            print(
-                f"{'killed  ' if noticed else 'SURVIVED'}  {mutant.path}: {mutant.what}", flush=True
-            )
-            survivors += [] if noticed else [mutant]
-    print(f"{len(mutants)} mutants, {len(survivors)} survived; {time.monotonic() - begun:.0f} s.")
-    return bool(survivors)
+        for mutant, fate in zip(mutants, pool.map(fate_of, mutants), strict=True):
+            print(f"{fate:8}  {mutant.path}: {mutant.what}", flush=True)
+            fates[fate] += 1
+    print(
+        f"{len(mutants)} mutants, {fates['SURVIVED']} survived, {fates['hung']} hung;"
+        f" {time.monotonic() - begun:.0f} s."
+    )
+    return bool(fates["SURVIVED"])
 
 
 if __name__ == "__main__":
