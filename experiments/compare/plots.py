@@ -97,7 +97,7 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of
             ax.set_axis_off()
         elif i + columns >= len(names):  # nothing below it
             ax.set_xlabel(xlabel)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def _cost(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of_p: dict) -> None:
@@ -117,7 +117,7 @@ def _cost(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of_p
         row[0].set_ylabel(titled(name))
     for ax, label in zip(axes[-1], (xlabel, "seconds"), strict=True):
         ax.set_xlabel(label)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def _level(ax, value: float | None) -> None:
@@ -155,7 +155,7 @@ def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
             ax.plot(*base, marker="*", ms=13, ls="", color="black", label="base model", zorder=3)
             ax.set_xlabel(titled(cost))
         row[0].set_ylabel(titled(headline))
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def _paths(ax, group: Sequence[Result], x: str, y: str, label: str, style: dict) -> None:
@@ -202,7 +202,7 @@ def _spread(path: Path, groups, looks) -> None:
         xlabel="samples drawn",
         ylabel="standard deviation over a batch",
     )
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def _smooth(records: Sequence[dict], name: str) -> list[dict]:
@@ -222,14 +222,18 @@ def titled(name: str) -> str:
     return title_of(name) + (", nats" if name in NATS else "")
 
 
-def _finish(figure, path: Path) -> None:
+def finish(figure, path: Path) -> None:
     """One legend for all panels, below them, where it hides nothing."""
     handles = {}
     for ax in figure.axes:
         handles |= {
             label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
-    options = {"loc": "outside lower center", "ncols": min(len(handles), 5), "frameon": False}
-    figure.legend(handles.values(), handles.keys(), **options)
+    for columns in range(min(len(handles), 5), 0, -1):
+        options = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        legend = figure.legend(handles.values(), handles.keys(), **options)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()  # as wide as the figure: long names take fewer columns
     figure.savefig(path)
     plt.close(figure)

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -435,6 +436,19 @@ def test_the_later_of_two_records_of_a_step_counts(tmp_path):
 def test_looks_are_distinct_and_legends_name_every_objective():
     for count in (3, 10, 14):
         assert len({str(plots.look(i, count)) for i in range(count)}) == count
+
+
+def test_a_legend_of_many_long_names_stays_within_the_picture(tmp_path, monkeypatch):
+    figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    for i in range(10):
+        ax.plot([0, 1], label=f"one pass, objective {i}")
+    monkeypatch.setattr(plots.plt, "close", lambda _: None)
+    plots.finish(figure, tmp_path / "picture.png")
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
 
 
 def test_runs_made_elsewhere_are_labelled_and_reported(compare, monkeypatch, tmp_path, capsys):
