@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fjax.runs import RunError
-from fjax.runs.folder import MAY_CHANGE, check_same
+from fjax.runs.folder import check_same
 from fjax.runs.reading import (
     by_step,
     current_step,
@@ -142,7 +142,7 @@ def is_complete(plan: Plan) -> bool:
     if not is_finished(folder):
         return False
     saved = read_config(folder)
-    rules = plan.config.keys() & MAY_CHANGE - {"resume", "run_folder"}
+    rules = plan.config.keys() & {"steps", "eval_every", "stop_below", "patience"}
     last = max(by_step(read_metrics(folder), "evaluation"), default=0)
     return last >= plan.steps or all(saved.get(name) == plan.config[name] for name in rules)
 

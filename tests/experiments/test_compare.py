@@ -240,6 +240,8 @@ def test_a_run_that_stopped_early_is_complete_by_the_same_rules_alone(tmp_path):
     patient, *_ = planned(tmp_path, "ppo", more=("--steps", "50", "--patience", "1"))
     write_run(patient.place.folder, patient.config, last=figures_of(0.5), steps=4)
     assert is_complete(patient)
+    moved = patient._replace(config=patient.config | {"corpora": "elsewhere"})
+    assert is_complete(moved)  # another clone of the repository stops no run
     more, *_ = planned(tmp_path, "ppo", more=("--steps", "50", "--patience", "2"))
     assert not is_complete(more)
 
