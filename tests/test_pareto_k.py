@@ -93,3 +93,16 @@ def test_float32_is_near_float64():
     weights = pareto_weights(0.7, 2000)
     found = estimators.pareto_k(jnp.log(jnp.asarray(weights, "float32")))
     assert float(found) == pytest.approx(by_hand(weights), abs=1e-3)
+
+
+def test_one_weight_rounded_apart_is_no_tail():
+    """Weights of a reward of 0 and 1, with log q as a sampler and a scorer round it; the noise is of
+    a heavy tail, which k̂ said of them (1 and more) before. So with a few larger ones, exact too."""
+    rng = np.random.default_rng(0)
+    noise = 1e-5 * rng.standard_t(2, 640)
+    of_two = jnp.asarray(np.where(rng.random(640) < 0.3, 4.0, 0.0) + noise, "float32")
+    assert estimators.pareto_k(of_two) == -np.inf
+    of_three = of_two.at[:40].set(4.56 + noise[:40])
+    assert estimators.pareto_k(of_three) < 0
+    near = jnp.asarray(1e-4 * rng.normal(size=640), "float32")  # a policy that is the base model
+    assert estimators.pareto_k(near) == -np.inf

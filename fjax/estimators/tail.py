@@ -10,6 +10,7 @@ from fjax._sharding import together
 from fjax.types import Array, Bool, Float, Int
 
 _FEWEST = 5  # weights that a tail is fitted to
+_LIGHT = 0.01  # the largest weight is so little above the next smaller ones: there is no tail
 
 
 def pareto_k(
@@ -24,7 +25,8 @@ def pareto_k(
     by a generalised Pareto distribution, P(w > x) = (1 + k x/σ)^(-1/k). From k = ½ on the variance
     is infinite, from 1 on the mean. The effective sample size does not say so: it is computed from
     the weights that were met, and a heavy tail is one whose largest were not. Weights of 0 do no
-    harm and are left out.
+    harm and are left out. Several that differ by less than √ε of their precision are one weight, as
+    those of a constraint or of a reward of 0 and 1 are, but for the rounding of log q.
 
     Args:
         log_weights: log w, up to a common constant.
@@ -35,7 +37,7 @@ def pareto_k(
     Returns:
         k̂, drawn towards ½ by ten more weights' worth of prior. inf where it rests on too little:
         fewer than 21 weights above 0, or fewer than 5 above the others. -inf where the largest are
-        all equal.
+        within a hundredth of each other.
 
     >>> uniform = (jnp.arange(4000) + 0.5) / 4000
     >>> round(float(pareto_k(-0.4 * jnp.log(uniform))), 1)             # w = u^-0.4
@@ -56,8 +58,9 @@ def _pareto_k(log_weights):
     excesses, size = _excesses(log_weights)
     n = jnp.sum(excesses > 0)
     shape = (n * _fit(excesses) + 5) / (n + 10)
-    unknown = jnp.where((size >= _FEWEST) & (n == 0), -jnp.inf, jnp.inf)
-    k = jnp.where((size >= _FEWEST) & (n >= _FEWEST), shape, unknown)
+    k = jnp.where(n >= _FEWEST, shape, jnp.inf)
+    k = jnp.where(jnp.max(excesses, initial=0.0) < _LIGHT, -jnp.inf, k)
+    k = jnp.where(size >= _FEWEST, k, jnp.inf)
     return jnp.where(jnp.isnan(log_weights).any(), jnp.nan, k)
 
 
@@ -71,8 +74,11 @@ def _excesses(log_weights):
     size = _tail_size(jnp.sum(~jnp.isneginf(log_weights)), jnp)
     most = int(_tail_size(log_weights.shape[0], np))
     weights = jnp.exp(ordered - jnp.where(jnp.isneginf(ordered[0]), 0.0, ordered[0]))
-    above = jnp.where(jnp.arange(most) < size, weights[:most] - weights[size], 0.0)
-    return above, size
+    largest = jnp.arange(most) < size
+    # Several of one weight, rounded apart, would be fitted as a tail, and as a heavy one.
+    same = largest & (ordered[:most] - ordered[size] < jnp.finfo(ordered.dtype).eps ** 0.5)
+    counts = largest & ~(same & (same.sum() >= _FEWEST))
+    return jnp.where(counts, weights[:most] - weights[size], 0.0), size
 
 
 def _tail_size(n, numpy):
