@@ -1,4 +1,5 @@
-"""Runs beside one another as a Markdown table: python -m experiments tabulate --help."""
+"""Runs beside one another as a Markdown table, and what they write before and after: python -m
+experiments tabulate --help."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ from typing import Annotated
 
 import tyro
 
+from fjax.runs import card
 from fjax.runs.endings import leave
 from fjax.runs.names import title_of
-from fjax.runs.reading import read_config, read_evaluations
+from fjax.runs.reading import read_config, read_evaluations, read_samples
 
+from ..common.arguments import check_numbers
 from ..common.command import run
 from ..compare.results import label_of
 
@@ -30,19 +33,24 @@ DEFAULT = (
 @dataclass(frozen=True)
 class Config:
     """Print the last evaluation of several runs as a Markdown table, with standard errors, samples
-    and seconds.
+    and seconds; and with --samples what each writes, before and after, side by side.
 
     Examples:
 
         python -m experiments tabulate runs/lexical_constraint/amazing-*
+        python -m experiments tabulate runs/rlhf/beta-1-reverse_kl --samples 16
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     figures: tuple[str, ...] = DEFAULT
     """Which figures, by their names in metrics.jsonl."""
+    samples: int | None = None
+    """Show so many samples of each run's first evaluation beside those of its last: the same
+    prompts where there are prompts, and not chosen by what they say."""
 
     def __post_init__(self):
+        check_numbers(self)
         if not self.runs:
             raise ValueError("Name at least one run folder.")
 
@@ -59,6 +67,11 @@ def run_tabulate(config: Config) -> int:
         label = label_of(read_config(folder, "divergence"))
         rows.append(row(label, read_evaluations(folder)[-1], config.figures))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
+    for folder in config.runs:
+        if config.samples is not None:
+            steps = [record["step"] for record in read_evaluations(folder)]
+            beside = card.beside(read_samples(folder), steps[0], steps[-1], config.samples)
+            print(f"\n{folder.name}:\n\n{beside}")
     return 0
 
 

@@ -63,7 +63,7 @@ def page(folder: Path, step: int, about: FrontMatter | None = None) -> str:
         _said(first, last, aim, of_p),
         _made(config, aim, last, about or {}),
         _figures(first, last, of_p, aim),
-        f"## Samples\n\n{_samples(samples, first['step'], step)}",
+        f"## Samples\n\n{beside(samples, first['step'], step)}",
         _use(samples, config),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -106,9 +106,10 @@ def _figures(first: Record, last: Record, of_p: Record | None, aim: Aim) -> str:
     return f"## Before → after\n\n{_markdown.table(headings, escaped)}\n\n{said}"
 
 
-def _samples(records: Sequence[Mapping], before: int, after: int) -> str:
+def beside(records: Sequence[Mapping], before: int, after: int, shown: int = SHOWN) -> str:
+    """A table of the samples of two evaluations beside one another, as many as are shown."""
     steps = (before, after)
-    columns = (spread([r for r in records if r["step"] == step], SHOWN) for step in steps)
+    columns = (spread([r for r in records if r["step"] == step], shown) for step in steps)
     rows = ([_sample(record) for record in row] for row in zip_longest(*columns, fillvalue={}))
     return _markdown.table([f"before (step {before})", f"after (step {after})"], rows)
 

@@ -452,7 +452,6 @@ def test_a_legend_of_many_long_names_stays_within_the_picture(tmp_path, monkeypa
     assert box.x1 <= figure.bbox.width
 
 
-
 def test_runs_made_elsewhere_are_labelled_and_reported(compare, monkeypatch, tmp_path, capsys):
     config = {"divergence": "reverse_kl", "clip": [-8, 8], "seed": 0, "algorithm": "fdpg"}
     write_run(tmp_path / "great-0", config, last=figures_of(0.8))

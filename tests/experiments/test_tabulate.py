@@ -53,6 +53,32 @@ def test_the_last_evaluation_of_each_run_is_a_row(monkeypatch, capsys, tmp_path)
     ]
 
 
+def test_samples_of_the_first_evaluation_stand_beside_those_of_the_last(
+    monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "config.json").write_text('{"divergence": "reverse_kl"}')
+    with (
+        JsonlLogger(tmp_path / "metrics.jsonl") as metrics,
+        JsonlLogger(tmp_path / "samples.jsonl") as samples,
+    ):
+        for step in (0, 1, 2):
+            metrics.log({"kind": "evaluation", "step": step, "samples": step, "seconds": 1.0})
+            for i in range(6):
+                samples.log({"step": step, "prompt": f"p{i}", "text": f"*x*{step}{i}"})
+    assert run(monkeypatch, tabulate.main, tmp_path, "--samples", 2, "--figures", "log_z") == 0
+    assert capsys.readouterr().out.splitlines()[4:] == [
+        "",
+        f"{tmp_path.name}:",
+        "",
+        "| before (step 0) | after (step 2) |",
+        "| --- | --- |",
+        r"| **p0** \*x\*00 | **p0** \*x\*20 |",
+        r"| **p5** \*x\*05 | **p5** \*x\*25 |",
+    ]
+    assert run(monkeypatch, tabulate.main, tmp_path, "--samples", 0) == 2
+    assert "samples" in capsys.readouterr().err
+
+
 def test_what_is_no_run_is_named(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, tabulate.main, tmp_path) == 2
     assert "is no run folder" in capsys.readouterr().err
