@@ -86,6 +86,9 @@ def notes(results: Sequence[Result], missing: Sequence[Place]) -> list[str]:
             f"Mean ± standard deviation over {len(seeds)} seeds ({listed}) of the last evaluation "
             f"of each run."
         ]
+        alone = [label for label, runs in by_label(results).items() if len(runs) == 1]
+        if alone:
+            lines[0] += f" Of {', '.join(alone)} there is one run: ± is its standard error."
     else:
         lines = [
             f"Last evaluation of each run, of seed {seeds[0]} alone; ± is the standard error of "

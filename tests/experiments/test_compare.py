@@ -364,6 +364,9 @@ def test_the_notes_say_what_the_numbers_are_and_what_is_missing(tmp_path):
     assert (
         text == "Mean ± standard deviation over 2 seeds (0, 3) of the last evaluation of each run."
     )
+    several = [result("a", 0, {}), result("a", 3, {}), result("b", 0, {}), result("c", 0, {})]
+    text = "\n".join(table.notes(several, []))
+    assert text.endswith(" Of b, c there is one run: ± is its standard error.")
 
 
 def test_curves_meet_where_samples_do():
