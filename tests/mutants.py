@@ -82,6 +82,12 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
     ),
     *_of(
+        "fjax/estimators/tail.py",
+        "tests/test_pareto_k.py",
+        ("one weight, rounded apart, is a tail", " & ~(same & (same.sum() >= _FEWEST))", ""),
+        ("one weight of two is none", "same.sum() >= _FEWEST", "same.sum() >= 1"),
+    ),
+    *_of(
         "fjax/estimators/means.py",
         "tests/test_estimators.py",
         (
