@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/**/README.md")
+ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/**/*.md")
 """Pages outside docs/; on the site they keep their place in the repository."""
 
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
