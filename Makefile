@@ -12,7 +12,7 @@ DEMO_ARGS ?= --word great --samples 320 --stages forward_kl:9600:160 forward_kl:
 	--minibatch-size 64 --lora-rank 2 --learning-rate 2e-3 --decay --exact-samples 128 --eval-every 60 --eval-samples 512
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench mutants clean
+.PHONY: help demo test lint format docs bench mutants set-up clean
 
 ifeq ($(filter cpu cuda12 cuda13 tpu,$(JAX)),)
 $(error JAX=$(JAX) is not a build of jax that fjax knows; choose cpu, cuda12, cuda13 or tpu)
@@ -28,12 +28,14 @@ PY := $(VENV)/bin/python
 # Installed is known by the content of the requirements, not by the date of their file: a fresh checkout or a change
 # of tool settings needs no network.
 KEY := $(shell sed '/^\[tool\./q' pyproject.toml | cksum | cut -d' ' -f1)
-stamp = $(VENV)/.fjax-$(1)-$(JAX)-$(KEY)
+installed = $(VENV)/.fjax-$(1)-$(JAX)-$(KEY)
+stamp = $(firstword $(wildcard $(call installed,set-up)) $(call installed,$(1)))
 
 EXTRAS_demo := experiments
 EXTRAS_test := experiments,test
 EXTRAS_lint := experiments,test,lint
 EXTRAS_docs := docs
+EXTRAS_set-up := experiments,test,lint,docs
 
 # An environment whose interpreter has gone, after an upgrade of Python say, counts as absent.
 ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
@@ -41,14 +43,14 @@ ABSENT := absent
 else ifneq ($(PYTHON),)
 version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 ifneq ($(call version,$(PY)),$(call version,$(PYTHON)))
-ifneq ($(filter demo test lint format docs bench mutants,$(MAKECMDGOALS)),)
+ifneq ($(filter demo test lint format docs bench mutants set-up,$(MAKECMDGOALS)),)
 $(error $(VENV) has Python $(call version,$(PY)), not $(PYTHON): add VENV=another-folder, or `make clean` first)
 endif
 endif
 endif
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  JAX=cpu|cuda12|cuda13|tpu  the build of jax ($(JAX))      VENV=folder    the environment ($(VENV))"
 	@echo "  ARGS=\"...\"                 passed on to the program      PYTHON=python  the interpreter (found by itself)"
@@ -78,6 +80,8 @@ bench: $(call stamp,demo) ## Time of each phase on this machine
 
 mutants: $(call stamp,test) ## Break the code on purpose, and see which breaks no test notices
 	$(PY) -m tests.mutate $(ARGS)
+
+set-up: $(call installed,set-up) ## What all of these need, at once; otherwise each installs its own
 
 clean: ## Remove the environment and all caches; runs stay
 	@[ ! -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)

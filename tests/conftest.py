@@ -16,11 +16,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # FJAX_TEST_XLA=default compiles as a user does.
 if os.environ.get("FJAX_TEST_XLA") != "default":
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-        + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
-    )
+    FLAGS = " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    FLAGS += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+    # Once: a worker has them from the process that started it, and other flags are other programs.
+    if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 # A program is compiled once, whichever test, worker or command comes to it first, and not again by
 # the next run. It is found by what it is of: the code, the flags, the versions.
 os.environ.setdefault(
@@ -119,7 +119,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown():
     """jax keeps what it has lowered, up to 2048 programs, and each that is kept makes the next
     slower."""
-    if events[LOWERED] > 1000:
+    if events[LOWERED] > 4000:
         events.clear()
         jax.clear_caches()
 

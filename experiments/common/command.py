@@ -60,8 +60,8 @@ def run(
                 sys.stdout.flush()
         except Interrupted as signal:
             print(
-                f"Interrupted at once ({signal}); what had been saved before is there for "
-                f"--resume.",
+                f"Interrupted at once ({signal}); what had been saved before, if anything, is "
+                f"there for --resume.",
                 file=sys.stderr,
             )
             return abandon(signal.status)

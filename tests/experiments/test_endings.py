@@ -48,9 +48,9 @@ def test_a_signal_outside_a_run_is_one_line(number, monkeypatch, capsys):
         == 128 + number
     )
     shown = capsys.readouterr().err
-    assert (
-        shown
-        == f"Interrupted at once ({number.name}); what had been saved before is there for --resume.\n"
+    assert shown == (
+        f"Interrupted at once ({number.name}); what had been saved before, if anything, is there for "
+        f"--resume.\n"
     )
 
 

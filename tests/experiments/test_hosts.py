@@ -105,7 +105,6 @@ def interrupted(tmp_path_factory):
     return one, two, said, lost, seconds
 
 
-@pytest.mark.command
 def test_whatever_happens_to_one_the_run_is_the_same(interrupted):
     """One step and an evaluation each of two processes, stopped and killed, of one process."""
     one, two, *_ = interrupted
@@ -146,6 +145,7 @@ def staged(tmp_path_factory):
     return runs
 
 
+@pytest.mark.command
 def test_a_replay_is_the_same_on_several_hosts(staged):
     one, two = staged
     assert_same(two, one)
@@ -211,6 +211,7 @@ def test_a_folder_that_a_living_process_has_is_refused_to_all(tmp_path):
     assert "Check failure" not in said[1]
 
 
+@pytest.mark.command
 def test_the_first_may_be_the_one_that_is_lost(tmp_path):
     """With it goes what JAX's processes keep in touch by, which ends them with a page of C++."""
     statuses, said = by_mpirun(tmp_path, "lose_the_first", [], [])
