@@ -79,8 +79,9 @@ def append(path, text):
 def start(log, name, *arguments, devices=1, **environment):
     """A process with so many devices that runs the command, or the function, of that name."""
     context = multiprocessing.get_context("forkserver")
-    tasks = ("lexical_constraint", "sentiment_reward")
-    context.set_forkserver_preload([__name__, *(f"experiments.{task}.__main__" for task in tasks)])
+    tasks = (f"experiments.{task}.__main__" for task in ("lexical_constraint", "sentiment_reward"))
+    tokenizers = "transformers.models.auto.tokenization_auto"  # what `load_tokenizer` comes to
+    context.set_forkserver_preload([__name__, *tasks, tokenizers])
     words = [str(word) for word in arguments]
     process = context.Process(target=_go, args=(Path(log), name, words, devices, environment))
     process.start()
