@@ -415,10 +415,12 @@ def _reason(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """A failed load leaves coroutines of orbax's behind, whose collection would print pages.
 
-    And tasks, of which asyncio says at their end that nobody asked what became of them.
+    And tasks, of which asyncio says at their end that nobody asked what became of them; at whatever
+    time, where a thread of tensorstore's holds them still.
     """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     news = logging.getLogger("asyncio")
+    news.addFilter(_not_of_orbax)
     spoken, news.disabled = news.disabled, True
     try:
         with warnings.catch_warnings():
@@ -426,6 +428,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         sys.unraisablehook, news.disabled = hook, spoken
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
 
 
 @contextmanager

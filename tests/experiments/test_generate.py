@@ -20,7 +20,6 @@ from .commands import TINY, run
 MODELS = ("--model", TINY, "--base", TINY, "--max-new-tokens", 8, "--batch-size", 64)
 
 
-@pytest.mark.command
 def test_everything_accepted_has_the_word(monkeypatch, capsys, tmp_path):
     output = tmp_path / "texts.jsonl"
     arguments = (

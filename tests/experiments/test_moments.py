@@ -138,7 +138,6 @@ def test_one_prompt_is_aligned_and_evaluated_on():
     assert target.description.startswith("p(x|c) ∝ a(x|c)·exp(λ·φ(c, x)), with a mean of 0.6")
 
 
-@pytest.mark.command
 def test_two_steps(monkeypatch, tmp_path, capsys):
     arguments = "--target", f"{HERE}:has_w9", f"{HERE}:evens", "--moment", 0.6, 5
     more = *SMALL, "--fit-samples", 256, "--steps", 2, "--run-folder", tmp_path / "run"

@@ -3,6 +3,7 @@ say what differs."""
 
 import gc
 import json
+import logging
 import os
 import random
 import resource
@@ -304,7 +305,7 @@ def flip(data: bytes, source: random.Random) -> bytes:
 def changes(name: str, data: bytes) -> list[tuple[str, bytes | None]]:
     """Single bits, most of them where the arrays are; and what a full disk, or a hasty hand, leaves
     of a file."""
-    flips = 16 if "ocdbt.process_0/d/" in name else 2
+    flips = 8 if "ocdbt.process_0/d/" in name else 1
     source = random.Random(name.split("/d/")[0])  # the names of data files are random
     flipped = [(f"bit {i}", flip(data, source)) for i in range(flips)]
     return [*flipped, ("half", data[: len(data) // 2]), ("gone", None)]
@@ -348,7 +349,12 @@ def test_a_damaged_checkpoint_is_one_sentence_and_no_pages(tmp_path, caplog):
             checkpoints.restore(tree)
         checkpoints.restore(tree, step=3)
     gc.collect()
-    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+    # What one that a thread has held until now would say, and what is said of anybody else's.
+    late = "Task was destroyed but it is pending!\ntask: <Task coro=<A.f() running at {}/a.py:1>>"
+    for package in ("site-packages/orbax", "mine"):
+        logging.getLogger("asyncio").error(late.format(package))
+    said = [record.message for record in caplog.records if record.name == "asyncio"]
+    assert said == [late.format("mine")]
 
 
 def test_metrics_that_are_damaged_win_nothing(two_saves, tmp_path):
