@@ -118,7 +118,7 @@ def test_a_signal_that_python_does_not_hear_is_obeyed_by_another_thread(tmp_path
 
 def test_runs_that_are_killed_end_as_one_that_never_was(tmp_path):
     """A short version of `python -m tests.fault_loop`."""
-    kills = fault_loop.loop(tmp_path, kills=3, seed=1)
+    kills = fault_loop.loop(tmp_path, kills=2, seed=1)
     assert {kill.kind for kill in kills} == {"adaptive", "staged"}
 
 
