@@ -24,6 +24,9 @@ LOST = 75
 GRACE = 3.0
 """Seconds that a process has to say itself what is wrong, before it ends because another has."""
 
+ENDED_WITHIN = 10.0
+"""Seconds that others have to end, once all have come to a good end."""
+
 HELLO_WITHIN = 5.0
 """Seconds within which whoever comes must say who it is; others knock at a port, too."""
 
@@ -56,6 +59,21 @@ class Peers:
         It still listens: at its very end JAX waits for them.
         """
         _tell(self._connections.values(), WELL)
+
+    def wait_until_ended(self, within: float = ENDED_WITHIN) -> None:
+        """Waits until the processes that it has connections to have ended, at most so many seconds.
+
+        To be asked after they have told that they come to their end: until then they are listened
+        to.
+        """
+        until = time.monotonic() + within
+        for listener in self._listeners:
+            listener.join(max(until - time.monotonic(), 0))
+        for connection in self._connections.values():
+            with suppress(OSError):  # of a time out, too
+                connection.settimeout(max(until - time.monotonic(), 0.01))
+                while connection.recv(1024):  # nothing comes any more but the end
+                    pass
 
     def abandon(self) -> None:
         """Tells the others that they cannot go on without it, and waits until they have ended."""

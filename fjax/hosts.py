@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
@@ -83,6 +84,25 @@ def connect(
         ) from error
     _peers.append(peers)
     atexit.register(_end)  # before JAX waits for the others, as it does then
+    state = distributed.global_state
+    if state.service is not None:
+        state.service = LastToGo(state.service, peers)
+
+
+class LastToGo:
+    """JAX's service in the first process, which goes once the others have ended.
+
+    By itself it goes as soon as all have said that they are done: one that is slow to be told so
+    finds its connection broken, and dies of it with a page of C++, though everything is done.
+    """
+
+    def __init__(self, service: Any, peers: Peers):
+        self._service, self._peers = service, peers
+
+    def shutdown(self) -> None:
+        """What JAX asks of it, once every process has come to its end."""
+        self._peers.wait_until_ended()
+        self._service.shutdown()
 
 
 def _as_the_environment_says(

@@ -7,11 +7,13 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 from fjax import _peers
 from fjax._peers import LOST, meet
+from fjax.hosts import LastToGo
 
 
 def free_port():
@@ -98,6 +100,35 @@ def test_nobody_is_missed_who_took_leave(ends):
     first.end_if_lost(within=0.3)
     part(first, third)
     assert ends.empty()
+
+
+def test_the_first_keeps_the_service_until_the_others_have_ended(ends):
+    """And not for ever."""
+    first, second, third = all_meet((0, 3), (1, 3), (2, 3))
+    for peers in (first, second, third):
+        peers.leave()
+    gone = []
+    service = LastToGo(SimpleNamespace(shutdown=lambda: gone.append(True)), first)
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(service.shutdown)
+        for peers in (second, third):
+            time.sleep(0.2)
+            assert not gone
+            peers._connections[0].shutdown(socket.SHUT_RDWR)  # as the kernel does with the process
+        end.result(5)
+    assert gone == [True]
+    part(first, second, third)
+    assert ends.empty()
+
+
+def test_one_that_does_not_end_is_not_waited_for_long(ends):
+    first, second = all_meet((0, 2), (1, 2))
+    for peers in (first, second):
+        peers.leave()
+    began = time.monotonic()
+    first.wait_until_ended(0.3)
+    assert 0.2 < time.monotonic() - began < 5
+    part(first, second)
 
 
 @pytest.mark.parametrize(

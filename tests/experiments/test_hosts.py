@@ -142,8 +142,8 @@ def staged(tmp_path_factory):
         more = {} if i is None else slurm(i, os.getpid()) | {"devices": 4}
         given = STAGED if i is None else (*STAGED, *MESH, "--distributed")
         processes.append(start(f"{run}.log{i or 0}", *given, *there, **more))
-    said = [read(path) for path in folder.glob("*.log*")]
-    assert ended(*processes) == [0, 0, 0], said
+    statuses = ended(*processes)
+    assert statuses == [0, 0, 0], [read(path) for path in folder.glob("*.log*")]
     return runs
 
 
