@@ -1,6 +1,8 @@
 """A language model of pairs of words, whose parameters are one table: compiled in a moment, for whatever is given a
 model as functions. Its probabilities are written down a second time, in NumPy."""
 
+import functools
+
 import numpy as np
 import optax
 
@@ -58,6 +60,7 @@ def collector(**options) -> Collector:
     return make_collector(SAMPLE_FN, LOG_PROB_FN, BASE, decode, start_id=END, **given)
 
 
+@functools.cache  # what is the same function is not traced again by the next run
 def tuner(optimizer: optax.GradientTransformation | None = None) -> fjax.Tuner:
     return fjax.fdpg(LOG_PROB_FN, optimizer or optax.adam(0.1), divergence=fjax.jensen_shannon())
 

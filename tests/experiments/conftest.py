@@ -6,17 +6,17 @@ from typing import NamedTuple
 import pytest
 
 from experiments.lexical_constraint.__main__ import main
-from fjax.runs.plots import STYLE
+from tests import pictures
 
 from .commands import SMALL, finish
 
 
 @pytest.fixture(scope="package", autouse=True)
-def small_pictures():
-    """What is on them is looked at in tests/runs."""
+def small_pictures(request):
+    """What is on them is looked at in tests/runs; and a second Python, which runs each command once,
+    draws them all."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(STYLE, "savefig.dpi", 30)
-        monkeypatch.setitem(STYLE, "figure.constrained_layout.use", False)
+        pictures.small(monkeypatch, empty=not request.config.getoption("--one-case"))
         yield
 
 

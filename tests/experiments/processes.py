@@ -11,10 +11,11 @@ from importlib import import_module
 from pathlib import Path
 
 import jax
+import pytest
 
 from fjax import hosts
 from fjax.runs import RunError, open_run
-from fjax.runs.plots import STYLE
+from tests import pictures
 
 LIMIT = 400.0
 """Seconds within which a process must end; one that hangs is noticed, too."""
@@ -93,7 +94,7 @@ def _go(log, name, words, devices, environment):
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)
     os.environ.update(environment)
-    STYLE.update({"savefig.dpi": 30, "figure.constrained_layout.use": False})
+    pictures.small(pytest.MonkeyPatch())
     jax.config.update("jax_num_cpu_devices", devices)
     sys.argv = [name, *words]
     here = name in globals()

@@ -21,8 +21,8 @@ from experiments.tasks import TASKS
 from fjax.divergences import names
 from fjax.runs import RunError
 from fjax.runs.names import title_of
-from fjax.runs.plots import STYLE
 from fjax.training import JsonlLogger, read_jsonl
+from tests import pictures
 
 from .commands import SMALL, run
 
@@ -444,6 +444,7 @@ def test_looks_are_distinct_and_legends_name_every_objective():
 
 
 def test_a_legend_of_many_long_names_stays_within_the_picture(tmp_path, monkeypatch):
+    pictures.small(monkeypatch, empty=False)
     figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for i in range(10):
         ax.plot([0, 1], label=f"one pass, objective {i}")
@@ -520,7 +521,7 @@ def test_the_table_begins_with_the_headlines_of_the_task(task):
 @pytest.mark.command
 @pytest.mark.parametrize("name", ["sentiment_reward", "preference_pairs"])
 def test_a_report_has_its_pictures(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(STYLE, "savefig.dpi", 30)
+    pictures.small(monkeypatch, empty=False)
     (headlines,) = (task.headlines for task in TASKS if task.name == name)
     figures = dict.fromkeys(headlines, 0.4) | dict.fromkeys(plots.PANELS, 1.0)
     offline = name == "preference_pairs"
@@ -535,10 +536,10 @@ def test_a_report_has_its_pictures(name, tmp_path, capsys, monkeypatch):
                 **options,
             )
     assert write_report(Config(name, only_report=True), tmp_path / "out", places, []) == 0
-    pictures = {"curves.png", "frontier.png", "cost.png"} | (set() if offline else {"spread.png"})
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *pictures}
+    written = {"curves.png", "frontier.png", "cost.png"} | (set() if offline else {"spread.png"})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.md", *written}
     text = (tmp_path / "out" / "table.md").read_text()
-    assert set(re.findall(r"\((.*png)\)", text)) == pictures
+    assert set(re.findall(r"\((.*png)\)", text)) == written
     assert ("| pairs seen |" in text) == offline
     for path in (tmp_path / "out").glob("*.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"

@@ -14,6 +14,7 @@ from experiments.tools.rejection_costs import Half, costs
 from experiments.tools.target_of_run import of_run
 from fjax.runs import RunError
 from fjax.training import read_jsonl
+from tests import pictures
 
 from .commands import TINY, run
 
@@ -21,6 +22,7 @@ MODELS = ("--model", TINY, "--base", TINY, "--max-new-tokens", 8, "--batch-size"
 
 
 def test_everything_accepted_has_the_word(monkeypatch, capsys, tmp_path):
+    pictures.small(monkeypatch, empty=False)
     output = tmp_path / "texts.jsonl"
     arguments = (
         *MODELS,

@@ -1,13 +1,12 @@
-"""Pictures are small here but in test_plots, where they are looked at."""
+"""Pictures are empty here but in test_plots, where they are looked at."""
 
 import pytest
 
-from fjax.runs.plots import STYLE
+from tests import pictures
 
 
-@pytest.fixture(scope="package", autouse=True)
-def small_pictures():
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(STYLE, "savefig.dpi", 30)
-        monkeypatch.setitem(STYLE, "figure.constrained_layout.use", False)
+        pictures.small(monkeypatch, empty=not request.module.__name__.endswith("test_plots"))
         yield
