@@ -62,11 +62,10 @@ def continued(
     beyond = jnp.isinf(values[0]) & jnp.isfinite(stopped) & known.any(axis=0)
     near = jnp.sign(stopped) * jnp.where(known, jnp.abs(on_the_way), 0.0).max(axis=0)
     point = jnp.where(beyond, jax.lax.stop_gradient(near), log_t)
-    at = jax.lax.stop_gradient(point)
-    inside, slope = jax.jvp(function, (at,), (jnp.ones_like(at),))
+    inside, slope = jax.jvp(function, (point,), (jnp.ones_like(point),))
     power = jax.lax.stop_gradient(jnp.where(beyond, slope / jnp.where(beyond, inside, 1.0), 0.0))
     # Double `where`: an infinite slope must not meet the 0 that selection sends back.
-    return function(point), power * jnp.where(beyond, log_t - at, 0.0)
+    return inside, power * jnp.where(beyond, log_t - jax.lax.stop_gradient(point), 0.0)
 
 
 def in_range(x: Float[Array, "*n"]) -> Bool[Array, "*n"]:

@@ -125,10 +125,11 @@ def score_weights(
     """
     log_pi, log_p, log_q = _checked(log_pi, log_p, log_q, divergence, clip)
     log_t = _log_t(log_pi, log_p)
-    clipped = _derivative(log_t, divergence, clip)
+    slope, exponent = continued(divergence.derivative, log_t)
+    derivative = _together(slope, exponent)
+    clipped = derivative if clip is None else jnp.clip(derivative, *clip)
     if log_q is None:
         return clipped
-    slope, exponent = continued(divergence.derivative, log_t)
     # t f'(t), at -inf its limit: reached long before the lowest float.
     lowest, highest = jnp.finfo(log_t.dtype).min, jnp.finfo(log_t.dtype).max
     _, t_slope = jax.jvp(
@@ -141,9 +142,7 @@ def score_weights(
     )
     if clip is None:
         return weights
-    return jnp.where(
-        clipped == _derivative(log_t, divergence, None), weights, weighted(clipped, log_pi - log_q)
-    )
+    return jnp.where(clipped == derivative, weights, weighted(clipped, log_pi - log_q))
 
 
 def leave_one_out(
@@ -420,10 +419,13 @@ def surrogate_loss(
 
 
 def _derivative(log_t, divergence, clip):
-    slope, exponent = continued(divergence.derivative, log_t)
-    # A sum may overflow before it is divided by something.
-    slope = jnp.where(exponent == 0, slope, weighted(slope, exponent))
+    slope = _together(*continued(divergence.derivative, log_t))
     return slope if clip is None else jnp.clip(slope, *clip)
+
+
+def _together(slope, exponent):
+    # A sum may overflow before it is divided by something.
+    return jnp.where(exponent == 0, slope, weighted(slope, exponent))
 
 
 def _log_t(log_pi, log_p):

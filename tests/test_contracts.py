@@ -133,6 +133,18 @@ def test_made_equally_they_are_equal_and_traced_once(make):
     assert alpha_divergence(0.5) != alpha_divergence(0.25)
 
 
+@pytest.mark.parametrize(
+    "make", [jensen_shannon, lambda: alpha_divergence(0.5), lambda: dual(alpha_divergence(0.25))]
+)
+def test_their_functions_are_traced_once_for_a_shape(make):
+    """Whatever they are part of: losses, updates and evaluations use each several times."""
+    f = make()
+    for function in (f.generator, f.derivative, f.integrand):
+        calls = [jax.make_jaxpr(lambda x, f=function: f(2 * x))(jnp.zeros(3)) for _ in range(2)]
+        first, second = (call.eqns[-1].params["jaxpr"] for call in calls)
+        assert first is second
+
+
 TRACED = {
     "alpha_divergence": (alpha_divergence, (-0.5, 0.0, 0.3, 0.5, 1.0, 1.25, 2.5)),
     "generalized_jensen_shannon": (generalized_jensen_shannon, (0.1, 0.5, 0.8)),

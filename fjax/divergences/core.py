@@ -66,7 +66,8 @@ class FDivergence(NamedTuple):
 def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDivergence]:
     """Equal options make one and the same divergence.
 
-    So `jax.jit` finds again what was compiled for it.
+    So `jax.jit` finds again what was compiled for it, and each of its functions, which a loss, an
+    update and an evaluation use many times, is traced once for each shape.
 
     Its functions compute in float32 at least, whatever they are given. Traced options (an α that is
     annealed) make a new one at each call, within the function that is traced.
@@ -76,8 +77,10 @@ def made_once(make: Callable[Options, FDivergence]) -> Callable[Options, FDiverg
 
     def build(*options: Any) -> FDivergence:
         divergence = by_name(**dict(zip(signature.parameters, options, strict=True)))
+        # What a function of its own closes over must not be of the function that is traced.
+        wrap = jax.jit if all(map(_is_known, options)) else _as_it_is
         return divergence._replace(
-            **{name: _in_float32(f) for name, f in divergence._asdict().items()}
+            **{name: _in_float32(f, wrap) for name, f in divergence._asdict().items()}
         )
 
     remembered = functools.lru_cache(maxsize=1024)(build)
@@ -118,10 +121,26 @@ def _as_static(option):
     return option
 
 
-def _in_float32(function):
+def _is_known(option):
+    """Whether nothing in it is traced: a number, or a divergence that was made of such."""
+    if isinstance(option, FDivergence):
+        functions = [getattr(f, "__wrapped__", f) for f in option[1:] if f is not None]
+        return all(hasattr(function, "lower") for function in functions)  # which `jax.jit` gives it
+    if isinstance(option, tuple):
+        return all(map(_is_known, option))
+    return option is None or isinstance(option, int | float | str)
+
+
+def _as_it_is(function):
+    return function
+
+
+def _in_float32(function, wrap):
     if not callable(function):  # a name, or None
         return function
-    return lambda x: function(jnp.asarray(x, float_dtype(jnp.asarray(x))))
+    wrapped = wrap(function)
+    # Outside, so that whatever is given, the same program computes.
+    return functools.wraps(wrapped)(lambda x: wrapped(jnp.asarray(x, float_dtype(jnp.asarray(x)))))
 
 
 def exact_divergence(

@@ -71,12 +71,14 @@ def estimate_divergence_from_halves(
     *of_p, shares = _one_each(
         target_log_pi=target_log_pi, target_log_score=target_log_score, log_z_shares=log_z_shares
     )
-    mine, theirs = (_terms_and_slopes(half, log_z.value, divergence) for half in (of_pi, of_p))
-    (value, error), (target_value, target_error) = (mean_and_error(x[0]) for x in (mine, theirs))
-    slope = (mine[1].mean() + theirs[1].mean()) / 2
+    all_log_pi, all_log_score = map(jnp.concatenate, zip(of_pi, of_p, strict=True))
+    terms, slopes = _terms_and_slopes(all_log_pi, all_log_score, log_z.value, divergence)
+    n = len(log_pi)
+    (value, error), (target_value, target_error) = map(mean_and_error, (terms[:n], terms[n:]))
+    slope = (slopes[:n].mean() + slopes[n:].mean()) / 2
     value = (value + target_value) / 2
     spread = jnp.hypot(error, target_error) / 2
-    std_error = _with_log_z(spread, slope, log_z, theirs[0] / 2, shares)
+    std_error = _with_log_z(spread, slope, log_z, terms[n:] / 2, shares)
     return Estimate(
         value,
         jnp.where(jnp.isinf(value), jnp.inf, std_error),
@@ -169,9 +171,8 @@ def _count(x: Array) -> Array:
     return jnp.asarray(len(x), x.dtype)
 
 
-def _terms_and_slopes(half, log_z, divergence):
+def _terms_and_slopes(log_pi, log_score, log_z, divergence):
     """Of each sample, g = (π/q) f(t)/t, and how g moves with log Z."""
-    log_pi, log_score = half
     log_p = log_score - log_z
     log_q = log_mixture(log_pi, log_p, base_fraction=0.5)
     terms = _terms(log_pi, log_p, log_q, divergence)
