@@ -83,7 +83,8 @@ def _run(config: type[ConfigT], main: Callable[[ConfigT], int], name: str, compu
     _join(chosen)
     if computes:
         keep_freed_memory()
-    if computes and _backend() != "cpu":
+    kept = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if computes and _backend() != "cpu" and not kept:
         # Compiling for an accelerator takes minutes, and is the same every time.
         jax.config.update(
             "jax_compilation_cache_dir", str(Path.home() / ".cache" / "fjax" / "compiled")

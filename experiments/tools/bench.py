@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fjax import rollouts
+from fjax import make_log_prob_fn, rollouts
 from fjax.evaluation import TextTarget
 from fjax.runs import RunError, online
 from fjax.runs.display import hardware
@@ -32,7 +32,7 @@ from ..common.settings import BUILT_IN, Settings
 from .sides import processes
 from .sides.work import Work, rows_of
 
-Phase = Literal["draw", "filter", "step", "overlap"]
+Phase = Literal["draw", "filter", "step", "overlap", "accuracy"]
 Timed = dict[str, Callable[[], object]]
 
 
@@ -46,6 +46,7 @@ class Config:
         python -m experiments bench --phases draw --vocabulary 50257 --rows 64
         python -m experiments bench --phases step --model gpt2 --samples 64
         python -m experiments bench --phases overlap --scoring-ms 500
+        python -m experiments bench --phases accuracy --model gpt2
         python -m experiments bench --against torch --model my_folder \\
             --samples 16 --max-new-tokens 32
         python -m experiments bench --against lora lora_merged --model my_folder \\
@@ -55,7 +56,8 @@ class Config:
     phases: tuple[Phase, ...] = ("draw", "filter", "step")
     """draw: one token a row, three ways. filter: top-k and top-p, against a sort. step: an
     alignment step, in parts. overlap: a step whose texts are scored elsewhere, with and without
-    drawing the next batch meanwhile."""
+    drawing the next batch meanwhile. accuracy: how far this device's log-probabilities are from
+    one another and from products in full float32, and whether a gradient comes twice the same."""
     against: tuple[Literal["torch", "lora", "lora_merged"], ...] = ()
     """In place of --phases: a step of f-DPG in float32 by fjax, and by others in turn on the same
     tokens, each in a process of its own; and whether their losses are the same. torch: by torch and
@@ -196,6 +198,40 @@ def make_overlap(config: Config) -> Timed:
     return {"one after the other": stepping(False), "overlapped": stepping(True)}
 
 
+def show_accuracy(config: Config, console: Console) -> None:
+    """What the sampler says of its samples beside what is computed of them afterwards.
+
+    Accelerators multiply float32 with fewer digits unless they are asked for all of them, and add
+    up the gradient of an embedding in any order.
+    """
+    settings = Settings(
+        model=config.model, samples=config.samples, max_new_tokens=config.max_new_tokens
+    )
+    model = load_model(settings)
+    collector = make_collector(settings, model)
+    batch = collector.draw(model.params, jax.random.key(0))
+    rows = batch.tokens, batch.where
+    log_prob_fn = make_log_prob_fn(model.logits_fn, start=1)
+    with jax.default_matmul_precision("float32"):
+        exact = jax.jit(log_prob_fn)(model.params, *rows)
+    found = jax.jit(log_prob_fn)(model.params, *rows)
+    gradient = jax.jit(jax.grad(lambda params: log_prob_fn(params, *rows).mean()))
+    twice = zip(*(jax.tree.leaves(gradient(model.params)) for _ in range(2)), strict=True)
+    table = Table(title=f"log π of {config.samples} samples, {config.model}", title_justify="left")
+    table.add_column("difference")
+    for heading in ("median", "largest"):
+        table.add_column(heading, justify="right")
+    for name, first, second in (
+        ("sampler and scorer", batch.log_proposal, found),
+        ("scorer, and scorer in full float32", found, exact),
+    ):
+        off = np.abs(np.asarray(first) - np.asarray(second))
+        table.add_row(name, f"{np.median(off):.1e}", f"{off.max():.1e}")
+    off = max(float(jnp.abs(a - b).max()) for a, b in twice)
+    table.add_row("an entry of the gradient, computed twice", "", f"{off:.1e}" if off else "0")
+    console.print(table)
+
+
 def measure(timed: Timed, rounds: int) -> dict[str, list[float]]:
     """Seconds of every call, in turn; the first round compiles and is not counted."""
     seconds = {name: [] for name in timed}
@@ -304,6 +340,9 @@ def bench(config: Config) -> int:
         ),
     }
     for phase in config.phases:
+        if phase == "accuracy":
+            show_accuracy(config, console)
+            continue
         title, make = what[phase]
         show(console, title, measure(make(config), config.rounds))
     return 0

@@ -3,6 +3,7 @@ sentence, and status 2."""
 
 import io
 import json
+import os
 import sys
 import types
 from errno import EACCES, ENOENT, ENOSPC
@@ -458,15 +459,33 @@ def test_an_accelerator_that_is_asked_for_is_had_or_refused(
             raise found
         return found
 
-    fake = types.SimpleNamespace(
-        config=types.SimpleNamespace(jax_platforms=asked, update=lambda *_: None),
-        default_backend=default_backend,
-    )
-    monkeypatch.setattr(command, "jax", fake)
+    monkeypatch.setattr(command, "jax", fake_jax(default_backend, jax_platforms=asked))
     assert run(monkeypatch, tabulating(lambda _: 0), "folder") == (2 if message else 0)
     assert (message or "") in capsys.readouterr().err
     reading = partial(command.run, tabulate.Config, lambda _: 0, name="tabulate", computes=False)
     assert run(monkeypatch, reading, "folder") == 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "kept"),
+    [
+        ("gpu", None, "~/.cache/fjax/compiled"),
+        ("gpu", "elsewhere", "elsewhere"),  # as JAX_COMPILATION_CACHE_DIR says
+        ("cpu", None, None),
+    ],
+)
+def test_what_is_compiled_for_an_accelerator_is_kept(backend, own, kept, monkeypatch):
+    fake = fake_jax(lambda: backend, jax_compilation_cache_dir=own)
+    monkeypatch.setattr(command, "jax", fake)
+    assert run(monkeypatch, tabulating(lambda _: 0), "folder") == 0
+    assert fake.config.jax_compilation_cache_dir == (kept and os.path.expanduser(kept))
+
+
+def fake_jax(default_backend, **settings):
+    """What a command asks jax for before it begins."""
+    config = types.SimpleNamespace(jax_platforms="", jax_compilation_cache_dir=None)
+    vars(config).update(settings, update=lambda name, value: setattr(config, name, value))
+    return types.SimpleNamespace(config=config, default_backend=default_backend)
 
 
 @pytest.mark.parametrize("name", ["reports", "prints"])

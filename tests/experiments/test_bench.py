@@ -1,6 +1,8 @@
 """The benchmark times the same thing in every row: its alternatives draw from one distribution and
 keep the same tokens."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,17 @@ def test_the_command(monkeypatch, capsys):
         assert row in printed
     assert run(monkeypatch, bench.main, "--rounds", 0) == 2
     assert "--rounds must be at least 1" in capsys.readouterr().err
+
+
+def test_how_far_log_probabilities_are_from_one_another(monkeypatch, capsys):
+    small = "--phases", "accuracy", "--model", TINY, "--samples", 4, "--max-new-tokens", 3
+    assert run(monkeypatch, bench.main, *small) == 0
+    rows = re.findall(r"│ (.*?) +│ +(\S*) +│ +(\S+) │", capsys.readouterr().out)
+    assert [row[0].split(",")[0] for row in rows] == [
+        "sampler and scorer", "scorer", "an entry of the gradient",
+    ]  # fmt: skip
+    assert float(rows[0][2]) < 1e-4
+    assert float(rows[1][2]) == float(rows[2][2]) == 0  # a CPU has all digits, and one order
 
 
 def test_torch_takes_the_same_step(monkeypatch):
