@@ -32,6 +32,8 @@ def shared_programs():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(fjax, "from_pretrained", _remembering(fjax.from_pretrained, _model_key))
         monkeypatch.setattr(build, "make_tuner", _remembering(build.make_tuner, _tuner_key))
+        of_stage = _remembering(_cached(build.stage_tuner), _tuner_key)
+        monkeypatch.setattr(build, "stage_tuner", of_stage)
         make_log_prob_fn = functools.cache(fjax.make_log_prob_fn)
         monkeypatch.setattr(fjax, "make_log_prob_fn", make_log_prob_fn)
         monkeypatch.setattr(rollouts, "make_log_prob_fn", make_log_prob_fn)
@@ -53,6 +55,11 @@ def _remembering(make, key_of):
         return made[key]
 
     return remembered
+
+
+def _cached(make):
+    """A function that makes a function, which is then asked once for each argument."""
+    return lambda *args: functools.cache(make(*args))
 
 
 def _model_key(name, **options):

@@ -1,5 +1,7 @@
 """Stages on a replay: what each draws from and learns from, how it ends, and that it goes on bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from tests import bigram
 FORWARD, SHANNON = fjax.forward_kl(), fjax.jensen_shannon()
 
 
+@functools.cache  # what is the same function is not traced again by the next run
 def make_tuner(divergence, rate=0.05):
     return fjax.fdpg(
         bigram.LOG_PROB_FN,
