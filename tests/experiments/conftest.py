@@ -1,6 +1,7 @@
 """One run is there for all tests that only look at what a run leaves; and all runs of one model and
 the same settings share what is traced and compiled for them."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,10 @@ def shared_programs():
     """A model that was loaded before, of files that are the same still, has the same functions; of
     the same functions the sampler is the same, and of the same settings the tuner."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(fjax, "from_pretrained", _remembering(fjax.from_pretrained, _model_key))
+        load = _remembering(fjax.from_pretrained, _model_key)
+        monkeypatch.setattr(
+            fjax, "from_pretrained", lambda *args, **options: _apart(load(*args, **options))
+        )
         monkeypatch.setattr(build, "make_tuner", _remembering(build.make_tuner, _tuner_key))
         of_stage = _remembering(_cached(build.stage_tuner), _tuner_key)
         monkeypatch.setattr(build, "stage_tuner", of_stage)
@@ -55,6 +59,11 @@ def _remembering(make, key_of):
         return made[key]
 
     return remembered
+
+
+def _apart(model):
+    """With a tokenizer of its own, to which a test may give another template."""
+    return model._replace(tokenizer=copy.deepcopy(model.tokenizer))
 
 
 def _cached(make):
