@@ -95,7 +95,8 @@ $(VENV)/.fjax-%-$(JAX)-$(KEY): $(ABSENT)
 	@$(PY) -m pip install --disable-pip-version-check --editable ".[$(EXTRAS_$*),$(JAX)]"
 	@touch $@
 
-# The standard library's venv, with the first suitable Python. `ensurepip` mends an environment left half made.
+# The standard library's venv, with the first suitable Python, and the newest pip, for one of 2023 takes twice as long.
+# `ensurepip` mends an environment left half made.
 define ensure_python
 if ! $(PY) -c '' 2>/dev/null; then \
   python=; \
@@ -114,6 +115,7 @@ if ! $(PY) -c '' 2>/dev/null; then \
   echo "Making $(VENV) with $$($$python -V)."; \
   clear=; if [ -f $(VENV)/pyvenv.cfg ]; then clear=--clear; fi; \
   $$python -m venv $$clear $(VENV) || exit 1; \
+  $(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip || true; \
 fi; \
 $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade
 endef

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import cache_key
 
 from fjax import hosts
 from fjax.runs import RunError, open_run
@@ -95,6 +96,9 @@ def _go(log, name, words, devices, environment):
         os.dup2(sys.stdout.fileno(), stream)
     os.environ.update(environment)
     pictures.small(pytest.MonkeyPatch())
+    # Kept programs are found by a fingerprint of the devices, too, which here differs from process
+    # to process though the devices do not; and the first process alone keeps what it compiles.
+    cache_key._hash_accelerator_config = lambda hashed, devices: hashed.update(b"cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     sys.argv = [name, *words]
     here = name in globals()
