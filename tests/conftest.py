@@ -93,6 +93,14 @@ SECOND = (
 )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Nor are the files read that a second Python has nothing of."""
+    if not config.getoption("--one-case") or not collection_path.name.startswith("test_"):
+        return None
+    name = collection_path.relative_to(config.rootpath).as_posix()
+    return None if name.startswith(SECOND) else True
+
+
 def pytest_collection_modifyitems(config, items):
     """What a second Python is for, one case of each test: does all of it run there?"""
     if not config.getoption("--one-case"):
