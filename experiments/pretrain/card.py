@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from fjax import _markdown
 from fjax.models import LanguageModel, gpt2, huggingface
+from fjax.models.huggingface.tokenizers import import_transformers
 from fjax.runs.display import hardware
 from fjax.sampling import Samples, sample
 
@@ -33,7 +33,7 @@ def write(
     seconds: float,
 ) -> None:
     """Saves the model to ``config.output``, reads it back, and describes what was read back."""
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=data.END, eos_token=data.END, unk_token=data.END
     )
     huggingface.save_pretrained(config.output, params, model, wrapped, dtype=jnp.float16)

@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import jax
 import pytest
-from jax._src import cache_key
+from jax._src import cache_key, compiler, distributed
 
 from fjax import hosts
 from fjax.runs import RunError, open_run
@@ -97,8 +99,9 @@ def _go(log, name, words, devices, environment):
     os.environ.update(environment)
     pictures.small(pytest.MonkeyPatch())
     # Kept programs are found by a fingerprint of the devices, too, which here differs from process
-    # to process though the devices do not; and the first process alone keeps what it compiles.
+    # to process though the devices do not. Nor would any but the first process keep its own.
     cache_key._hash_accelerator_config = lambda hashed, devices: hashed.update(b"cpu")
+    compiler._cache_write = partial(_as_the_first, compiler._cache_write)
     jax.config.update("jax_num_cpu_devices", devices)
     sys.argv = [name, *words]
     here = name in globals()
@@ -106,6 +109,11 @@ def _go(log, name, words, devices, environment):
     atexit._run_exitfuncs()  # a forked process does not of itself
     sys.stdout.flush()
     os._exit(status)
+
+
+def _as_the_first(function, *given):
+    with patch.object(distributed.global_state, "process_id", 0):
+        function(*given)
 
 
 def ended(*processes):
