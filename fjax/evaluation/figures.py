@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fjax import estimators
+from fjax._numerics import map_contexts
 from fjax.divergences import FDivergence
 from fjax.estimators import (
     Estimate,
@@ -197,7 +198,7 @@ def _from_halves(
         mine_too = mine.log_pi, mine.log_a, mine.log_score
         tables = (*map(mine.table, mine_too), *map(of_p.table, (of_p.log_pi, of_p.log_score)))
         of_one = partial(_of_halves, log_z_shares=None, divergences=divergences)
-        return jax.vmap(of_one)(*map(jnp.asarray, tables), jax.tree.map(jnp.asarray, log_z))
+        return map_contexts(of_one)(*map(jnp.asarray, tables), jax.tree.map(jnp.asarray, log_z))
     given = mine.log_pi, mine.log_a, mine.log_score, of_p.log_pi, of_p.log_score
     shares = jnp.asarray(exact.log_z_shares)
     log_z = Estimate(*map(jnp.asarray, exact.log_z))
@@ -270,7 +271,7 @@ def _estimates(
         }
 
     of_base = base_log_pi, base_log_a, base_log_score
-    return jax.vmap(of_one)((log_pi, log_a, log_score), of_base, log_z)
+    return map_contexts(of_one)((log_pi, log_a, log_score), of_base, log_z)
 
 
 def _mixture(mine, other):

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from fjax._checks import float_dtype
+from fjax._numerics import map_contexts
 from fjax._sharding import together
 from fjax.divergences import FDivergence
 from fjax.estimators import Estimate, RunningLogMean, effective_sample_size, estimate_divergence
@@ -77,7 +78,7 @@ def update_log_z(
         # context.
         ids = jnp.where(exists, contexts, num_contexts)
         state = _into_contexts(log_z, state, ids, log_score - log_q)
-        z = jax.vmap(log_z.estimate)(jax.tree.map(lambda x: x[ids], state))
+        z = map_contexts(log_z.estimate)(jax.tree.map(lambda x: x[ids], state))
     value = jnp.broadcast_to(z.value.reshape(-1, 1), (log_q.shape[0], 1))
     known = ~jnp.isneginf(value)
     log_p = jnp.where(known, log_score - jnp.where(known, value, 0.0), -jnp.inf)
@@ -280,7 +281,7 @@ def describe(
     rewards = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence, clip=clip)
     free = pseudo_rewards(log_pi, scores.log_p.ravel(), divergence=divergence)
     grad_norm = norm(grads)
-    away = jax.vmap(lambda *x: estimate_divergence(*x, divergence=divergence))(
+    away = map_contexts(lambda *x: estimate_divergence(*x, divergence=divergence))(
         by_context, scores.log_p, scores.log_q
     )
     known = scores.known[:, 0]

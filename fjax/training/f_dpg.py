@@ -11,11 +11,11 @@ Source: Go et al. 2023 (f-DPG, arXiv 2302.08215), theorem 1 and algorithm 1.
 from collections.abc import Callable
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from fjax._checks import one_number
+from fjax._numerics import map_contexts
 from fjax.divergences import FDivergence
 from fjax.estimators import RunningLogMean, running_log_mean
 from fjax.surrogates import Baseline, centred_weights, leave_one_out, score_weights
@@ -138,7 +138,7 @@ def _make_weigh(divergence, clip, baseline, on_policy):
 
     def weigh(scores, strata, log_pi):
         by_context = log_pi.reshape(scores.log_q.shape)
-        weights = jax.vmap(of_context)(by_context, scores.log_p, scores.log_q, strata)
+        weights = map_contexts(of_context)(by_context, scores.log_p, scores.log_q, strata)
         return jnp.where(scores.known, weights, 0.0).ravel() / weights.size
 
     return weigh

@@ -18,6 +18,7 @@ import optax
 
 from fjax import policy_gradients
 from fjax._checks import renamed
+from fjax._numerics import map_contexts
 from fjax._sharding import together
 from fjax.divergences import reverse_kl
 from fjax.estimators import RunningLogMean, running_log_mean
@@ -240,8 +241,8 @@ def _with_minibatches(info: StepInfo, norms: Array, outside: Array, counted: Arr
 def _advantages(log_pi: Float[Array, "M"], rollout: Rollout) -> Float[Array, "C N"]:
     """π/q · (R - B): R = log P - log π, stopped, and B the mean of the row's others."""
     log_pi = jax.lax.stop_gradient(log_pi).reshape(rollout.log_q.shape)
-    rewards = jax.vmap(_rewards)(log_pi, rollout.log_score)
-    others = jax.vmap(lambda rewards, strata: told(leave_one_out, strata, rewards)(rewards))(
+    rewards = map_contexts(_rewards)(log_pi, rollout.log_score)
+    others = map_contexts(lambda rewards, strata: told(leave_one_out, strata, rewards)(rewards))(
         rewards, rollout.strata
     )
     return (rewards - others) * jnp.exp(log_pi - rollout.log_q)
