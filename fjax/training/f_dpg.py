@@ -83,6 +83,7 @@ def fdpg(
             that do not exist (if known by then, see `StepInfo`), and leave-one-out of a single
             sample.
 
+    >>> import jax
     >>> from fjax import enumeration, jensen_shannon
     >>> log_prob_fn, prefixes = enumeration.tabular_log_prob_fn(3, 2)
     >>> tuner = fdpg(log_prob_fn, optax.adam(0.1), divergence=jensen_shannon())
