@@ -17,10 +17,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("fjax", "experiments", "tests", "docs", "pyproject.toml", "README.md", "Makefile")
+COULD_NOT_RUN = {  # nothing collected, say: neither noticed nor survived
+    pytest.ExitCode.INTERRUPTED,
+    pytest.ExitCode.INTERNAL_ERROR,
+    pytest.ExitCode.USAGE_ERROR,
+    pytest.ExitCode.NO_TESTS_COLLECTED,
+}
 LIMIT = 600  # seconds; a mutant that hangs is noticed too, and said to, for a busy machine is slow
 
 
@@ -71,10 +79,12 @@ def fate_of(mutant: Mutant) -> str:
             )
         except subprocess.TimeoutExpired:
             return "hung"
-    if done.returncode not in (0, 1):  # nothing collected, say: neither noticed nor survived
+    if done.returncode in COULD_NOT_RUN:
         raise RuntimeError(
             f"{mutant}: pytest could not run its tests.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
+    # Any other status is the mutant's: it took the process with it, as code does that ends a host
+    # whose peers are lost.
     return "killed" if done.returncode else "SURVIVED"
 
 
