@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from fjax.runs.names import title_of
-from fjax.runs.plots import STYLE, counted, label_counts
+from fjax.runs.plots import STYLE, counted, label_counts, over_lines
 
 from .results import (
     Curve,
@@ -78,7 +78,7 @@ def _curves(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of
                 ms=4,
                 **looks[label],
             )
-        ax.set_title(titled(name))
+        ax.set_title(over_lines(titled(name)))
         _level(ax, of_p.get(name))
         label_counts(ax)
         ax.tick_params(labelbottom=True)  # a shared axis has them on its lowest panel alone
@@ -114,7 +114,7 @@ def _cost(path: Path, groups, looks, headlines: Sequence[str], xlabel: str, of_p
                 _band(ax, values, label=label, ms=4, **looks[label])
             _level(ax, 0.0 if name == "forward_kl" and of_p else of_p.get(name))
             label_counts(ax)
-        row[0].set_ylabel(titled(name))
+        row[0].set_ylabel(over_lines(titled(name)))
     for ax, label in zip(axes[-1], (xlabel, "seconds"), strict=True):
         ax.set_xlabel(label)
     finish(figure, path)
@@ -154,7 +154,7 @@ def _frontier(path: Path, groups, looks, headlines: Sequence[str]) -> None:
             ]
             ax.plot(*base, marker="*", ms=13, ls="", color="black", label="base model", zorder=3)
             ax.set_xlabel(titled(cost))
-        row[0].set_ylabel(titled(headline))
+        row[0].set_ylabel(over_lines(titled(headline)))
     finish(figure, path)
 
 

@@ -1,5 +1,6 @@
 """A run at a glance, as pictures drawn from metrics.jsonl."""
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -109,7 +110,7 @@ def _headline(ax, evaluations: list[dict], steps: list[dict], aim: Aim, of_p: di
         ax.plot(*_xy(steps, name), lw=0.6, alpha=0.4, color="C0", label=label)
     _with_error(ax, evaluations, name, label="fresh samples")
     _level(ax, of_p.get(name), "p")
-    ax.set_title(f"{title_of(name)}, mean under π")
+    ax.set_title(over_lines(f"{title_of(name)}, mean under π"))
     if name == aim.bound:
         ax.set_ylim(0, 1.02)
 
@@ -196,7 +197,7 @@ def _contexts(path: Path, records: list[dict], headline: str) -> None:
     figure, ax = plt.subplots(figsize=(5, 5))
     per_context(ax, records, headline, label="a prompt")
     ax.set(
-        title=f"{headline} of unseen prompts",
+        title=over_lines(f"{headline} of unseen prompts"),
         xlabel="of the base model",
         ylabel="of the aligned model",
     )
@@ -245,6 +246,21 @@ def _with_error(ax, records: list[dict], name: str, label: str | None = None, ma
     (line,) = ax.plot(x, y, marker=marker, lw=1.2, label=label or title_of(name))
     ax.fill_between(x, y - 2 * error, y + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
     return line
+
+
+def over_lines(name: str, most: int = 34) -> str:
+    """A name that is about as wide as a panel at most: of a user's own function it may be long.
+
+    >>> over_lines("my_project.scorers:about_a_woman, mean under π").splitlines()
+    ['my_project.scorers:about_a_woman,', 'mean under π']
+    """
+    first, *others = re.split(r"(?<=[ .:])", name)
+    lines = [first]
+    for part in others:
+        if len(lines[-1] + part) > most:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def label_counts(ax) -> None:

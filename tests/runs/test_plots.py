@@ -6,6 +6,7 @@ import pytest
 
 from fjax.runs import plots
 from fjax.runs.aim import Aim
+from fjax.runs.names import NAMES
 from fjax.training import JsonlLogger
 
 AIM = Aim(
@@ -145,6 +146,18 @@ def test_contexts_before_and_after(drawn):
     (ax,) = drawn([evaluation(0, satisfaction=0.2)], contexts)["contexts"].values()
     assert ax.collections[0].get_offsets().tolist() == [[0.1, 0.5], [0.3, 0.9]]
     assert "mean: 0.200 → 0.700" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_a_long_name_stays_within_its_panel(drawn):
+    """Such as that of a function in a user's module; and every name of the library is one line."""
+    name = "experiments.smollm2.scorers:about_a_woman"
+    aim = Aim(headlines=(name,), objective="jensen_shannon")
+    axes = drawn([evaluation(0, **{name: 0.2})], aim=aim)["evaluation"]
+    (title,) = (title for title in axes if title.startswith("experiments"))
+    assert title == "experiments.smollm2.scorers:\nabout_a_woman, mean under π"
+    widths = [x.get_window_extent().width for x in (axes[title].title, axes[title])]
+    assert widths[0] <= 1.15 * widths[1]  # as wide as the titles beside it
+    assert all("\n" not in plots.over_lines(title) for title in NAMES.values())
 
 
 def test_contexts_of_a_target_without_a_headline_have_no_picture(drawn):
