@@ -4,6 +4,7 @@ of them empty."""
 import dataclasses
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -158,8 +159,17 @@ def parse(config: type[ConfigT], prog: str, arguments: Sequence[str] | None = No
             TRL has and this command has not.
     """
     _check_foreign(config, sys.argv[1:] if arguments is None else arguments)
-    description = inspect.cleandoc(config.__doc__ or "")
+    description = as_called(inspect.cleandoc(config.__doc__ or ""), prog)
     return tyro.cli(config, prog=prog, description=description, args=arguments, registry=_REGISTRY)
+
+
+def as_called(text: str, prog: str) -> str:
+    """Examples as they are typed where the program is installed: there is no `experiments` there.
+
+    >>> as_called("python -m experiments.rlhf --help", "fjax rlhf")
+    'fjax rlhf --help'
+    """
+    return re.sub(r"python -m experiments[. ]", "fjax ", text) if prog.startswith("fjax ") else text
 
 
 def _check_foreign(config: type, arguments: Sequence[str]) -> None:

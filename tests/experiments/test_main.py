@@ -60,6 +60,17 @@ def test_every_tool_is_there_and_has_its_help(name, monkeypatch, capsys):
     assert f"usage: python -m experiments {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["evaluate", "lexical_constraint"])
+def test_examples_are_typed_as_the_installed_program_is(name, monkeypatch, capsys):
+    """In the wheel there is no `experiments` that python -m would find."""
+    monkeypatch.setattr("experiments.common.command.PROGRAM", "fjax")
+    assert run(monkeypatch, main, name, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"usage: fjax {name}" in shown
+    assert f"    fjax {name} " in shown
+    assert "python -m" not in shown
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_task_is_a_folder_with_all_that_it_takes(task):
     folder = ROOT / task.name
